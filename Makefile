@@ -1,0 +1,29 @@
+# Everything happens in .venv, which is made when it is needed. Needs Python 3.11 or later, pip and make.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+help:            ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+demo: $(READY)   ## run the whole way of a message, in real processes
+	@$(BIN)/lamsonq demo
+
+test: $(READY)   ## run the tests; make test ARGS="-m slow" the long ones
+	@$(BIN)/pytest $(ARGS)
+
+check: $(READY)  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy lamsonq config app tests
+
+bench: $(READY)  ## measure, and print the figures
+	$(BIN)/python -m pytest tests/bench -m slow -s
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+.PHONY: help demo test check bench

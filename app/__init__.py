@@ -1,0 +1,1 @@
+"""A blog that people write by mail."""

@@ -1,0 +1,1 @@
+"""State functions: what happens with a message."""

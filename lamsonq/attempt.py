@@ -1,0 +1,319 @@
+"""One attempt: one call of a function on a message, from taking its conversation to settling what came of it.
+
+    enter the conversation -> choose by its state -> run -> judge -> commit the state -> settle -> leave
+
+Rules:
+
+1. This pipeline is the only one. A receiver of any kind, and `Router.deliver`, differ only in their `settle`.
+2. `settle(outcome, puts)` is called exactly once, unless the attempt was given up from outside; then never, and
+   whatever the function still does is dropped.
+3. What the function pushed waits in `puts` until it has returned, and is dropped when it raises.
+4. No thread waits: for its turn in a conversation and for an `async def` function an attempt lets its thread go, and
+   goes on in another that `spawn` finds for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import inspect
+import logging
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lamsonq.errors import Dead, Later, LeaseLost, SMTPError, outcome_of
+from lamsonq.jobs import DONE, Done, Outcome, Put
+from lamsonq.mail import MailRequest
+from lamsonq.state import Conversation, Conversations, StateStorage
+
+LOG = logging.getLogger()
+"""The root logger: the names before these lines are part of what users of Lamson grep for."""
+
+Settle = Callable[[Outcome, list[Put]], None]
+Spawn = Callable[[Callable[[], None]], object]
+
+ELSEWHERE_PATIENCE = 0.2
+"""Seconds that an attempt waits for another process to leave the conversation."""
+
+_current: contextvars.ContextVar[Attempt | None] = contextvars.ContextVar("lamsonq_attempt", default=None)
+
+
+def current() -> Attempt | None:
+    """The attempt that the calling code is part of, in a handler's own thread or task; None outside."""
+    attempt = _current.get()
+    return attempt if attempt is not None and attempt.open else None
+
+
+@dataclass(frozen=True, slots=True)
+class Stateful:
+    """What a call that has a conversation needs of its router."""
+
+    conversation: Conversation
+    store: StateStorage
+    conversations: Conversations
+    locked: bool
+    choose: Callable[[MailRequest, str], Call | None]
+    """(message, job key) -> the call that the conversation's state asks for now."""
+    next_states: Callable[[Call, MailRequest, object, Attempt], dict[Conversation, str]]
+    """(call, message, what the function returned, attempt) -> the states to commit. Raises TypeError."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One function to be run on a message for one recipient: a line of a plan.
+
+    `name` is the function's dotted name, None for a plain `deliver` that is no state function. `route` is the
+    expression that matched.
+    """
+
+    function: Callable[..., Any]
+    recipient: str
+    name: str | None = None
+    captures: Mapping[str, str] = field(default_factory=dict)
+    route: str = ""
+    stateful: Stateful | None = None
+
+
+class Attempt:
+    """A call on its way. `key` is the job's: the same message after a crash has the same key."""
+
+    def __init__(
+        self,
+        call: Call,
+        message: MailRequest,
+        *,
+        key: str,
+        settle: Settle,
+        patience: float = ELSEWHERE_PATIENCE,
+    ) -> None:
+        self.call = call
+        self.message = message
+        self.key = key
+        self.open = True
+        self.started: float | None = None
+        """When the function began, by the monotonic clock; None while it waits for its conversation."""
+        self.states: dict[Conversation, str] = {}
+        self._puts: list[Put] = []
+        self._settle = settle
+        self._patience = patience
+        self._once = threading.Lock()
+        self._entered: Stateful | None = None
+        self._thread: int | None = None
+        self._task: asyncio.Task[Any] | None = None
+        self._spawn: Spawn = _run_here
+
+    def put(self, put: Put) -> None:
+        """Hold a job until this attempt succeeds."""
+        self._puts.append(put)
+
+    @property
+    def puts(self) -> list[Put]:
+        return list(self._puts)
+
+    def start(self, spawn: Spawn | None = None) -> None:
+        """Run in this thread as far as it goes; the rest in threads that `spawn` provides."""
+        self._spawn = spawn or _run_here
+        self._enter()
+
+    def give_up(self) -> bool:
+        """Close the attempt from outside; False when it was settled already. Nothing is settled: the caller does."""
+        if not self._close():
+            return False
+        if self._task is not None:
+            self._task.get_loop().call_soon_threadsafe(self._task.cancel)
+        stateful = self.call.stateful
+        if self.started is None and stateful is not None:
+            stateful.conversations.withdraw(stateful.conversation, self._resume)
+        elif self._entered is not None and self.started is not None:
+            # A function that hangs must not keep its sender out for ever: its result is dropped anyway.
+            self._leave()
+        return True
+
+    def hung(self, seconds: float) -> Dead:
+        """What a function that did not return in time leaves behind: a reason with the stack of its thread."""
+        frame = sys._current_frames().get(self._thread or -1)
+        stack = "".join(traceback.format_stack(frame)) if frame else "(waiting in an async function)\n"
+        outcome = Dead(f"{self.call.name} did not return within {seconds:g} seconds")
+        outcome.add_note(f"Stack of its thread:\n{stack}")
+        return outcome
+
+    def _enter(self) -> None:
+        stateful = self.call.stateful
+        if stateful is None or not stateful.locked:
+            self._choose()
+        elif stateful.conversations.enter(stateful.conversation, self._resume):
+            self._turn()
+
+    def _resume(self) -> None:
+        self._spawn(self._turn)
+
+    def _turn(self) -> None:
+        """The conversation is ours within this process; now the other processes."""
+        stateful = self.call.stateful
+        assert stateful is not None
+        self._entered = stateful
+        if not self.open:
+            self._leave()
+            return
+        give_up_at = time.monotonic() + self._patience
+        while not stateful.conversations.lock(stateful.conversation):
+            if time.monotonic() >= give_up_at:
+                self._finish(Later("the conversation is busy in another process", time.time() + 1, counted=False))
+                return
+            time.sleep(0.005)
+        self._choose()
+
+    def _choose(self) -> None:
+        stateful = self.call.stateful
+        if stateful is not None:
+            try:
+                chosen = stateful.choose(self.message, self.key)
+            except Exception as error:  # a state store that fails is a failure of this attempt
+                self._finish(_later_for(error))
+                return
+            if chosen is None:
+                self._finish(Later("the conversation moved on; routed anew", counted=False))
+                return
+            same = chosen.stateful and chosen.stateful.conversation == stateful.conversation
+            self.call = chosen
+            if not same:
+                self._leave()
+                self._enter()
+                return
+        self._run()
+
+    def _run(self) -> None:
+        if not self.open:
+            self._leave()
+            return
+        context = contextvars.copy_context()
+        context.run(_current.set, self)
+        self._thread = threading.get_ident()
+        self.started = time.monotonic()
+        try:
+            value = context.run(self.call.function, self.message, **self.call.captures)
+        except BaseException as error:  # SystemExit and the like are a handler's failure too, not the server's end
+            self._raised(error)
+            return
+        finally:
+            self._thread = None
+        if inspect.isawaitable(value):
+            _handler_loop().run(self, value, context)
+        else:
+            self._returned(value)
+
+    def _async_done(self, task: asyncio.Task[Any]) -> None:
+        def judge() -> None:
+            error = asyncio.CancelledError() if task.cancelled() else task.exception()
+            if error is not None:
+                self._raised(error)
+            else:
+                self._returned(task.result())
+
+        self._spawn(judge)
+
+    def _returned(self, value: object) -> None:
+        stateful = self.call.stateful
+        if stateful is not None:
+            try:
+                self.states |= stateful.next_states(self.call, self.message, value, self)
+            except Exception as error:  # nonsense for a return value is the function's failure
+                self._raised(error)
+                return
+        self._finish(DONE)
+
+    def _raised(self, error: BaseException) -> None:
+        outcome = outcome_of(error)
+        self.states.clear()
+        stateful = self.call.stateful
+        if stateful is not None and not isinstance(error, Later | Dead | SMTPError):
+            self.states[stateful.conversation] = "ERROR"
+        if self.call.name is not None and not isinstance(error, Later | SMTPError):
+            LOG.error("!!! ERROR handling %s: %s", self.call.name, outcome.reason, exc_info=error)
+        self._finish(outcome)
+
+    def _finish(self, outcome: Outcome) -> None:
+        if not self._close():
+            self._leave()
+            return
+        try:
+            outcome = self._commit_states(outcome)
+            self._settle(outcome, self._puts if isinstance(outcome, Done) else [])
+            if self.states and self.call.stateful is not None:
+                self.call.stateful.store.forget(self.states, self.key)
+            if isinstance(outcome, Done) and self.call.name is not None:
+                LOG.debug("Message to %s was handled by %s", self.call.recipient, self.call.name)
+        except LeaseLost:
+            LOG.warning("job %s was taken away while it was handled; this attempt's result is dropped", self.key)
+        except Exception:  # the settler has answered for itself; a thread of the pool must live on
+            LOG.exception("job %s could not be settled", self.key)
+        finally:
+            self._leave()
+
+    def _commit_states(self, outcome: Outcome) -> Outcome:
+        if not self.states or self.call.stateful is None:
+            return outcome
+        try:
+            self.call.stateful.store.commit(self.states, self.key)
+        except Exception as error:  # any store: what was not kept must be tried again
+            self.states.clear()
+            return outcome if isinstance(outcome, Dead) else _later_for(error)
+        return outcome
+
+    def _close(self) -> bool:
+        with self._once:
+            was_open, self.open = self.open, False
+            return was_open
+
+    def _leave(self) -> None:
+        with self._once:
+            entered, self._entered = self._entered, None
+        if entered is not None:
+            entered.conversations.leave(entered.conversation)
+
+
+def _later_for(error: BaseException) -> Later:
+    outcome = Later(f"the conversation's state could not be read or kept: {error}")
+    outcome.__cause__ = error
+    return outcome
+
+
+def _run_here(function: Callable[[], None]) -> None:
+    function()
+
+
+class _HandlerLoop:
+    """The one event loop of this process on which `async def` functions run, in a thread of its own."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, name="lamsonq-async", daemon=True).start()
+
+    def run(self, attempt: Attempt, awaitable: Awaitable[Any], context: contextvars.Context) -> None:
+        async def await_it() -> Any:
+            return await awaitable
+
+        def begin() -> None:
+            task = self.loop.create_task(await_it(), context=context)
+            attempt._task = task
+            task.add_done_callback(attempt._async_done)
+
+        self.loop.call_soon_threadsafe(begin)
+
+
+_loops: dict[int, _HandlerLoop] = {}
+_loops_lock = threading.Lock()
+
+
+def _handler_loop() -> _HandlerLoop:
+    with _loops_lock:
+        pid = os.getpid()  # a forked child has no thread of its parent's loop
+        if pid not in _loops:
+            _loops[pid] = _HandlerLoop()
+        return _loops[pid]

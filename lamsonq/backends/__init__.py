@@ -1,0 +1,67 @@
+"""Where jobs are kept: the module that a queue's URL names.
+
+A plain path is a maildir. `scheme:...` is the module `lamsonq.backends.<scheme>`, or what somebody else has
+registered under that name in the entry point group `lamsonq.backends`. Either has a function
+`open_queue(url, *, pop_limit, oversize_dir) -> Backend`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import pkgutil
+import re
+from collections.abc import Callable
+from importlib.metadata import entry_points
+
+from lamsonq.errors import BrokerError
+from lamsonq.jobs import Backend
+
+GROUP = "lamsonq.backends"
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):")
+
+
+def open_backend(url: str, *, pop_limit: int = 0, oversize_dir: str | None = None) -> Backend:
+    """The store that this URL or path names; the same object as long as it is in use, so that asking again is cheap.
+
+    Raises BrokerError for a scheme that nothing serves.
+    """
+    match = _SCHEME.match(url)
+    scheme = match[1] if match else "maildir"
+    # A path means another directory after a chdir, so where we are is part of the question.
+    place = os.path.abspath(url) if match is None else ""
+    return _open(scheme, url, place, pop_limit, oversize_dir and os.path.abspath(oversize_dir))
+
+
+@functools.lru_cache(maxsize=128)
+def _open(scheme: str, url: str, place: str, pop_limit: int, oversize_dir: str | None) -> Backend:  # noqa: ARG001
+    backend: Backend = _opener(scheme, url)(url, pop_limit=pop_limit, oversize_dir=oversize_dir)
+    return backend
+
+
+def _opener(scheme: str, url: str) -> Callable[..., Backend]:
+    for entry in entry_points(group=GROUP, name=scheme):
+        opener: Callable[..., Backend] = entry.load()
+        return opener
+    opener_here = _own().get(scheme)
+    if opener_here is None:
+        known = sorted({*_own(), *(entry.name for entry in entry_points(group=GROUP))})
+        raise BrokerError(
+            f"no queue backend serves {scheme}: (asked for {url!r}); installed are {', '.join(known)}. "
+            f"A directory of that name is written ./{url}"
+        )
+    return opener_here
+
+
+def _own() -> dict[str, Callable[..., Backend]]:
+    """The backends that come with lamsonq and whose libraries are installed."""
+    found = {}
+    for module in pkgutil.iter_modules(__path__):
+        try:
+            opener = getattr(importlib.import_module(f"{__name__}.{module.name}"), "open_queue", None)
+        except ImportError:  # an extra that is not installed
+            continue
+        if opener is not None:
+            found[module.name] = opener
+    return found

@@ -1,0 +1,134 @@
+"""Files and folders that survive a power failure.
+
+Rules:
+
+1. A file is synced before it gets its final name, its folder after: whoever sees the name sees the whole file.
+2. A descriptor whose fsync has failed is never synced again. The kernel reports a lost page once and then calls the
+   file clean, so a second fsync would lie; the file is thrown away instead.
+3. Threads that wait for the same folder share one sync.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterable
+
+
+def write_file(path: str, *chunks: bytes) -> None:
+    """Make a new file (0600) of these bytes and sync it; on an OSError there is no file."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        try:
+            for chunk in chunks:
+                _write_all(fd, chunk)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError:
+        remove_file(path)
+        raise
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def remove_file(path: str) -> None:
+    """Unlink a file, if it is there and can be unlinked: for cleaning up, where nothing more can be done."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def make_folders(paths: Iterable[str]) -> None:
+    """Make what is missing of these folders and of their parents (0700), each synced into its parent."""
+    changed: dict[str, None] = {}
+    for path in paths:
+        for folder in _missing(path):
+            try:
+                os.mkdir(folder, 0o700)
+            except FileExistsError:
+                if not os.path.isdir(folder):
+                    raise NotADirectoryError(20, "it is not a directory", folder) from None
+            changed[os.path.dirname(folder)] = None
+    for parent in changed:
+        sync_folder(parent)
+
+
+def _missing(path: str) -> list[str]:
+    """The folders that have to be made for `path`, parents first."""
+    missing = []
+    while not os.path.isdir(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    return missing[::-1]
+
+
+class _SharedSync:
+    """Numbered syncs of each folder. Who asks is served by the first sync that *begins* after the question, because
+    one that is under way may have looked at the folder before the asker's rename."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._begun: dict[str, int] = {}
+        self._ended: dict[str, int] = {}
+        self._errors: dict[tuple[str, int], OSError] = {}
+
+    def sync(self, folder: str) -> None:
+        """Return when a sync has begun and ended since the call; raises the OSError of that sync."""
+        with self._changed:
+            ticket = self._begun.get(folder, 0) + 1
+            while self._ended.get(folder, 0) < ticket:
+                if self._begun.get(folder, 0) == self._ended.get(folder, 0):
+                    self._begun[folder] = ticket
+                    break
+                self._changed.wait()
+            else:
+                error = self._errors.get((folder, ticket))
+                if error is not None:
+                    raise error
+                return
+        self._lead(folder, ticket)
+
+    def _lead(self, folder: str, ticket: int) -> None:
+        error = None
+        try:
+            _fsync_folder(folder)
+        except OSError as failure:
+            error = failure
+            raise
+        finally:
+            with self._changed:
+                if error is not None:
+                    self._errors[folder, ticket] = error
+                    self._errors.pop((folder, ticket - 8), None)
+                self._ended[folder] = ticket
+                self._changed.notify_all()
+
+
+def _fsync_folder(folder: str) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+_shared = _SharedSync()
+
+
+def sync_folder(folder: str) -> None:
+    """Make the names in a folder survive a power failure; shared with other threads that want the same."""
+    _shared.sync(folder)
+
+
+def _start_afresh() -> None:
+    """A forked child has no thread that could finish the syncs that its parent had begun."""
+    global _shared
+    _shared = _SharedSync()
+
+
+os.register_at_fork(after_in_child=_start_afresh)

@@ -1,0 +1,112 @@
+"""Who works what: a folder for each worker, and a lock that tells whether it lives.
+
+    claimed/4711.9f3a0c21.lock   locked (flock) by the worker as long as its process lives
+    claimed/4711.9f3a0c21/       the files that it has claimed
+
+Rules:
+
+1. A claim is a rename into the worker's folder, and holds exactly as long as its process: the kernel drops the lock
+   however the process ends, so no clock can break a claim and none outlives its worker.
+2. Whoever gets the lock of another worker knows that it is dead, and is the only one who acts on it.
+3. The lock is made before the folder and goes after it: a folder without a lock is one whose lock was deleted by hand.
+4. A forked child closes its copies of the lock, which does not release it, and starts as a worker of its own.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import secrets
+import weakref
+from collections.abc import Iterator
+
+_LOCK = ".lock"
+
+
+class Worker:
+    """This process's right to claim jobs of one queue."""
+
+    def __init__(self, claimed: str) -> None:
+        """Raises OSError."""
+        self.id, fd = _new_lock(claimed)
+        self.folder = os.path.join(claimed, self.id)
+        os.mkdir(self.folder, 0o700)
+        self._fd = fd
+        self._finalizer = weakref.finalize(self, _retire, self.folder, fd)
+
+    def close(self) -> None:
+        """Stop being a worker: what is still in the folder is found by the next reaper."""
+        self._finalizer()
+
+    def forget(self) -> None:
+        """In a forked child: the worker is the parent."""
+        if self._finalizer.detach() is not None:
+            os.close(self._fd)
+
+
+def _new_lock(claimed: str) -> tuple[str, int]:
+    while True:
+        worker = f"{os.getpid()}.{secrets.token_hex(4)}"
+        path = os.path.join(claimed, worker + _LOCK)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        if _locked(fd, path):  # between the two lines a reaper may have taken the new lock for a dead one
+            return worker, fd
+        os.close(fd)
+
+
+def _locked(fd: int, path: str) -> bool:
+    """Take the lock, unless somebody holds it or it is no longer the one behind this path."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except (BlockingIOError, FileNotFoundError):
+        return False
+
+
+def _retire(folder: str, fd: int) -> None:
+    _remove(folder)
+    os.close(fd)
+
+
+def _remove(folder: str) -> None:
+    try:
+        os.rmdir(folder)
+    except FileNotFoundError:
+        pass
+    except OSError:  # not empty: the lock stays, so that the next reaper looks at it
+        return
+    try:
+        os.unlink(folder + _LOCK)
+    except FileNotFoundError:
+        pass
+
+
+def dead_workers(claimed: str, own: str | None) -> Iterator[str]:
+    """The folder of each dead worker, locked while the caller deals with it; an emptied one is removed after that."""
+    names = set(os.listdir(claimed))
+    for worker in sorted({name.removesuffix(_LOCK) for name in names} - {own}):
+        folder = os.path.join(claimed, worker)
+        fd = _take_lock(folder + _LOCK, new=worker + _LOCK not in names)
+        if fd is None:
+            continue
+        try:
+            yield folder
+            _remove(folder)
+        finally:
+            os.close(fd)
+
+
+def _take_lock(path: str, *, new: bool) -> int | None:
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT | os.O_EXCL if new else 0)
+    try:
+        fd = os.open(path, flags, 0o600)
+    except (FileNotFoundError, FileExistsError):
+        return None
+    except OSError as error:
+        logging.warning("Cannot look whether the worker of %r lives: %s", path, error.strerror)
+        return None
+    if _locked(fd, path):
+        return fd
+    os.close(fd)
+    return None

@@ -1,0 +1,235 @@
+"""The folders of one maildir queue, and the files in them.
+
+    run/posts/new cur tmp           ready; `cur` because mail programs move there what they have shown
+    run/posts/.delayed/new cur tmp  waiting for their time, a Maildir++ folder
+    run/posts/.dead/new cur tmp     dead letters, the same
+    run/posts/claimed/<worker>/     being worked (lamsonq/backends/maildir_claims.py)
+    run/posts/held/                 not yet certain (lamsonq/backends/maildir_commit.py)
+    run/posts/errors/<key>          why a job failed
+
+Rules: folders are 0700 and files 0600. A rename is the only way into a folder. No name is ever renamed onto another:
+where it is taken, a mark in the name keeps the two apart. Reports are for people; a report that cannot be written
+never stops a job.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import secrets
+import stat
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from lamsonq.backends.durable import make_folders, remove_file, sync_folder, write_file
+from lamsonq.backends.maildir_names import Name, Record, decode_block, encode_block, fitted
+from lamsonq.errors import Dead, Later, QueueError, report_of
+from lamsonq.jobs import Job, Put
+
+READY, DELAYED, DEAD = "new", ".delayed/new", ".dead/new"
+STATES: Mapping[str, tuple[str, ...]] = {
+    "ready": ("new", "cur"),
+    "delayed": (".delayed/new", ".delayed/cur"),
+    "dead": (".dead/new", ".dead/cur"),
+}
+_FOLDERS = (
+    *("tmp", "new", "cur", "claimed", "held", "errors"),
+    *(f"{state}/{sub}" for state in (".delayed", ".dead") for sub in ("tmp", "new", "cur")),
+)
+_ADVICE = {
+    errno.EROFS: "mount it writable or set another queue directory",
+    errno.EACCES: "let the server's user own it",
+    errno.EPERM: "let the server's user own it",
+    errno.ENOSPC: "free some space; nothing was kept",
+    errno.EDQUOT: "raise the quota; nothing was kept",
+    errno.EIO: "check the disk; nothing was kept",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "raise the limit of open files (fs.file-max)",
+    errno.ENOTDIR: "something in its path is a file; move it away or set another queue directory",
+}
+
+
+def queue_error(name: str, error: OSError, data: object = None) -> QueueError:
+    """What is wrong with a queue's directory and what to do about it, in one line."""
+    advice = _ADVICE.get(error.errno or 0, "see its owner, mode and file system")
+    refusal = QueueError(f"cannot write {name}: {error.strerror or error}; {advice}", data)
+    refusal.__cause__ = error
+    return refusal
+
+
+class Folders:
+    """The directories of one queue; `path` is absolute."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._made = False
+
+    def at(self, *parts: str) -> str:
+        return os.path.join(self.path, *parts)
+
+    def of(self, state: str) -> tuple[str, ...]:
+        return tuple(self.at(folder) for folder in STATES[state])
+
+    def make(self, *, again: bool = False) -> None:
+        """Make what is missing. The first time the queue's own folder is synced, whoever made it: another process may
+        have made it a moment ago and not yet synced it."""
+        if self._made and not again:
+            return
+        make_folders(self.at(folder) for folder in _FOLDERS)
+        for folder in (self.at(".delayed"), self.at(".dead"), self.path, os.path.dirname(self.path)):
+            with contextlib.suppress(PermissionError):  # a parent that is not ours to read was there before
+                sync_folder(folder)
+        self._made = True
+
+    def free(self, folder: str, name: Name) -> str:
+        """A path in this folder for this name that is not taken."""
+        path = self.at(folder, name.text())
+        while os.path.lexists(path):
+            path = self.at(folder, name._replace(mark=secrets.randbits(48) | 1).text())
+        return path
+
+    def move(self, source: str, folder: str, name: Name) -> str:
+        """Rename a file into a folder. Raises FileNotFoundError when the file is not there (any more)."""
+        target = self.free(folder, name)
+        try:
+            os.rename(source, target)
+        except FileNotFoundError:
+            if not os.path.lexists(source):
+                raise
+            self.make(again=True)
+            os.rename(source, target)
+        return target
+
+    def adopt(self, source: str, folder: str, name: Name, *, first: str = "") -> None:
+        """Move a file in from another queue, by a copy where that is on another file system; `first` is a folder to be
+        synced before that copy."""
+        try:
+            self.move(source, folder, name)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            if first:
+                sync_folder(first)
+            copy = self.at("tmp", os.path.basename(source))
+            remove_file(copy)  # of an earlier try
+            with open(source, "rb") as file:
+                write_file(copy, file.read())
+            self.move(copy, folder, name)
+            sync_folder(self.at(folder))
+            os.unlink(source)
+
+    def bury(self, path: str, name: Name, reason: str) -> None:
+        """Make a dead letter of a claimed file that no handler is to see."""
+        logging.error("Job %s of %s is a dead letter: %s", name.key, self.path, reason)
+        self.add_report(name.key, reason)
+        self.move(path, DEAD, name._replace(mark=0, commit=0, errors=1))
+
+    def add_report(self, key: str, text: str) -> None:
+        self._report(key, text, os.O_APPEND)
+
+    def set_report(self, key: str, text: str) -> None:
+        """The report of a new job: the same when it is written again after a crash."""
+        self._report(key, text, os.O_TRUNC)
+
+    def _report(self, key: str, text: str, how: int) -> None:
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | how
+            with open(os.open(self.at("errors", key), flags, 0o600), "w", errors="backslashreplace") as file:
+                file.write(text if text.endswith("\n") else f"{text}\n")
+        except OSError as error:
+            logging.warning("Cannot keep the report of %r in %s: %s\n%s", key, self.path, error, text)
+
+    def report(self, key: str) -> str:
+        with contextlib.suppress(OSError), open(self.at("errors", key), errors="backslashreplace") as file:
+            return file.read()
+        return ""
+
+    def drop_report(self, key: str) -> None:
+        with contextlib.suppress(OSError):
+            os.unlink(self.at("errors", key))
+
+
+class Unreadable(Exception):
+    """The file is none that can be a job: a directory, a symbolic link, one that may not be read."""
+
+
+class Oversize(Exception):
+    """The message is larger than the limit."""
+
+
+def read_job(path: str, name: Name, *, limit: int = 0, claim: str = "") -> Job:
+    """The job in this file. Raises FileNotFoundError, Unreadable, Oversize; ValueError with a reason for a record that
+    does not check out; and the OSError where the machine is short of something."""
+    try:
+        # O_NONBLOCK: a fifo must not hang us.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            raise
+        raise Unreadable(error.strerror) from error
+    with open(fd, "rb", buffering=0) as file:
+        facts = os.fstat(fd)
+        if not stat.S_ISREG(facts.st_mode):
+            raise Unreadable("not a file")
+        if limit and facts.st_size - name.block > limit:
+            raise Oversize
+        try:
+            block = file.read(min(name.block, facts.st_size)) if name.block else b""
+            body = file.readall()
+        except OSError as error:
+            raise Unreadable(error.strerror) from error
+    return _job(name, block, body, facts.st_mtime, claim)
+
+
+def _job(name: Name, block: bytes, body: bytes, received: float, claim: str) -> Job:
+    due = name.due / 1000 if name.due else None
+    record = decode_block(block, name.block) if name.block else Record(received=received)
+    return Job(
+        key=name.key,
+        body=body,
+        sender=record.sender,
+        recipients=record.recipients,
+        peer=record.peer,
+        target=record.target,
+        received=record.received,
+        due=due,
+        deliveries=name.deliveries,
+        attempts=name.failures,
+        metadata=record.metadata,
+        claim=claim,
+    )
+
+
+class Place(NamedTuple):
+    """Where a new job goes, the line in front of it, and why it failed before it came."""
+
+    folder: str
+    name: Name
+    block: bytes
+    report: str
+
+
+def place_of(put: Put, now: float, delay: float) -> Place:
+    """`delay` is the back-off, in seconds, of a job that has failed before."""
+    job, outcome = put.job, put.outcome
+    block = encode_block(job, job.received or now)
+    name = fitted(Name(job.key, block=len(block), failures=job.attempts, bound=int(job.target is not None)))
+    report = ""
+    due = job.due
+    if outcome is not None:
+        name, report = name._replace(errors=1), report_of(outcome)
+        due = outcome.at if isinstance(outcome, Later) else None
+        if due is None and job.attempts:
+            due = now + delay
+    if isinstance(outcome, Dead):
+        return Place(DEAD, name, block, report)
+    if due is not None and due > now:
+        return Place(DELAYED, name._replace(due=milliseconds(due)), block, report)
+    return Place(READY, name, block, report)
+
+
+def milliseconds(at: float) -> int:
+    """Seconds since the epoch as a name has them: rounded up, never before its time."""
+    return max(1, min(-int(-at * 1000 // 1), 10**15 - 1))

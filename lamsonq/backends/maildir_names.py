@@ -1,0 +1,184 @@
+"""The names of files in a maildir queue, and the line that we put in front of a message. Version 1.
+
+    1244080328.M408474P3147Q4.mycomputer.local,S=812,LQ=1b96d1f2t1244080400000o1e1:2,S
+    |------------------ key -----------------| |   | |  |            ours        | |
+                                             others' version b=length of our line  flags of mail programs
+
+Rules:
+
+1. A name begins with the key; fields follow, each behind a comma; `:2,` and flags end it. Fields of other programs are
+   kept as they are. Ours is `LQ=`, a version, then letters with numbers; those that are zero are left out.
+2. No `LQ=`: a stranger's file, and all of it is the message. A version that we do not know: left untouched.
+3. What must be known about a message stands in one line of ASCII JSON in front of it, and the *name* tells how long
+   that line is. A header that looks like ours inside a message is only a header: nobody can forge a record by mail.
+4. Letters that other programs look for (`S` `W` of dovecot and courier, `U` `FMD5` of mbsync and offlineimap) are
+   never used for a field.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import socket
+import threading
+import time
+from typing import NamedTuple
+
+import msgspec
+
+from lamsonq.jobs import Job
+
+VERSION = 1
+PREFIX = b"X-Lamsonq-Job: "
+NAME_MAX = 255
+"""Bytes that a file name may have on every local file system of Linux."""
+
+_OURS_MAX = 90  # our field with every number at its longest, and the flags that a mail program may add
+_NEWER = re.compile(r",LQ=(?!1(?![0-9]))[0-9]")
+_BOUND = re.compile(r",LQ=1[a-z0-9]*o1")
+_DUE = re.compile(r",LQ=1[a-z0-9]*?t([0-9]{1,15})")
+_FIELD = re.compile(r"LQ=1((?:[a-z][0-9]{1,18})*)")
+_PAIR = re.compile(r"([a-z])([0-9]+)")
+_TAGS = "bdftoekc"
+
+
+class Name(NamedTuple):
+    """What one file name says. `block` is the length of our line; `mark` keeps two files with one key apart; `commit`
+    is the number of the settle whose puts are certain (lamsonq/backends/maildir_commit.py)."""
+
+    key: str
+    others: tuple[str, ...] = ()
+    block: int = 0
+    deliveries: int = 0
+    failures: int = 0
+    due: int = 0
+    bound: int = 0
+    errors: int = 0
+    mark: int = 0
+    commit: int = 0
+    trouble: str = ""
+
+    def text(self) -> str:
+        """The file name, without flags."""
+        head = ",".join((self.key, *self.others))
+        pairs = zip(_TAGS[1:], self[3:10], strict=True)
+        return f"{head},LQ={VERSION}b{self.block}" + "".join(f"{tag}{number}" for tag, number in pairs if number)
+
+
+def parse_name(text: str) -> Name | None:
+    """Read a file name; None when a newer version wrote it. A field that cannot be read is told in `trouble`."""
+    if is_newer(text):
+        return None
+    key, *fields = text.partition(":2,")[0].split(",")
+    ours = [field for field in fields if field.startswith("LQ=")]
+    others = tuple(field for field in fields if not field.startswith("LQ=")) if ours else tuple(fields)
+    if not ours:
+        return Name(key, others)
+    match = _FIELD.fullmatch(ours[0])
+    numbers = {tag: int(digits) for tag, digits in _PAIR.findall(match[1])} if match else {}
+    if match is None or len(ours) > 1 or not numbers.keys() <= set(_TAGS):
+        return Name(key, others, trouble=f"its name has a field that cannot be read: {text!r}")
+    counts = (numbers.get(tag, 0) for tag in _TAGS)
+    block, deliveries, failures, due, bound, errors, mark, commit = counts
+    return Name(key, others, block, deliveries, failures, due, bound, errors, mark, commit)
+
+
+def is_newer(text: str) -> bool:
+    """Whether a newer version of lamsonq has written this name."""
+    return ",LQ=" in text and _NEWER.search(text) is not None
+
+
+def is_deleted(text: str) -> bool:
+    """Whether somebody has marked the file as deleted in a mail program (flag T)."""
+    return ":2," in text and "T" in text.rpartition(":2,")[2]
+
+
+def is_bound(text: str) -> bool:
+    """Whether the job in this file has a target."""
+    return _BOUND.search(text) is not None
+
+
+def due_of(text: str) -> int:
+    """When the delayed job in this file is due, in milliseconds since the epoch; 0 when the name does not tell."""
+    match = _DUE.search(text)
+    return int(match[1]) if match else 0
+
+
+def fitted(name: Name) -> Name:
+    """The same name, or one with a key of our own where this one would not fit into a file system."""
+    size = len(os.fsencode(",".join((name.key, *name.others)))) + _OURS_MAX
+    usable = name.key and not name.key.startswith(".") and "/" not in name.key and "," not in name.key
+    return name if usable and ":2," not in name.key and size <= NAME_MAX else name._replace(key=new_key(), others=())
+
+
+def _host() -> str:
+    """This machine's name as a part of a file name: the maildir convention replaces / and :, we the comma as well."""
+    cleaned = re.sub(r"[/:,\s\x00-\x1f]", "_", socket.gethostname())
+    return os.fsencode(cleaned)[:64].decode("ascii", "replace").replace("\ufffd", "_") or "localhost"
+
+
+class _Keys:
+    """Keys in rising order: two of one process never share a microsecond."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = itertools.count(1)
+        self._last = 0
+
+    def new(self) -> str:
+        with self._lock:
+            now = time.time_ns() // 1000
+            if 0 <= self._last - now < 1_000_000:
+                now = self._last + 1
+            self._last = now
+            number = next(self._count)
+        return f"{now // 1_000_000}.M{now % 1_000_000:06d}P{os.getpid()}Q{number}.{_host()}"
+
+
+_keys = _Keys()
+
+
+def new_key() -> str:
+    """`<seconds>.M<microseconds>P<process>Q<number>.<host>`: what maildir programs call their files."""
+    return _keys.new()
+
+
+def _start_afresh() -> None:
+    """Another thread of the parent may have held the lock at the fork."""
+    global _keys
+    _keys = _Keys()
+
+
+os.register_at_fork(after_in_child=_start_afresh)
+
+
+class Record(msgspec.Struct, omit_defaults=True):
+    """What stands in our line. A field that is missing has its default; one that is unknown is passed over."""
+
+    sender: str | None = None
+    recipients: tuple[str, ...] = ()
+    peer: str | None = None
+    target: str | None = None
+    received: float = 0.0
+    metadata: dict[str, str] = {}
+
+
+def encode_block(job: Job, received: float) -> bytes:
+    """The line in front of a message, for a job that was received at this time."""
+    record = Record(job.sender, job.recipients, job.peer, job.target, received, dict(job.metadata))
+    # json, not msgspec, because it writes ASCII and does not refuse the surrogates of undecodable bytes.
+    return PREFIX + json.dumps(msgspec.to_builtins(record), separators=(",", ":")).encode("ascii") + b"\n"
+
+
+def decode_block(block: bytes, length: int) -> Record:
+    """Read the line; `length` is what the name said. Raises ValueError with a reason."""
+    if len(block) < length:
+        raise ValueError(f"the file ends within its job record ({len(block)} of {length} bytes)")
+    if not block.startswith(PREFIX) or not block.endswith(b"\n"):
+        raise ValueError(f"the first {length} bytes of the file are no job record")
+    try:
+        return msgspec.convert(json.loads(block[len(PREFIX) :]), Record)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the job record cannot be read: {error}") from error

@@ -1,0 +1,40 @@
+"""The command line: one function for each command, whose docstring is its help.
+
+Rules:
+
+1. Every option takes Lamson's spelling and the usual one: `-boot x` and `--boot x`, `-ALL run` and `--all run`.
+2. Data goes to stdout, trouble to stderr. What cannot be done is one line, `ERROR: ...`, and an exit code: 1 refused,
+   2 usage or import, 3 broker, 4 pid file, 5 settings.
+3. Commands import what they need when they run, so that help and completion stay fast.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from lamsonq.commands import mail, project, servers
+from lamsonq.commands.options import Commands
+
+COMMANDS = (
+    project.gen,
+    servers.start,
+    servers.stop,
+    servers.status,
+    servers.log,
+    mail.queue,
+    mail.routes,
+    mail.send,
+    mail.fsck,
+    project.demo,
+    project.help_,
+    project.version,
+)
+
+lamsonq = Commands("lamsonq", COMMANDS)
+
+
+def main() -> None:
+    """The `lamsonq` script."""
+    if sys.platform != "linux":
+        sys.exit("ERROR: lamsonq runs on Linux: its queues and processes need the locks and signals of that kernel.")
+    lamsonq(prog_name="lamsonq")

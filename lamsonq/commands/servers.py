@@ -1,0 +1,269 @@
+"""start, stop, status and log: what runs servers."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from lamsonq.commands.options import declare, json_option, option, switch
+from lamsonq.errors import PidFileError, Refusal, UsageError
+
+if TYPE_CHECKING:
+    from lamsonq.server import Receiver
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+RUN = "run"
+SMTP_PID = "run/smtp.pid"
+LOG_PID = "run/log.pid"
+LOG_FORMAT = "%(asctime)s %(levelname)s:%(name)s:%(message)s"
+
+
+def _server_options(pid: str) -> Callable[[F], F]:
+    """What every command has that starts a server."""
+    options = (
+        option("pid", "The pid file, which is locked while the server runs.", default=pid, metavar="FILE"),
+        switch("FORCE", "Start although there is a pid file; one that a running server holds stays its own.", "-f"),
+        option("chdir", "Change to this directory first.", default=".", metavar="DIR"),
+        switch("debug", "Stay in the foreground, with the log on stderr."),
+        click.option("--daemon/--no-daemon", "daemon", default=True, help="Run in the background, or stay here."),
+    )
+
+    def decorate(function: F) -> F:
+        for each in reversed(options):
+            function = each(function)
+        return function
+
+    return decorate
+
+
+@declare()
+@option("boot", "The boot module.", default="config.boot", metavar="MODULE")
+@option("workers", "How many processes.", type=click.IntRange(1, 1000), default=1, metavar="N")
+@_server_options(SMTP_PID)
+def start(boot: str, workers: int, **options: Any) -> None:
+    """Start a server: run the receiver of a boot module.
+
+    Returns when it listens, or with the reason why it does not.
+    """
+
+    def receiver() -> Receiver:
+        from lamsonq import settings
+
+        found = _receiver_of(settings.boot(boot), boot)
+        _check_states(found, workers)
+        return found
+
+    _serve(receiver, lambda: _check_project(boot), workers, **options)
+
+
+def _check_project(boot: str) -> None:
+    """Refuse to start, before anything is written, where the boot cannot be."""
+    from importlib.util import find_spec
+
+    package = boot.split(".")[0]
+    here = os.path.isdir(package) or os.path.isfile(f"{package}.py")
+    # A boot may be installed, but "config" never is: a stray one on the path would be another project's.
+    if not here and (package == "config" or find_spec(package) is None):
+        raise UsageError(f"there is no {boot} in {os.getcwd()}: start a server in a project (lamsonq gen makes one)")
+
+
+@declare()
+@option("port", "The port to listen on; 0 takes a free one.", type=click.IntRange(0, 65535), default=8825, metavar="N")
+@option("host", "The address to listen on.", default="127.0.0.1", metavar="ADDRESS")
+@_server_options(LOG_PID)
+def log(port: int, host: str, **options: Any) -> None:
+    """Start a server that takes all mail, logs it to logs/logger.log and keeps it in run/queue.
+
+    Relay to it while you develop: nothing leaves your machine.
+    """
+
+    def receiver() -> Receiver:
+        return _log_server(host, port)
+
+    def check() -> None:
+        if not os.path.isdir("config") and not os.path.isdir(RUN):
+            raise UsageError(f"{os.getcwd()} is no project: it has neither config/ nor run/ (lamsonq gen makes one)")
+
+    _serve(receiver, check, 1, **options)
+
+
+def _log_server(host: str, port: int) -> Receiver:
+    """The boot of `lamsonq log`. Its states are in memory, and its handlers have none."""
+    import logging
+
+    from lamsonq.queue import Queue
+    from lamsonq.routing import Router
+    from lamsonq.server import SMTPReceiver
+
+    os.makedirs("logs", exist_ok=True)
+    logging.basicConfig(filename="logs/logger.log", level=logging.DEBUG, format=LOG_FORMAT)
+    logging.getLogger("mail.log").setLevel(logging.WARNING)  # every line of every dialogue is too much
+    Router.load(["lamsonq.handlers.log", "lamsonq.handlers.queue"])
+    Router.UNDELIVERABLE_QUEUE = Queue("run/undeliverable-log")
+    return SMTPReceiver(host, port)
+
+
+def _serve(
+    boot: Callable[[], Receiver],
+    check: Callable[[], None],
+    workers: int,
+    *,
+    pid: str,
+    force: bool,
+    chdir: str,
+    debug: bool,
+    daemon: bool,
+) -> None:
+    from lamsonq import process
+
+    try:
+        os.chdir(os.path.expanduser(chdir))
+    except OSError as error:
+        raise Refusal(f"cannot change to {chdir}: {error.strerror}") from error
+    check()
+    if force:
+        _refuse_force(pid)
+    try:
+        os.makedirs(os.path.dirname(pid) or ".", exist_ok=True)
+    except OSError as error:
+        raise Refusal(f"cannot make the directory of {pid}: {error.strerror}") from error
+    if debug:
+        click.echo("lamsonq started in debug mode. ctrl-c to quit...", err=True)
+        process.run(process.Service(lambda: _logging_here(boot()), pid, workers))
+    elif daemon:
+        process.start(process.Service(boot, pid, workers))
+    else:
+        process.run(process.Service(boot, pid, workers))
+
+
+def _refuse_force(pid: str) -> None:
+    """A lock cannot be forced: two servers on one pid file would be two servers that nobody can stop."""
+    from lamsonq import pidfile
+
+    running = pidfile.find(pid)
+    if running is not None:
+        raise PidFileError(f"PID file {pid} is locked by the running process {running.pid}: stop it first")
+
+
+def _receiver_of(settings: Any, boot: str) -> Receiver:
+    receiver: Receiver | None = getattr(settings, "receiver", None)
+    if receiver is None:
+        raise UsageError(f"{boot} sets no settings.receiver: there is nothing to start")
+    return receiver
+
+
+def _check_states(receiver: Receiver, workers: int) -> None:
+    """Refuse several processes when each would have states of its own: a conversation would go on in any of them."""
+    from lamsonq.routing import Router
+    from lamsonq.state import MemoryStorage
+
+    router = getattr(receiver, "router", Router)
+    stateful = any(not handler.marks.stateless for handler in router.table.handlers.values())
+    if workers > 1 and stateful and isinstance(router.STATE_STORE, MemoryStorage):
+        advice = 'set Router.STATE_STORE = SQLiteStorage("run/state.db") in the boot'
+        raise Refusal(f"{workers} processes need states that they share: {advice}")
+
+
+def _logging_here(receiver: Receiver) -> Receiver:
+    """After the boot has configured logging, show it on the terminal too."""
+    import logging
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(LOG_FORMAT))
+    logging.getLogger().addHandler(handler)
+    return receiver
+
+
+@declare()
+@option("pid", "The pid file of the server.", default=SMTP_PID, metavar="FILE")
+@click.option("-ALL", "--all", "run", is_flag=False, flag_value=RUN, metavar="[DIR]", help="All of a directory. [run]")
+@switch("KILL", "End it at once, whatever it does.", "--force", "-f")
+def stop(pid: str, run: str | None, kill: bool) -> None:
+    """Stop a server, or all of a directory; returns when they have ended."""
+    from lamsonq import process
+
+    if run is not None:
+        files = _pid_files(run)
+        click.echo(f"Stopping processes with the following PID files:\n{files}")
+    elif os.path.lexists(pid):
+        files = [pid]
+    else:
+        raise Refusal(f"PID file {pid} doesn't exist, maybe lamsonq isn't running?")
+    troubles = process.stop(files, kill, click.echo, lambda line: click.echo(line, err=True))
+    for trouble in troubles[:-1]:
+        click.echo(f"ERROR: {trouble}", err=True)
+    if troubles:
+        raise troubles[-1]
+
+
+def _pid_files(run: str) -> list[str]:
+    return sorted(glob.glob(os.path.join(glob.escape(run), "*.pid")))
+
+
+@declare()
+@option("pid", "The pid file of the server.", default=SMTP_PID, metavar="FILE")
+@click.option("-ALL", "--all", "run", is_flag=False, flag_value=RUN, metavar="[DIR]", help="All of a directory. [run]")
+@json_option
+@click.pass_context
+def status(ctx: click.Context, pid: str, run: str | None, as_json: bool) -> None:
+    """Tell whether a server runs. Exits with 1 when it does not."""
+    servers = [_server(pid)] if run is None else [_server_or_trouble(path) for path in _pid_files(run)]
+    if as_json:
+        click.echo(json.dumps({"servers": servers, "queues": _queues(run or os.path.dirname(pid) or ".")}))
+    elif run is None:
+        click.echo(_line(servers[0]), err=not servers[0]["running"])
+    else:
+        for server in servers:
+            click.echo(f"{server['pid_file']}: {_line(server)}")
+    ctx.exit(0 if servers and all(server["running"] for server in servers) else 1)
+
+
+def _line(server: dict[str, Any]) -> str:
+    if "trouble" in server:
+        return f"{server['trouble']}"
+    return f"lamsonq running with PID {server['pid']}" if server["running"] else "lamsonq not running."
+
+
+def _server(path: str) -> dict[str, Any]:
+    from lamsonq import pidfile
+
+    running = pidfile.find(path)
+    if running is None:
+        return {"pid_file": path, "running": False, "pid": None, "boot": None}
+    running.close()
+    return {"pid_file": path, "running": True, "pid": running.pid, "boot": _boot_of(running.pid)}
+
+
+def _server_or_trouble(path: str) -> dict[str, Any]:
+    """One file that is no pid file must not hide the others."""
+    try:
+        return _server(path)
+    except Refusal as refusal:
+        return {"pid_file": path, "running": False, "pid": None, "boot": None, "trouble": str(refusal)}
+
+
+def _boot_of(pid: int) -> str | None:
+    """Which boot a server runs: what its own command line says."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode("utf-8", "replace").split("\0")
+    except OSError:
+        return None
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, _, value = word.partition("=")
+        if name in ("-boot", "--boot"):
+            return value or following
+    return "config.boot" if "start" in words else "log"
+
+
+def _queues(run: str) -> dict[str, dict[str, int]]:
+    """How many messages of each state every queue of a directory has."""
+    from lamsonq import fsck
+
+    return {str(path): counts for path, counts in fsck.counts(run).items()}

@@ -1,0 +1,172 @@
+"""Every exception, and the one vocabulary of failure: *later* or *never*.
+
+Whatever goes wrong while a message is handled answers one question: may it be tried again? `Later` says
+yes, `Dead` says no. Both are raised by handlers and are also the value that the attempt settles its job with:
+over SMTP they become a 4xx or 5xx reply, in a queue a delayed job or a dead letter.
+
+The other half of this file is for the people at the keyboard: `Refusal` and what derives from it carry the exit
+code of the command that they end, and a message that says what to do.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class Later(Exception):
+    """Try this again: at `at` (seconds since the epoch), or when the queue's back-off says so.
+
+    `counted=False` gives the job back as if it had never been taken: no failure, no delivery.
+    """
+
+    def __init__(self, reason: str = "", at: float | None = None, *, counted: bool = True) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.at = at
+        self.counted = counted
+
+
+class Dead(Exception):
+    """Never try this again; keep the message as a dead letter, with this reason."""
+
+    def __init__(self, reason: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+# The texts that both ancestors answer with, which users' logs and tests know: the class of the reply (RFC 1893
+# section 3.1, the first digit) and its subject (section 3.2, the second digit).
+_CLASS = {"2": "Success", "4": "Persistent Transient Failure", "5": "Permanent Failure"}
+_SUBJECT = {
+    "0": "Other or Undefined Status",
+    "1": "Addressing Status",
+    "2": "Mailbox Status",
+    "3": "Mail System Status",
+    "4": "Network and Routing Status",
+    "5": "Mail Delivery Protocol Status",
+    "6": "Message Content or Media Status",
+    "7": "Security or Policy Status",
+}
+
+
+class SMTPError(Exception):
+    """Raised by a handler: the reply over SMTP; in a queue 4xx means later and 5xx means dead.
+
+    `code` is the three-digit reply code (RFC 5321 section 4.2), `message` the text behind it; without one the text
+    is made from the digits. Raises ValueError for a code that is not three digits.
+    """
+
+    def __init__(self, code: int, message: str | None = None) -> None:
+        digits = str(code)
+        if not (isinstance(code, int) and len(digits) == 3 and digits.isdigit()):
+            raise ValueError(f"an SMTP reply code has three digits (RFC 5321 section 4.2), not {code!r}")
+        if message is None:
+            message = " ".join(filter(None, [_CLASS.get(digits[0]), _SUBJECT.get(digits[1])]))
+            if digits[0] not in _CLASS:
+                message = ""
+        self.code = code
+        self.message = message
+        super().__init__(f"{code} {message}")
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One call of a plan that failed: which function, for whom, and the exception that says later or never.
+
+    `target` is the dotted name of the function, or None where no state function was involved (a relay).
+    """
+
+    recipient: str
+    target: str | None
+    error: Exception
+
+    def outcome(self) -> Later | Dead:
+        return outcome_of(self.error)
+
+
+class Undelivered(Exception):
+    """Raised by `deliver`: these calls or recipients failed; all others have succeeded and must not run again."""
+
+    def __init__(self, failures: Sequence[Failure]) -> None:
+        self.failures = tuple(failures)
+        super().__init__("; ".join(f"{f.recipient}: {reason_of(f.error)}" for f in failures))
+
+
+class LeaseLost(Exception):
+    """The job was settled or taken by somebody else: whatever this worker did with it is dropped."""
+
+
+def outcome_of(error: BaseException) -> Later | Dead:
+    """The one place where an exception becomes *later* or *never*; the exception stays attached as the cause."""
+    if isinstance(error, Later | Dead):
+        return error
+    if isinstance(error, Undelivered):  # a relay's: worth another try while anybody may still get it
+        later = any(isinstance(failure.outcome(), Later) for failure in error.failures)
+    else:
+        later = isinstance(error, SMTPError) and error.code < 500
+    outcome = Later(str(error)) if later else Dead(reason_of(error))
+    outcome.__cause__ = error
+    return outcome
+
+
+def reason_of(error: BaseException) -> str:
+    """One line that names the error: what a dead letter and a log line show first."""
+    text = " ".join(str(error).split())
+    if isinstance(error, Later | Dead | SMTPError):
+        return text or type(error).__name__
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def report_of(outcome: Later | Dead) -> str:
+    """The reason and, where there was an exception, its traceback: what is kept beside a failed job."""
+    error: BaseException = outcome.__cause__ or outcome
+    if error.__traceback__ is None and error.__cause__ is None and not getattr(error, "__notes__", None):
+        return f"{reason_of(outcome)}\n"
+    return f"{reason_of(outcome)}\n\n{''.join(traceback.format_exception(error))}"
+
+
+class Refusal(Exception):
+    """What a command cannot do, in one line that says what to do about it. `exit_code` ends the command."""
+
+    exit_code = 1
+
+
+class UsageError(Refusal):
+    """A command line, a handler module or a route that cannot be used."""
+
+    exit_code = 2
+
+
+class RouteError(UsageError):
+    """A route that cannot be loaded: names the file and line of the decorator."""
+
+
+class QueueError(Refusal):
+    """A queue that cannot be opened or written. `data` is what was to be queued, as Lamson has it."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, data: object = None) -> None:
+        super().__init__(message)
+        self._message = message
+        self.data = data
+
+
+class BrokerError(Refusal):
+    """A queue's URL that no backend serves, or a server that does not answer."""
+
+    exit_code = 3
+
+
+class PidFileError(Refusal):
+    """A pid file that is held by a running server, or is not one."""
+
+    exit_code = 4
+
+
+class SettingsError(Refusal):
+    """A setting that is missing, misspelt or of the wrong type: names file, key, what was wanted and found."""
+
+    exit_code = 5

@@ -1,0 +1,158 @@
+"""The accounting invariant: every message that was accepted is handled, or lies in a queue where it can be found.
+
+Rules:
+
+1. Nothing is changed. A queue may be in use while it is checked; for an account of all messages, stop it first.
+2. A file that cannot be a job (its name or its record does not check out) is broken, and the check fails.
+3. What lies in `tmp/` and `held/` was never promised to anybody: it is counted as left over, and is no failure. A job
+   that has been settled, but whose puts were not all published when its process died, still has its own file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from lamsonq.backends.maildir_files import STATES, Oversize, Unreadable, read_job
+from lamsonq.backends.maildir_names import is_deleted, parse_name
+from lamsonq.errors import Refusal
+
+_MESSAGE_ID = re.compile(rb"^message-id:\s*(\S+)", re.IGNORECASE | re.MULTILINE)
+_HEADER_END = re.compile(rb"\r?\n\r?\n")
+
+
+@dataclass
+class QueueReport:
+    """What one queue holds: jobs of each state, leftovers, and the files that are no jobs with the reason."""
+
+    ready: int = 0
+    delayed: int = 0
+    reserved: int = 0
+    dead: int = 0
+    held: int = 0
+    tmp: int = 0
+    broken: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Report:
+    """What was found under a directory; `missing` are the accepted Message-IDs that are nowhere."""
+
+    queues: dict[str, QueueReport] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    accounted: int = 0
+
+    @property
+    def good(self) -> bool:
+        return not self.missing and not any(queue.broken for queue in self.queues.values())
+
+    def as_json(self) -> dict[str, object]:
+        return {"good": self.good, **asdict(self)}
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        for path, queue in self.queues.items():
+            jobs = f"ready {queue.ready}, delayed {queue.delayed}, reserved {queue.reserved}, dead {queue.dead}"
+            yield f"{path}: {jobs}; left over: held {queue.held}, tmp {queue.tmp}; broken {len(queue.broken)}"
+            for name, reason in queue.broken.items():
+                yield f"  {name}: {reason}"
+        for message_id in self.missing:
+            yield f"missing: {message_id}"
+        yield "All is accounted for." if self.good else "Not all is accounted for."
+
+
+def check(run: str | Path, accepted: Iterable[str] = (), handled: Iterable[str] = ()) -> Report:
+    """Look at every file of every maildir queue under `run`; Message-IDs are written as in the header.
+
+    Raises Refusal when `run` is no directory.
+    """
+    report = Report()
+    wanted = set(accepted)
+    report.accounted = len(wanted)
+    wanted -= set(handled)
+    for path in queues(run):
+        queue = report.queues[str(path)] = QueueReport()
+        for state, file in _files(path):
+            ids = _look(path, state, file, queue)
+            wanted -= ids
+        queue.held = _count(path / "held")
+        queue.tmp = sum(_count(path / sub) for sub in ("tmp", ".delayed/tmp", ".dead/tmp"))
+    report.missing = sorted(wanted)
+    report.accounted -= len(wanted)
+    return report
+
+
+def counts(run: str | Path) -> dict[Path, dict[str, int]]:
+    """How many files each queue under `run` has in each state. Reads names only."""
+    return {path: dict.fromkeys((*STATES, "reserved"), 0) | Counter(s for s, _ in _files(path)) for path in queues(run)}
+
+
+def queues(run: str | Path) -> Iterator[Path]:
+    """The maildir queues under a directory. Raises Refusal when it is none."""
+    if not os.path.isdir(run):
+        raise Refusal(f"{run} is not a directory: give the one that holds the queues")
+    for folder, inner, _ in os.walk(run):
+        inner.sort()
+        if {"new", "cur", "tmp"} <= set(inner):
+            yield Path(folder)
+            inner[:] = [name for name in inner if name not in _OWN]
+
+
+_OWN = {"new", "cur", "tmp", "claimed", "held", "errors", ".delayed", ".dead"}
+
+
+def read_ids(path: str | None) -> list[str]:
+    """The lines of a file, without blank ones; none without a file. Raises Refusal."""
+    if path is None:
+        return []
+    try:
+        lines = Path(path).read_text("utf-8", "surrogateescape").splitlines()
+    except OSError as error:
+        raise Refusal(f"cannot read {path}: {error.strerror}") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _files(queue: Path) -> Iterator[tuple[str, Path]]:
+    """(state, file) of everything in a queue that is to be a job."""
+    for state, folders in STATES.items():
+        for folder in folders:
+            yield from ((state, file) for file in _listed(queue / folder) if not is_deleted(file.name))
+    for worker in _listed(queue / "claimed"):
+        if worker.is_dir():
+            yield from (("reserved", file) for file in _listed(worker))
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except FileNotFoundError:
+        return []
+
+
+def _count(folder: Path) -> int:
+    return len(_listed(folder))
+
+
+def _look(queue: Path, state: str, file: Path, report: QueueReport) -> set[str]:
+    """Check one file and count it; the Message-IDs in it."""
+    name = parse_name(file.name)
+    trouble = "a newer version of lamsonq has written it" if name is None else name.trouble
+    body = b""
+    if name is not None and not trouble:
+        try:
+            body = read_job(str(file), name).body
+        except FileNotFoundError:
+            return set()  # taken while we looked: it is where it went
+        except (ValueError, Unreadable, Oversize, OSError) as error:
+            trouble = str(error)
+    if trouble:
+        report.broken[str(file.relative_to(queue))] = trouble
+    setattr(report, state, getattr(report, state) + 1)
+    header = _HEADER_END.split(body, maxsplit=1)[0]
+    return {found.decode("utf-8", "surrogateescape") for found in _MESSAGE_ID.findall(header)}

@@ -1,0 +1,162 @@
+"""Queues as handlers see them: `Queue("run/posts").push(message)`.
+
+Rules:
+
+1. What a handler pushes waits until the handler has returned, and is dropped when it raises; `now=True` acts at once,
+   and may therefore repeat when the handler is tried again.
+2. A message in a queue keeps what came in: its bytes, and beside them the envelope that it came with.
+3. A message of a handler has the one recipient that the handler was called for; a receiver's spool has all of them.
+
+The class has the methods of Lamson's, and works with any backend (lamsonq/backends/).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from email.message import Message
+
+from lamsonq import attempt
+from lamsonq.address import canonical
+from lamsonq.backends import open_backend
+from lamsonq.errors import Later, QueueError
+from lamsonq.jobs import DONE, Job, Put
+from lamsonq.mail import Envelope, MailRequest
+from lamsonq.response import MailResponse
+
+Pushable = MailRequest | MailResponse | Message | bytes | str
+
+
+class Queue:
+    """A queue by its directory or URL. Cheap to make: the store behind it is shared within the process.
+
+    With `pop_limit` (bytes, 0 = none) a larger message is not handed out but moved into the maildir `oversize_dir`, or
+    to the dead letters. `safe` is Lamson's, and always so. Raises BrokerError for a URL that no backend serves.
+
+    Source: Lamson's and Salmon's `queue.Queue`.
+    """
+
+    def __init__(self, queue_dir: str, safe: bool = False, pop_limit: int = 0, oversize_dir: str | None = None) -> None:
+        self.dir = os.fspath(queue_dir)
+        self.safe = safe
+        self.pop_limit = pop_limit
+        self.oversize_dir = oversize_dir
+        self.backend = open_backend(self.dir, pop_limit=pop_limit, oversize_dir=oversize_dir)
+
+    def push(self, message: Pushable, now: bool = False) -> str:
+        """Queue a message; its key. Raises QueueError, whose `data` is the message; TypeError for what is none."""
+        key = self.backend.new_key()
+        put = Put(self.backend, job_of(message, key))
+        running = attempt.current()
+        if running is not None and not now:
+            running.put(put)
+            return key
+        try:
+            self.backend.put([put])
+        except QueueError as error:
+            error.data = message
+            raise
+        return key
+
+    def pop(self) -> tuple[str, MailRequest] | tuple[None, None]:
+        """Take the oldest ready message out of the queue: for scripts, because it is gone even if they fail then."""
+        for job in self.backend.reserve(1):
+            try:
+                message = message_of(job, self.dir)
+            except Exception:  # whatever it is, the message must not stay claimed
+                self.backend.settle(job, Later(counted=False))
+                raise
+            self.backend.settle(job, DONE)
+            return job.key, message
+        return None, None
+
+    def get(self, key: str) -> MailRequest | None:
+        """A message without taking it, in whatever state it is; None when there is none of this key."""
+        job = self.backend.get(key)
+        return None if job is None else message_of(job, self.dir)
+
+    def remove(self, key: str) -> None:
+        """Delete a message that nobody works on; nothing happens when there is none."""
+        self.backend.remove(key)
+
+    def keys(self) -> list[str]:
+        """The keys of the ready messages, oldest first."""
+        return self.backend.keys()
+
+    def count(self) -> int:
+        """How many messages are ready."""
+        return self.backend.counts()["ready"]
+
+    __len__ = count
+
+    def __bool__(self) -> bool:
+        return True  # an empty queue is still a queue
+
+    def clear(self) -> None:
+        """Delete every ready message. What is delayed, dead or being worked stays."""
+        for key in self.keys():
+            self.remove(key)
+
+    def oversize(self, key: str) -> tuple[bool, str]:
+        """Whether a message is over `pop_limit`, and where it lies. Raises KeyError."""
+        job = self.backend.get(key)
+        if job is None:
+            raise KeyError(key)
+        path_of = getattr(self.backend, "path_of", None)  # only a store of files has it
+        too_large = bool(self.pop_limit) and len(job.body) > self.pop_limit
+        return too_large, str(path_of(key) if path_of else self.dir)
+
+    def __repr__(self) -> str:
+        return f"<Queue {self.dir}>"
+
+
+def message_of(job: Job, name: str) -> MailRequest:
+    """The message in a job of the queue `name`: the queue is its Peer, the original peer stands in the envelope."""
+    envelope = Envelope(job.sender, job.recipients, job.peer, job.received)
+    return MailRequest(name, job.sender, list(job.recipients), job.body, envelope=envelope)
+
+
+def job_of(message: Pushable, key: str) -> Job:
+    """The job that keeps a message. Raises TypeError for what is no message."""
+    if isinstance(message, MailRequest):
+        return _job_of_request(message, key)
+    now = time.time()
+    if isinstance(message, MailResponse):
+        recipients = tuple(message.recipients)
+        return Job(key=key, body=message.to_bytes(), sender=message.sender, recipients=recipients, received=now)
+    if isinstance(message, Message):
+        return Job(key=key, body=message.as_bytes(), received=now)
+    if isinstance(message, str):
+        return Job(key=key, body=message.encode("utf-8", "surrogateescape"), received=now)
+    if isinstance(message, bytes | bytearray | memoryview):
+        return Job(key=key, body=bytes(message), received=now)
+    raise TypeError(
+        f"a queue takes a MailRequest, MailResponse, email Message, bytes or str, not {type(message).__name__}"
+    )
+
+
+def _job_of_request(message: MailRequest, key: str) -> Job:
+    envelope = message.envelope
+    wanted = message.route_to if len(message.route_to) > 1 else [message.To] if message.To else []
+    as_received = {canonical(path): path for path in envelope.rcpt_tos}
+    sender: str | None = envelope.mail_from
+    if sender is None:
+        sender = message.From or None
+    elif canonical(sender) != message.From:
+        sender = message.From
+    return Job(
+        key=key,
+        body=message.to_bytes(),
+        sender=sender,
+        recipients=tuple(as_received.get(recipient, recipient) for recipient in wanted),
+        peer=_peer_text(envelope.peer),
+        received=envelope.received or time.time(),
+    )
+
+
+def _peer_text(peer: object) -> str | None:
+    """A socket's address as people write it; a queue's name as it is."""
+    if isinstance(peer, tuple) and len(peer) >= 2:
+        host, port = str(peer[0]), peer[1]
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return None if peer is None else str(peer)

@@ -1,0 +1,486 @@
+"""From an address to a state function.
+
+Rules:
+
+1. Decorators only mark (marks.py); `Router.load` imports modules, resolves their routes into a new table, and swaps it
+   in when all of them are good. A table never changes; who has one may go on using it.
+2. `plan` says what a message asks for: for each recipient every stateless function whose route matches, and the first
+   stateful one that is in state. It runs nothing. `deliver` runs a plan.
+3. An expression matches the whole address, in any case. A `(name)` that neither the route nor `Router.defaults`
+   defines fails the load, with file and line.
+4. A state whose name is no state function of its module counts as START: the recorded ERROR too.
+5. A conversation that moved to another module is no longer in its old one, until it is handed back; when nothing at
+   all takes the message, the old one begins anew at START. One that moved to a queue's handlers goes to that queue.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from lamsonq.attempt import ELSEWHERE_PATIENCE, Attempt, Call, Settle, Stateful
+from lamsonq.errors import Dead, Failure, Later, Undelivered, reason_of
+from lamsonq.jobs import Done, Job, Outcome, Put
+from lamsonq.mail import MailRequest
+from lamsonq.marks import (
+    MODULES,
+    Marks,
+    StateKeyGenerator,
+    marks_of,
+    nolocking,
+    route,
+    route_like,
+    state_key_generator,
+    stateless,
+)
+from lamsonq.modules import changed_at, import_handlers, reread
+from lamsonq.queue import Queue, job_of
+from lamsonq.state import START, Conversation, Conversations, MemoryStorage, StateStorage
+from lamsonq.table import Handler, Route, Table, build_table
+
+__all__ = [
+    "MemoryStorage",
+    "Router",
+    "RoutingBase",
+    "StateStorage",
+    "nolocking",
+    "publish",
+    "route",
+    "route_like",
+    "state_key_generator",
+    "stateless",
+]
+
+LOG = logging.getLogger("routing")
+
+Candidate = tuple[Handler, Route, dict[str, str]]
+"""A stateful function whose route matches, with what the route captured."""
+
+RELOAD_INTERVAL = 1.0
+"""Seconds between two looks at the handlers' files, with `RELOAD = True`."""
+
+
+class RoutingBase:
+    """A router. `Router` is the process's own; make more for tests or for several receivers in one process.
+
+    Settable attributes: `STATE_STORE` (a StateStorage), `UNDELIVERABLE_QUEUE` (a Queue or None), `RELOAD` (look for
+    changed handler files), `LOG_EXCEPTIONS` (False lets errors of a reload through instead of logging them).
+    """
+
+    def __init__(self) -> None:
+        self.table = Table()
+        self.DEFAULT_CAPTURES: dict[str, str] = {}
+        self.UNDELIVERABLE_QUEUE: Queue | None = None
+        self.RELOAD = False
+        self.LOG_EXCEPTIONS = True
+        self.queues: dict[str, Queue] = {}
+        self._names: list[str] = []
+        self._direct: list[tuple[str, Callable[..., Any]]] = []
+        self._lock = threading.RLock()
+        self._next_look = 0.0
+        self._seen: dict[str, float] = {}
+        self.STATE_STORE = MemoryStorage()
+
+    @property
+    def STATE_STORE(self) -> StateStorage:
+        """Where the states are; a new one may be set before the first message."""
+        return self._store
+
+    @STATE_STORE.setter
+    def STATE_STORE(self, store: StateStorage) -> None:
+        self._store = store
+        self._conversations = Conversations(store.lock_file)
+
+    # -- the table ---------------------------------------------------------------------------------------------
+
+    @property
+    def REGISTERED(self) -> dict[str, tuple[re.Pattern[str], list[Callable[..., Any]]]]:
+        return {e: (r.compiled, [h.function for h in r.handlers]) for e, r in self.table.routes.items()}
+
+    @property
+    def ORDER(self) -> list[str]:
+        return list(self.table.routes)
+
+    @property
+    def HANDLERS(self) -> dict[str, StateKeyGenerator]:
+        return {name: generator or _default_state_key for name, generator in self.table.modules.items()}
+
+    def defaults(self, **captures: str) -> None:
+        """What `(name)` stands for in every route that does not say so itself. Before or after `load`."""
+        with self._lock:
+            self.DEFAULT_CAPTURES.update(captures)
+            self.table = self._new_table()
+
+    def load(self, handlers: Iterable[str]) -> None:
+        """Import these modules and add their state functions, in order of definition.
+
+        Raises UsageError when one cannot be imported and RouteError when a route is wrong; the table is then
+        what it was.
+        """
+        with self._lock:
+            before = list(self._names)
+            for name in handlers:
+                import_handlers(name)
+                if name not in self._names:
+                    self._names.append(name)
+            try:
+                self.table = self._new_table()
+            except BaseException:
+                self._names = before
+                raise
+
+    def register_route(self, format: str, func: Callable[..., Any]) -> None:
+        """Add one function under one regular expression, without a decorator and captures of its own."""
+        with self._lock:
+            self._direct.append((format, func))
+            self.table = self._new_table()
+
+    def hand_over(self, modules: Iterable[str], queue: Queue | str) -> None:
+        """Say that these modules are the handlers of a queue that another process works: a conversation that moves to
+        one of their functions goes there, with its messages, until it is handed back."""
+        target = Queue(queue) if isinstance(queue, str) else queue
+        self.queues.update(dict.fromkeys(modules, target))
+
+    def clear_routes(self) -> None:
+        """Forget all routes and captures; `load` brings modules back."""
+        with self._lock:
+            self._names.clear()
+            self._direct.clear()
+            self.queues.clear()
+            self.table = Table()
+
+    def clear_states(self) -> None:
+        self.STATE_STORE.clear()
+
+    def reload(self) -> None:
+        """Read all handler modules anew. When one of them is broken all stay as they were, and the error is
+        logged (or raised, with LOG_EXCEPTIONS off)."""
+        with self._lock:
+            try:
+                with reread(self._names):
+                    self.table = self._new_table()
+            except Exception as error:  # whatever a module's body raises: the old handlers go on
+                if not self.LOG_EXCEPTIONS:
+                    raise
+                LOG.error("ERROR RELOADING %r MODULE: %s", self._names, reason_of(error))
+
+    def _new_table(self) -> Table:
+        table = build_table(self._names, self.DEFAULT_CAPTURES)
+        for expression, function in self._direct:
+            table.register(expression, Handler(function, function.__module__, marks_of(function)), "register_route")
+        return table
+
+    # -- from a message to a plan ------------------------------------------------------------------------------
+
+    def match(self, address: str) -> Iterator[tuple[list[Callable[..., Any]], dict[str, str]]]:
+        """(functions, captures) of each route that matches this bare address, in order."""
+        for route_, captures in self.table.matches(address):
+            yield [handler.function for handler in route_.handlers], captures
+
+    def takes(self, address: str) -> bool:
+        """Whether any route's expression matches, whatever the states: for the answer at RCPT. Reads memory only."""
+        return any(True for _ in self.table.matches(address.lower()))
+
+    def plan(self, message: MailRequest) -> list[Call]:
+        """The calls that this message asks for, recipient by recipient, in the order of the routes. Runs nothing."""
+        if self.RELOAD:
+            self._reload_if_changed()
+        table = self.table
+        calls: list[Call] = []
+        for recipient in message.route_to:
+            calls += self._plan_for(table, message.addressed(recipient), recipient)
+        return calls
+
+    def _plan_for(self, table: Table, message: MailRequest, recipient: str) -> list[Call]:
+        calls: list[Call] = []
+        candidates: list[Candidate] = []
+        at = 0
+        for route_, captures in table.matches(recipient):
+            LOG.debug("Matched %r against %s.", recipient, route_.expression)
+            for handler in route_.handlers:
+                if handler.marks.stateless:
+                    calls.append(Call(handler.function, recipient, handler.name, captures, route_.expression))
+                else:
+                    at = at if candidates else len(calls)
+                    candidates.append((handler, route_, captures))
+        chosen = self._choose(table, message, recipient, candidates)
+        if chosen is not None:
+            calls.insert(at, chosen)
+        return calls
+
+    def _choose(
+        self,
+        table: Table,
+        message: MailRequest,
+        recipient: str,
+        candidates: Sequence[Candidate],
+        key: str = "",
+    ) -> Call | None:
+        """The one stateful call: the first candidate that is in state."""
+        away: list[Candidate] = []
+        for handler, route_, captures in candidates:
+            state = self._state(table, handler.module, message, key)
+            if state is None:
+                queue = self._queue_of(handler.module, message)
+                if queue is not None:
+                    return Call(_pusher(queue), recipient)
+                away.append((handler, route_, captures))
+            elif state == handler.state:
+                return self._stateful_call(handler, route_, captures, message, recipient)
+        for handler, route_, captures in away:
+            if handler.state == START:
+                return self._stateful_call(handler, route_, captures, message, recipient)
+        return None
+
+    def _stateful_call(
+        self, handler: Handler, route_: Route, captures: dict[str, str], message: MailRequest, recipient: str
+    ) -> Call:
+        conversation = self._conversation(handler.module, message)
+        stateful = None
+        if conversation is not None:
+            locked = not handler.marks.nolocking
+            stateful = Stateful(
+                conversation, self.STATE_STORE, self._conversations, locked, self._rechoose, self._next_states
+            )
+        return Call(handler.function, recipient, handler.name, captures, route_.expression, stateful)
+
+    def _rechoose(self, message: MailRequest, key: str) -> Call | None:
+        """What the recipient's conversation asks for now that its lock is held."""
+        table = self.table
+        candidates = [
+            (handler, route_, captures)
+            for route_, captures in table.matches(message.To)
+            for handler in route_.handlers
+            if not handler.marks.stateless
+        ]
+        return self._choose(table, message, message.To, candidates, key)
+
+    # -- jobs that are bound to one function ---------------------------------------------------------------------
+
+    def bound(self, job: Job, message: MailRequest) -> Call:
+        """The call that a job with a target asks for.
+
+        Raises Later (uncounted) when this process does not know the function, and Dead when no route leads there.
+        """
+        table = self.table
+        assert job.target is not None
+        handler = table.handlers.get(job.target)
+        if handler is None:
+            raise Later(f"no handler {job.target} in this process", time.time() + 60, counted=False)
+        found = [(r, captures) for r, captures in table.matches(message.To) if handler in r.handlers]
+        if not found:
+            raise Dead(f"route gone: no route of {job.target} matches {message.To} any more")
+        wanted = job.metadata.get("route")
+        route_, captures = next((f for f in found if f[0].expression == wanted), found[0])
+        if handler.marks.stateless:
+            return Call(handler.function, message.To, handler.name, captures, route_.expression)
+        state = self._state(table, handler.module, message, job.key)
+        recorded = self.STATE_STORE.get(*(self._conversation(handler.module, message) or ("", "")))
+        if state != handler.state and recorded != "ERROR":
+            call = self._rechoose(message, job.key)
+            if call is None:
+                raise Dead(f"the conversation has left {job.target}, and nothing else takes {message.To}")
+            return call
+        return self._unchosen(self._stateful_call(handler, route_, captures, message, message.To))
+
+    def _unchosen(self, call: Call) -> Call:
+        """A call that stays the one that it is, whatever the state."""
+        if call.stateful is None:
+            return call
+        s = call.stateful
+        fixed: list[Call] = []
+        stateful = Stateful(
+            s.conversation, s.store, s.conversations, s.locked, lambda _message, _key: fixed[0], s.next_states
+        )
+        fixed.append(Call(call.function, call.recipient, call.name, call.captures, call.route, stateful))
+        return fixed[0]
+
+    # -- states -------------------------------------------------------------------------------------------------
+
+    def state_key(self, module_name: str, message: Any) -> str:
+        generator = self.table.modules.get(module_name) or _generator_of(module_name) or _default_state_key
+        return generator(module_name, message)
+
+    def get_state(self, module_name: str, message: MailRequest) -> str:
+        """The recorded state of the message's sender in this module, "START" when there is none."""
+        conversation = self._conversation(module_name, message)
+        return self.STATE_STORE.get(*conversation) if conversation else START
+
+    def set_state(self, module_name: str, message: MailRequest, state_name: str) -> None:
+        """Record a state at once; also the way to force another conversation."""
+        conversation = self._conversation(module_name, message)
+        if conversation is not None:
+            self.STATE_STORE.set(*conversation, state_name)
+
+    def in_state(self, func: Callable[..., Any], message: MailRequest) -> bool:
+        return self._state(self.table, func.__module__, message) == func.__name__
+
+    def in_error(self, func: Callable[..., Any], message: MailRequest) -> bool:
+        return self.get_state(func.__module__, message) == "ERROR"
+
+    def _conversation(self, module_name: str, message: MailRequest) -> Conversation | None:
+        sender = message.From  # the null sender has no conversation: bounces move nobody (RFC 5321 section 4.5.5)
+        return (self.state_key(module_name, message), sender) if sender else None
+
+    def _state(self, table: Table, module: str, message: MailRequest, key: str = "") -> str | None:
+        """The state that counts for routing; None when the conversation is in another module."""
+        conversation = self._conversation(module, message)
+        if conversation is None:
+            return START
+        store = self.STATE_STORE
+        state = (store.found_by(*conversation, key) if key else None) or store.get(*conversation)
+        if state in table.states.get(module, ()):
+            return state
+        elsewhere = state.rpartition(".")[0]
+        return None if elsewhere and (elsewhere in table.modules or elsewhere in self.queues) else START
+
+    def _queue_of(self, module: str, message: MailRequest) -> Queue | None:
+        return self.queues.get(self.get_state(module, message).rpartition(".")[0])
+
+    def _next_states(
+        self, call: Call, message: MailRequest, value: object, attempt: Attempt
+    ) -> dict[Conversation, str]:
+        """The states that a function's return value asks for (rule 5)."""
+        if value is None:
+            return {}
+        marks = marks_of(value) if callable(value) else Marks()
+        if not marks.routes:
+            raise TypeError(f"{call.name} returned {value!r}: return None, or the state function that comes next")
+        if marks.stateless:
+            return {}
+        module, name = value.__module__, getattr(value, "__name__", "")
+        own_module = (call.name or "").rpartition(".")[0]
+        assert call.stateful is not None
+        changes = {self._conversation(module, message) or ("", ""): name}
+        if module != own_module:
+            changes[call.stateful.conversation] = f"{module}.{name}"
+            queue = self.queues.get(module)
+            if queue is not None and all(put.store is not queue.backend for put in attempt.puts):
+                attempt.put(Put(queue.backend, job_of(message, queue.backend.new_key())))
+        return {c: state for c, state in changes.items() if self.STATE_STORE.get(*c) != state}
+
+    # -- running a plan -----------------------------------------------------------------------------------------
+
+    def attempt(
+        self,
+        call: Call,
+        message: MailRequest,
+        *,
+        key: str,
+        settle: Settle,
+        patience: float = ELSEWHERE_PATIENCE,
+    ) -> Attempt:
+        """One call of a plan, ready to start."""
+        return Attempt(call, message.addressed(call.recipient), key=key, settle=settle, patience=patience)
+
+    def deliver(self, message: Any) -> None:
+        """Run everything that the message asks for, in this thread.
+
+        What a function pushed is in its queue when this returns. A message that nothing takes goes to the
+        UNDELIVERABLE_QUEUE. Raises Undelivered for the calls that failed; the others have succeeded.
+        """
+        request = message if isinstance(message, MailRequest) else _request_of(message)
+        calls = self.plan(request)
+        if not calls:
+            self.undeliverable(request)
+        failures: list[Failure] = []
+        for call in calls:
+            outcome = self._run(call, request)
+            if not isinstance(outcome, Done):
+                error = outcome.__cause__ if isinstance(outcome.__cause__, Exception) else outcome
+                failures.append(Failure(call.recipient, call.name, error))
+        if failures:
+            raise Undelivered(failures) from failures[0].error
+
+    def _run(self, call: Call, message: MailRequest) -> Outcome:
+        outcomes: list[Outcome] = []
+        settled = threading.Event()
+
+        def settle(outcome: Outcome, puts: list[Put]) -> None:
+            try:
+                publish(puts)
+            except Exception as error:  # any store: what was not kept was not done
+                outcome = Later(f"what {call.name} pushed could not be kept: {reason_of(error)}")
+                outcome.__cause__ = error
+                raise
+            finally:
+                outcomes.append(outcome)
+                settled.set()
+
+        self.attempt(call, message, key=key_of(message, call), settle=settle, patience=10.0).start()
+        settled.wait()
+        return outcomes[0]
+
+    def undeliverable(self, message: MailRequest) -> None:
+        """What no route takes: kept in the UNDELIVERABLE_QUEUE where there is one."""
+        if self.UNDELIVERABLE_QUEUE is None:
+            LOG.debug(
+                "Message to %r from %r didn't match any handlers. (# recipients: %d)",
+                message.To,
+                message.From,
+                len(message.route_to),
+            )
+            return
+        LOG.debug(
+            "Message to %r from %r undeliverable, putting in undeliverable queue (# of recipients: %d).",
+            message.To,
+            message.From,
+            len(message.route_to),
+        )
+        self.UNDELIVERABLE_QUEUE.push(message)
+
+    def _reload_if_changed(self) -> None:
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        with self._lock:
+            self._next_look = now + RELOAD_INTERVAL
+            newest = {name: changed_at(name) for name in self._names}
+            known, self._seen = self._seen, newest
+            if known and any(known.get(name, at) != at for name, at in newest.items()):
+                self.reload()
+
+
+def publish(puts: Iterable[Put]) -> None:
+    """Put what an attempt left behind into its stores, where there is no job to settle it with."""
+    by_store: dict[int, list[Put]] = {}
+    for put in puts:
+        by_store.setdefault(id(put.store), []).append(put)
+    for of_one_store in by_store.values():
+        of_one_store[0].store.put(of_one_store)
+
+
+def key_of(message: MailRequest, call: Call) -> str:
+    """What names an attempt that has no job: the same message, sent again, has the same key."""
+    digest = hashlib.sha256(repr((message.From, call.recipient, call.name)).encode("utf-8", "surrogatepass"))
+    digest.update(message.to_bytes())
+    return digest.hexdigest()
+
+
+def _request_of(message: Any) -> MailRequest:
+    """A MailResponse, as the receiver of it would see it."""
+    return MailRequest("localhost", message.sender, message.recipients, message.to_bytes())
+
+
+def _pusher(queue: Queue) -> Callable[[MailRequest], None]:
+    def push(message: MailRequest) -> None:
+        queue.push(message)
+
+    return push
+
+
+def _default_state_key(module_name: str, _message: Any) -> str:
+    return module_name
+
+
+def _generator_of(module_name: str) -> StateKeyGenerator | None:
+    marked = MODULES.get(module_name)
+    return marked.state_key if marked else None
+
+
+Router = RoutingBase()

@@ -1,0 +1,45 @@
+"""What receives and what sends, under the names that Lamson's users import.
+
+from lamsonq.server import SMTPReceiver, QueueReceiver, Relay, SMTPError
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, TypedDict
+
+from lamsonq.errors import SMTPError
+from lamsonq.relay import Relay
+from lamsonq.smtp import SMTPReceiver
+from lamsonq.worker import QueueReceiver
+
+__all__ = ["QueueConfig", "QueueReceiver", "Receiver", "Relay", "SMTPError", "SMTPReceiver"]
+
+
+class QueueConfig(TypedDict):
+    """`settings.queue_config`: which queue a boot works off, and how many seconds an empty one is watched."""
+
+    queue: str
+    sleep: int
+
+
+class Receiver(Protocol):
+    """What a boot puts into `settings.receiver`."""
+
+    @property
+    def stuck(self) -> bool:
+        """Whether a handler hangs, so that this process should be replaced once it has drained."""
+
+    def bind(self) -> None:
+        """Take the port or check the queue, before children are forked. Idempotent. Raises Refusal."""
+
+    def start(self) -> None:
+        """Receive; returns when it listens, or works a queue until `stop`."""
+
+    def stop(self, grace: float = 30.0) -> None:
+        """Take no more and give what runs `grace` seconds. From any thread or signal handler; returns at once."""
+
+    def join(self) -> None:
+        """Wait until everything that was taken is settled."""
+
+    def listening(self) -> str:
+        """One line for the log."""

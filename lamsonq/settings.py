@@ -1,0 +1,327 @@
+"""What the program is, and where it runs: two files, and no value in both.
+
+`config/settings.py` says what the program *is*: its handlers, route defaults and queues. `config/settings.toml` says
+where it *runs*: hosts, ports, paths, credentials. Rules:
+
+1. A table is checked against a record with types. A key that the record does not have, or a value of another type,
+   ends the boot with one line: which file, which key, what was wanted, what was found.
+2. The environment wins over the file: `LAMSONQ_RECEIVER__PORT=8823` is `port` of `[receiver]`. A list is written with
+   commas.
+3. A credential may be in a file of its own: `password_file` instead of `password`.
+4. A boot is a module (`config.boot`) that fills `settings.receiver` and loads the router. What it raises becomes one
+   line with file and line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import logging.config
+import os
+import re
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any, TypedDict, TypeVar, get_origin, get_type_hints
+
+import msgspec
+import tomli
+
+from lamsonq.errors import Refusal, SettingsError, UsageError, reason_of
+
+PREFIX = "LAMSONQ_"
+
+Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Bytes = Annotated[int, msgspec.Meta(ge=0)]
+Seconds = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class QueueConfig(TypedDict):
+    """What `config/queue.py` gives its QueueReceiver: the queue, and the seconds between two looks into it."""
+
+    queue: str
+    sleep: int
+
+
+class ReceiverConfig(TypedDict):
+    """The arguments of SMTPReceiver; times in seconds, `size_limit` in octets."""
+
+    host: str
+    port: int
+    workers: int
+    timeout: float
+    size_limit: int
+
+
+class RelayConfig(TypedDict):
+    """The arguments of Relay; `timeout` in seconds."""
+
+    host: str
+    port: int
+    username: str | None
+    password: str | None
+    ssl: bool
+    starttls: bool
+    timeout: float
+
+
+class ReceiverTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """`[receiver]`: where mail comes in. `workers` are threads, `timeout` is for one call of a handler."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8823
+    workers: Count = 10
+    timeout: Seconds = 300.0
+    size_limit: Bytes = 32 * 1024 * 1024
+
+    def config(self) -> ReceiverConfig:
+        return ReceiverConfig(
+            host=self.host,
+            port=self.port,
+            workers=self.workers,
+            timeout=self.timeout,
+            size_limit=self.size_limit,
+        )
+
+
+class RelayTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """`[relay]`: the server that takes what we send."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8825
+    username: str | None = None
+    password: str | None = None
+    password_file: str | None = None
+    ssl: bool = False
+    starttls: bool = False
+    timeout: Seconds = 30.0
+
+    def config(self) -> RelayConfig:
+        """Raises SettingsError when `password_file` cannot be read."""
+        return RelayConfig(
+            host=self.host,
+            port=self.port,
+            username=self.username,
+            password=_secret("relay.password", self.password, self.password_file),
+            ssl=self.ssl,
+            starttls=self.starttls,
+            timeout=self.timeout,
+        )
+
+
+class DatabaseTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """`[database]`: where the application keeps its own data."""
+
+    path: str = "run/app.db"
+
+
+class Machine(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """`config/settings.toml`, whole. `[app]` is for what your own handlers need: nothing in it is checked."""
+
+    hosts: list[str] = msgspec.field(default_factory=lambda: ["localhost"])
+    receiver: ReceiverTable = msgspec.field(default_factory=ReceiverTable)
+    relay: RelayTable = msgspec.field(default_factory=RelayTable)
+    database: DatabaseTable = msgspec.field(default_factory=DatabaseTable)
+    app: dict[str, Any] = msgspec.field(default_factory=dict)
+
+    def host_pattern(self) -> str:
+        """The expression that matches exactly these hosts: what `(host)` of a route stands for."""
+        return "|".join(re.escape(host) for host in self.hosts)
+
+
+def machine(path: str = "config/settings.toml", environ: Mapping[str, str] | None = None) -> Machine:
+    """Read where this program runs. Raises SettingsError with the one line that says what is wrong."""
+    table = _read_toml(path)
+    origins = _override(table, os.environ if environ is None else environ)
+    return _Check(path, origins).record(Machine, table, ())
+
+
+def _read_toml(path: str) -> dict[str, Any]:
+    try:
+        return tomli.loads(Path(path).read_text("utf-8"))
+    except tomli.TOMLDecodeError as error:
+        raise SettingsError(f"{path}: this is not TOML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path}: TOML is UTF-8, found the byte 0x{error.object[error.start]:02x}") from error
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _override(table: dict[str, Any], environ: Mapping[str, str]) -> dict[tuple[str, ...], str]:
+    """Put the environment's values into the table; tells which variable each of them came from."""
+    origins = {}
+    for name in sorted(environ):
+        keys = tuple(name.removeprefix(PREFIX).lower().split("__"))
+        # Without "__" only a setting of the first level is meant: other programs' names begin with LAMSONQ_ too.
+        if not name.startswith(PREFIX) or (len(keys) == 1 and keys[0] not in Machine.__struct_fields__):
+            continue
+        place = table
+        for key in keys[:-1]:
+            place = place.setdefault(key, {})
+            if not isinstance(place, dict):
+                raise SettingsError(f"{name}: {key} is no table that could hold {keys[-1]}")
+        place[keys[-1]] = environ[name]
+        origins[keys] = name
+    return origins
+
+
+R = TypeVar("R", bound=msgspec.Struct)
+
+
+class _Check:
+    """Turns tables into records; keeps the name of the file, and which values came from the environment."""
+
+    def __init__(self, path: str, origins: Mapping[tuple[str, ...], str]) -> None:
+        self.path = path
+        self.origins = origins
+
+    def record(self, kind: type[R], table: object, keys: tuple[str, ...]) -> R:
+        if not isinstance(table, dict):
+            raise self.wrong(keys, "a table", table)
+        kinds = get_type_hints(kind, include_extras=True)
+        values = {}
+        for key, value in table.items():
+            if key not in kinds:
+                raise self.unknown((*keys, key), kinds)
+            values[key] = self.value(kinds[key], value, (*keys, key))
+        return kind(**values)
+
+    def value(self, kind: Any, value: object, keys: tuple[str, ...]) -> object:
+        if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+            return self.record(kind, value, keys)
+        from_environment = keys in self.origins
+        if from_environment and get_origin(kind) is list:
+            value = [item.strip() for item in str(value).split(",") if item.strip()]
+        try:
+            return msgspec.convert(value, kind, strict=not from_environment)
+        except msgspec.ValidationError as error:
+            raise self.wrong(keys, _wanted(str(error)), value) from error
+
+    def wrong(self, keys: tuple[str, ...], wanted: str, found: object) -> SettingsError:
+        # A credential is never shown, not even a broken one.
+        shown = "" if "password" in keys[-1] else f" {json.dumps(found, default=str)}"
+        return SettingsError(
+            f"{self.origin(keys)}: {'.'.join(keys)}: expected {wanted}, found the {type(found).__name__}{shown}"
+        )
+
+    def unknown(self, keys: tuple[str, ...], known: Mapping[str, object]) -> SettingsError:
+        near = difflib.get_close_matches(keys[-1], known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+        return SettingsError(f"{self.origin(keys)}: {'.'.join(keys)}: there is no such setting; {hint}")
+
+    def origin(self, keys: tuple[str, ...]) -> str:
+        for place, name in self.origins.items():
+            if place[: len(keys)] == keys:
+                return name
+        return self.path
+
+
+def _wanted(complaint: str) -> str:
+    """'an int', out of msgspec's 'Expected `int`, got `str` - at `$`'."""
+    kind = complaint.split(", got")[0].split(" - at")[0].removeprefix("Expected ").replace("`", "")
+    kind = kind.replace("array", "list").replace("object", "table").replace(" | null", "")
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+
+
+def _secret(key: str, value: str | None, path: str | None) -> str | None:
+    """The credential itself, or the first line of the file that holds it."""
+    if path is None:
+        return value
+    if value is not None:
+        raise SettingsError(f"{key} and {key}_file are both given: keep one")
+    try:
+        return Path(path).read_text("utf-8").split("\n")[0].rstrip("\r")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{key}_file: cannot read {path}: {reason_of(error)}") from error
+
+
+def load_logging(path: str = "config/logging.toml") -> None:
+    """Configure logging from a file in the format of `logging.config.dictConfig`; makes the log files' directories.
+
+    Raises SettingsError.
+    """
+    table = _read_toml(path)
+    handlers = table.get("handlers", {})
+    try:
+        for handler in handlers.values():
+            if "filename" in handler:
+                os.makedirs(os.path.dirname(handler["filename"]) or ".", exist_ok=True)
+        logging.config.dictConfig(table)
+    except OSError as error:
+        raise Refusal(f"{path}: cannot write the log file {error.filename}: {error.strerror}") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError):
+            raise Refusal(f"{path}: cannot write the log file {cause.filename}: {cause.strerror}") from error
+        raise SettingsError(f"{path}: {error}{f': {cause}' if cause else ''}") from error
+
+
+def boot(module: str = "config.boot") -> ModuleType:
+    """Import a boot module and return the settings that it filled: its own `settings`, at any depth of packages.
+
+    Raises SettingsError for settings, UsageError for whatever else goes wrong while modules are imported, and any
+    other Refusal as it is.
+    """
+    use_project()
+    settings = getattr(load(module), "settings", None)
+    if not isinstance(settings, ModuleType):
+        raise UsageError(f"{module} is no boot: it imports no module named settings")
+    _hand_over(settings)
+    return settings
+
+
+def use_project() -> None:
+    """Let the modules of the project in the current directory be imported, before all others."""
+    here = os.getcwd()
+    if sys.path[:1] != [here]:
+        sys.path.insert(0, here)
+        importlib.invalidate_caches()
+
+
+def load(module: str) -> ModuleType:
+    """Import a module by its dotted name; whatever it raises becomes one line with file and line."""
+    try:
+        return importlib.import_module(module)
+    except Refusal:
+        raise
+    except (Exception, SystemExit) as error:  # users' modules may raise anything; the user needs one line
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            raise UsageError(
+                f"there is no module {module} in {os.getcwd()} (no module named {error.name!r})"
+            ) from error
+        raise UsageError(f"{_place(error, module)}: {reason_of(error)}") from error
+
+
+def _place(error: BaseException, module: str) -> str:
+    """`file:line` of the project's own line that an error came out of, seen from the current directory."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{_short(error.filename)}:{error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    package = os.path.dirname(__file__)
+    own = [f for f in frames if os.path.isabs(f.filename) and not f.filename.startswith(package)]
+    near = [f for f in own if not _short(f.filename).startswith(("/", "."))] or own
+    # The last frame inside the project: what it called beyond that is named in the error itself.
+    return f"{_short(near[-1].filename)}:{near[-1].lineno}" if near else module
+
+
+def _short(filename: str) -> str:
+    path = os.path.relpath(filename)
+    return filename if path.startswith("..") else path
+
+
+def _hand_over(settings: ModuleType) -> None:
+    """Tell the router which functions belong to the queue's process, unless this is that process."""
+    config: QueueConfig | None = getattr(settings, "queue_config", None)
+    handlers: list[str] | None = getattr(settings, "queue_handlers", None)
+    if config is None or handlers is None:
+        return
+    own = getattr(getattr(settings, "receiver", None), "queue", None)
+    if own is not None and os.path.abspath(str(own.dir)) == os.path.abspath(config["queue"]):
+        return
+    from lamsonq.routing import Router  # routing stands above this file; a project without queues never needs it
+
+    Router.hand_over(handlers, config["queue"])

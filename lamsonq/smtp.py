@@ -1,0 +1,237 @@
+"""Mail on its way in: `SMTPReceiver` listens, and gives every message to the router or to one callable.
+
+Rules:
+
+1. The port is taken by `bind`, in the parent, before any thread runs and any child is forked; `start` uses it.
+2. One thread of its own talks to the clients (`session`); functions run in `workers` others (`commit`). So no handler,
+   however slow, delays a greeting.
+3. Work that has begun is finished, also when its client has gone. `stop` waits for it, up to its grace.
+4. The same process works off what it had to keep: the bound jobs of the UNDELIVERABLE_QUEUE.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from lamsonq import mail
+from lamsonq.commit import LOG, Committer, trouble
+from lamsonq.errors import Refusal, SettingsError
+from lamsonq.queue import Queue
+from lamsonq.routing import Router, RoutingBase
+from lamsonq.session import Session
+from lamsonq.worker import QueueReceiver
+
+BACKLOG = 1024
+"""Connections that the kernel holds while we are busy."""
+
+_ADVICE = {
+    errno.EADDRINUSE: "stop what uses it or change receiver.port",
+    errno.EACCES: "a port below 1024 takes root: start as root or change receiver.port",
+}
+_GOODBYE = "421 4.3.2 Service shutting down"
+
+
+class SMTPReceiver:
+    """Listens on `host`:`port` and gives each message to the router; with `deliver=`, to that callable instead.
+
+    `workers` is how many functions run at once, `timeout` how many seconds one may take, `size_limit` how many
+    octets a message may have, `hostname` what it greets as (None: this host's name). Port 0 takes any free one;
+    `port` tells it after `bind`.
+
+    Source: Lamson's and Salmon's `server.SMTPReceiver`.
+    """
+
+    def __init__(
+        self,
+        host: str = "127.0.0.1",
+        port: int = 8825,
+        *,
+        deliver: Callable[[mail.MailRequest], object] | None = None,
+        router: RoutingBase = Router,
+        workers: int = 10,
+        timeout: float = 300.0,
+        size_limit: int = 33_554_432,
+        hostname: str | None = None,
+    ) -> None:
+        if workers < 1:
+            raise ValueError(f"workers={workers}: an SMTPReceiver needs at least one")
+        self.host = host
+        self.port = port
+        self.deliver = deliver
+        self.router = router
+        self.workers = workers
+        self.timeout = timeout
+        self.size_limit = size_limit
+        self.hostname = hostname or socket.gethostname()
+        self.draining = False
+        self._stuck = False
+        self._socket: socket.socket | None = None
+        self._undeliverable: QueueReceiver | None = None
+        self._threads: list[threading.Thread] = []
+        self._listens = threading.Event()
+        self._failure: BaseException | None = None
+        self._stopping = asyncio.Event()
+        self._deadline = float("inf")
+        self._sessions: set[Session] = set()
+        self._commits: set[asyncio.Task[str]] = set()
+
+    # -- the receiver's life -----------------------------------------------------------------------------------
+
+    @property
+    def stuck(self) -> bool:
+        """Whether a handler hangs, so that this process should be replaced."""
+        return self._stuck or (self._undeliverable is not None and self._undeliverable.stuck)
+
+    def bind(self) -> None:
+        """Take the port. Raises Refusal when it cannot be had, and SettingsError for a router without a queue."""
+        if self._socket is not None:
+            return
+        if self.deliver is None:
+            self._undeliverable_queue().count()
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        try:
+            self._socket = socket.create_server((self.host, self.port), family=family, backlog=BACKLOG)
+        except OSError as error:
+            raise Refusal(
+                f"cannot listen on {self.host}:{self.port}: {_reason(error)};"
+                f" {_ADVICE.get(error.errno or 0, 'change receiver.host')}"
+            ) from error
+        self.port = self._socket.getsockname()[1]
+
+    def listening(self) -> str:
+        return f"listening for SMTP on {self.host}:{self.port}"
+
+    def start(self) -> None:
+        """Listen, in threads of its own; returns when it does. Raises what `bind` raises."""
+        self.bind()
+        mail_log = logging.getLogger("mail.log")
+        if mail_log.level == logging.NOTSET:
+            mail_log.setLevel(logging.ERROR)  # aiosmtpd tells every line, and at DEBUG every mail
+        self._spawn(self._serve)
+        self._listens.wait()
+        if self._failure is not None:
+            raise self._failure
+        LOG.info("SMTPReceiver started on %s:%d.", self.host, self.port)
+        if self.deliver is None:
+            self._undeliverable = QueueReceiver(
+                self._undeliverable_queue(), router=self.router, timeout=self.timeout, bound=True
+            )
+            self._spawn(self._work_off)
+
+    def stop(self, grace: float = 30.0) -> None:
+        """Take no more; what has begun may finish for `grace` seconds. Returns at once; `join` waits."""
+        self._deadline = min(self._deadline, time.monotonic() + grace)
+        if self._undeliverable is not None:
+            self._undeliverable.stop(grace)
+        if self._listens.is_set():
+            with contextlib.suppress(RuntimeError):  # it has stopped already
+                self._loop.call_soon_threadsafe(self._stopping.set)
+        elif self._socket is not None:
+            self._socket.close()
+
+    def join(self) -> None:
+        """Wait until everything that was taken is answered."""
+        for thread in list(self._threads):
+            thread.join()
+
+    def _undeliverable_queue(self) -> Queue:
+        queue = self.router.UNDELIVERABLE_QUEUE
+        if queue is None:
+            raise SettingsError(
+                "SMTPReceiver gives mail to the router, which has no place for what fails: add"
+                ' `Router.UNDELIVERABLE_QUEUE = queue.Queue("run/undeliverable")` to the boot module'
+            )
+        return queue
+
+    def _spawn(self, target: Callable[[], None]) -> None:
+        thread = threading.Thread(target=target, name=f"lamsonq-smtp{target.__name__}", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _work_off(self) -> None:
+        assert self._undeliverable is not None
+        try:
+            self._undeliverable.start()
+        except Exception:  # whatever it is, nothing may be kept where nobody works: the process is replaced
+            LOG.exception("Working off the undeliverable queue failed.")
+            self._ask_to_be_replaced()
+
+    def _ask_to_be_replaced(self) -> None:
+        self._stuck = True
+        self.stop()
+
+    # -- the event loop's thread -------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="lamsonq-smtp")
+        self._lookups = ThreadPoolExecutor(2, thread_name_prefix="lamsonq-rcpt")
+        try:
+            asyncio.run(self._listen(pool))
+        except BaseException as error:  # start() raises it, where it waits
+            self._failure = error
+        finally:
+            self._listens.set()
+            pool.shutdown(wait=False)
+            self._lookups.shutdown(wait=False)
+
+    async def _listen(self, pool: ThreadPoolExecutor) -> None:
+        self._loop = loop = asyncio.get_running_loop()
+        self._committer = Committer(loop, pool, self.router, self.deliver, self.timeout, self._ask_to_be_replaced)
+        assert self._socket is not None
+        listener = await loop.create_server(lambda: Session(self, loop), sock=self._socket, backlog=BACKLOG)
+        self._listens.set()
+        await self._stopping.wait()
+        listener.close()
+        await self._drain()
+
+    async def _drain(self) -> None:
+        """Let what has begun finish; send everybody else away."""
+        self.draining = True
+        while (self._sessions or self._commits) and time.monotonic() < self._deadline:
+            for session in [session for session in self._sessions if session.idle]:
+                session.dismiss(_GOODBYE)
+            await asyncio.sleep(0.02)
+        self._committer.give_up()
+        for session in list(self._sessions):
+            session.dismiss(_GOODBYE)
+        await asyncio.sleep(0.02)  # what was written last goes out
+
+    # -- what the sessions need --------------------------------------------------------------------------------
+
+    def opened(self, session: Session) -> None:
+        self._sessions.add(session)
+
+    def closed(self, session: Session) -> None:
+        self._sessions.discard(session)
+
+    async def takes(self, address: str) -> bool:
+        """Whether a route's expression matches; where no handlers are loaded everything is taken."""
+        if not self.router.table.routes:
+            return True
+        return await self._loop.run_in_executor(self._lookups, self.router.takes, address)
+
+    def trouble(self, error: BaseException) -> str:
+        return trouble(error)
+
+    def commit(self, envelope: mail.Envelope, content: bytes) -> asyncio.Task[str]:
+        """Take a message; the task goes on when nobody waits for it any more."""
+        task = self._loop.create_task(self._committer.commit(envelope, content))
+        self._commits.add(task)
+        task.add_done_callback(self._commits.discard)
+        return task
+
+
+def _reason(error: OSError) -> str:
+    """The system's words, without what socket.create_server adds to them."""
+    if error.errno is None or error.errno < 0:  # getaddrinfo numbers its errors on its own
+        return str(error.strerror or error)
+    return os.strerror(error.errno)

@@ -1,0 +1,307 @@
+"""Where each sender is in each conversation, and who may move him.
+
+Rules:
+
+1. A state is the name of a function, kept under (state key, sender). Nothing kept means START.
+2. One attempt at a time has a conversation: its lock is taken before the state is read and left after the attempt
+   is settled. Threads of one process take turns in order of arrival; between processes the kernel holds the lock,
+   so it ends with its process and no clock can break it.
+3. A state is committed *before* the attempt is settled, together with the attempt's key and the state that it found.
+   If the process dies between the two, the same message comes again: it is routed by the state that it found
+   the first time, never by the one that it made itself (a confirmation that nobody sent).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import sqlite3
+import struct
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from lamsonq.errors import Refusal
+
+START = "START"
+Conversation = tuple[str, str]
+"""(state key, sender): what one state belongs to."""
+
+
+class StateStorage:
+    """The base for storages of one's own: `get`, `set` and `clear` are enough.
+
+    `lock_file` is where the processes that share this storage lock conversations; None: they are one process.
+    `commit`, `found_by` and `forget` are for stores that can keep rule 3; without them a message that comes again
+    after a crash is routed by the newest state.
+    """
+
+    lock_file: str | None = "run/conversations.lock"
+
+    def get(self, key: str, sender: str) -> str:
+        """The state's name, "START" when nothing is kept."""
+        raise NotImplementedError("a StateStorage has get(key, sender) -> str")
+
+    def set(self, key: str, sender: str, state: str) -> None:
+        """Keep the state; durable on return where the store is."""
+        raise NotImplementedError("a StateStorage has set(key, sender, state)")
+
+    def clear(self) -> None:
+        """Forget everything."""
+        raise NotImplementedError("a StateStorage has clear()")
+
+    def commit(self, changes: Mapping[Conversation, str], job: str) -> None:  # noqa: ARG002 - stores with rule 3 use it
+        """Keep all these states together; `job` is the key of the attempt that made them."""
+        for (key, sender), state in changes.items():
+            self.set(key, sender, state)
+
+    def found_by(self, key: str, sender: str, job: str) -> str | None:  # noqa: ARG002
+        """The state that this very job found when it changed it, if it was not settled since."""
+        return None
+
+    def forget(self, changes: Mapping[Conversation, str], job: str) -> None:
+        """The job is settled and will not come again."""
+
+
+class MemoryStorage(StateStorage):
+    """States of one process, gone with it."""
+
+    lock_file = None
+
+    def __init__(self) -> None:
+        self.states: dict[str, str] = {}
+        self._found: dict[tuple[str, str], str] = {}
+
+    def key(self, key: str, sender: str) -> str:
+        return repr([key, sender])
+
+    def get(self, key: str, sender: str) -> str:
+        return self.states.get(self.key(key, sender), START)
+
+    def set(self, key: str, sender: str, state: str) -> None:
+        if state == START:
+            self.states.pop(self.key(key, sender), None)
+        else:
+            self.states[self.key(key, sender)] = state
+
+    def clear(self) -> None:
+        self.states.clear()
+        self._found.clear()
+
+    def commit(self, changes: Mapping[Conversation, str], job: str) -> None:
+        for (key, sender), state in changes.items():
+            self._found.setdefault((self.key(key, sender), job), self.get(key, sender))
+            self.set(key, sender, state)
+
+    def found_by(self, key: str, sender: str, job: str) -> str | None:
+        return self._found.get((self.key(key, sender), job))
+
+    def forget(self, changes: Mapping[Conversation, str], job: str) -> None:
+        for key, sender in changes:
+            self._found.pop((self.key(key, sender), job), None)
+
+
+_SCHEMA_VERSION = 1
+_SCHEMA = """
+create table if not exists conversations (
+    key    text not null,
+    sender text not null,
+    state  text not null,
+    job    text not null default '',      -- who made this state and is not settled yet
+    found  text not null default 'START', -- the state that this job found
+    primary key (key, sender)
+) without rowid
+"""
+
+
+class SQLiteStorage(StateStorage):
+    """States in one SQLite file, shared by any number of processes; they survive restarts and power failures.
+
+    Raises Refusal when the file cannot be used or was written by a newer version.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).absolute()
+        self.lock_file = f"{self.path}-conversations"
+        self._lock = threading.Lock()
+        self._pid = 0
+        self._connection: sqlite3.Connection | None = None
+        _RESET_IN_CHILD.append(self._forked)
+
+    def get(self, key: str, sender: str) -> str:
+        row = self._one("select state from conversations where key = ? and sender = ?", key, sender)
+        return row[0] if row else START
+
+    def set(self, key: str, sender: str, state: str) -> None:
+        self.commit({(key, sender): state}, "")
+
+    def clear(self) -> None:
+        with self._transaction() as database:
+            database.execute("delete from conversations")
+
+    def commit(self, changes: Mapping[Conversation, str], job: str) -> None:
+        with self._transaction() as database:
+            for (key, sender), state in changes.items():
+                database.execute(
+                    "insert into conversations (key, sender, state, job) values (?1, ?2, ?3, ?4)"
+                    # A job that comes a second time still found what it found the first time.
+                    " on conflict do update set state = ?3, job = ?4,"
+                    " found = case when job = ?4 and job != '' then found else state end",
+                    (key, sender, state, job),
+                )
+
+    def found_by(self, key: str, sender: str, job: str) -> str | None:
+        row = self._one(
+            "select found from conversations where key = ? and sender = ? and job = ? and job != ''",
+            key,
+            sender,
+            job,
+        )
+        return row[0] if row else None
+
+    def forget(self, changes: Mapping[Conversation, str], job: str) -> None:
+        # Losing this to a power failure is harmless, so it is not worth a sync: the job only stays remembered.
+        with self._transaction("normal") as database:
+            for key, sender in changes:
+                where = "where key = ? and sender = ? and job = ?"
+                database.execute(f"update conversations set job = '' {where}", (key, sender, job))
+                database.execute(
+                    "delete from conversations where key = ? and sender = ? and state = 'START' and job = ''",
+                    (key, sender),
+                )
+
+    def _one(self, query: str, *values: str) -> tuple[str, ...] | None:
+        with self._lock:
+            row: tuple[str, ...] | None = self._open().execute(query, values).fetchone()
+            return row
+
+    @contextlib.contextmanager
+    def _transaction(self, synchronous: str = "full") -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            database = self._open()
+            database.execute(f"pragma synchronous = {synchronous}")
+            database.execute("begin immediate")
+            try:
+                yield database
+            except BaseException:
+                database.execute("rollback")
+                raise
+            database.execute("commit")
+
+    def _open(self) -> sqlite3.Connection:
+        if self._connection is None:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._connection = self._connect()
+            except (sqlite3.Error, OSError) as error:
+                raise Refusal(f"cannot open the state file {self.path}: {error}; check its folder") from error
+        return self._connection
+
+    def _connect(self) -> sqlite3.Connection:
+        database = sqlite3.connect(self.path, timeout=10, isolation_level=None, check_same_thread=False)
+        (version,) = database.execute("pragma user_version").fetchone()
+        if version > _SCHEMA_VERSION:
+            database.close()
+            raise Refusal(f"{self.path} was written by a newer lamsonq (schema {version}); it is left untouched")
+        database.execute("pragma journal_mode = wal")
+        database.execute(_SCHEMA)
+        database.execute(f"pragma user_version = {_SCHEMA_VERSION}")
+        return database
+
+    def _forked(self) -> None:
+        # SQLite connections must not be used, nor closed, on the other side of a fork.
+        self._lock = threading.Lock()
+        _ABANDONED.append(self._connection)
+        self._connection = None
+
+
+_ABANDONED: list[sqlite3.Connection | None] = []
+_RESET_IN_CHILD: list[Callable[[], None]] = []
+
+
+def _reset_in_child() -> None:
+    for reset in _RESET_IN_CHILD:
+        reset()
+
+
+os.register_at_fork(after_in_child=_reset_in_child)
+
+
+class Conversations:
+    """Who has which conversation now (rule 2)."""
+
+    def __init__(self, lock_file: str | None) -> None:
+        self._path = lock_file
+        self._forget()
+        _RESET_IN_CHILD.append(self._forked)
+
+    def enter(self, who: Conversation, resume: Callable[[], None]) -> bool:
+        """Take the conversation, or get in line: False means that `resume` is called once, from the thread of
+        whoever leaves, and that the conversation is the caller's from then on."""
+        with self._lock:
+            line = self._lines.get(who)
+            if line is None:
+                self._lines[who] = deque()
+                return True
+            line.append(resume)
+            return False
+
+    def withdraw(self, who: Conversation, resume: Callable[[], None]) -> bool:
+        """Get out of the line; False when the turn has come already."""
+        with self._lock:
+            try:
+                self._lines[who].remove(resume)
+            except (KeyError, ValueError):
+                return False
+            return True
+
+    def lock(self, who: Conversation) -> bool:
+        """Lock out the other processes; False when one of them has this conversation. Only after `enter`."""
+        if self._path is None:
+            return True
+        try:
+            fcntl.fcntl(self._descriptor(), fcntl.F_OFD_SETLK, _flock(fcntl.F_WRLCK, who))
+        except (BlockingIOError, PermissionError):
+            return False
+        return True
+
+    def leave(self, who: Conversation) -> None:
+        """Unlock, and call whoever is next in line."""
+        if self._file is not None:
+            fcntl.fcntl(self._file, fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK, who))
+        with self._lock:
+            line = self._lines[who]
+            resume = line.popleft() if line else None
+            if resume is None:
+                del self._lines[who]
+        if resume is not None:
+            resume()
+
+    def _descriptor(self) -> int:
+        with self._lock:
+            if self._file is None:
+                assert self._path is not None
+                Path(self._path).parent.mkdir(parents=True, exist_ok=True)
+                self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            return self._file
+
+    def _forked(self) -> None:
+        # The locks belong to the open file, which a child shares: without this a child would keep them alive.
+        if self._file is not None:
+            os.close(self._file)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._lock = threading.Lock()
+        self._lines: dict[Conversation, deque[Callable[[], None]]] = {}
+        self._file: int | None = None
+
+
+def _flock(kind: int, who: Conversation) -> bytes:
+    """One byte of the lock file per conversation, at an offset that is its hash (struct flock, fcntl(2))."""
+    digest = hashlib.blake2b(repr(who).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    offset = int.from_bytes(digest, "big") >> 2
+    return struct.pack("hhqqi4x", kind, os.SEEK_SET, offset, 1, 0)

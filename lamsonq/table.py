@@ -1,0 +1,121 @@
+"""The table of routes: which expression leads to which state functions. Made whole, then never changed."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from lamsonq.errors import RouteError
+from lamsonq.marks import MODULES, Marks, ModuleMarks, StateKeyGenerator, marks_of
+
+_CAPTURE = re.compile(r"(?<!\\)\(([A-Za-z_]\w*)\)")
+"""A capture: a bare word in parentheses. `(?:a|b)`, `(.+)` and `\\(x\\)` stay what they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Handler:
+    """A state function in a table."""
+
+    function: Callable[..., Any]
+    module: str
+    marks: Marks
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}.{self.function.__name__}"
+
+    @property
+    def state(self) -> str:
+        return self.function.__name__
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One expression with the handlers that it leads to, in order of definition."""
+
+    expression: str
+    compiled: re.Pattern[str]
+    handlers: list[Handler]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """All routes in order, with what is known of each module: its state key generator and its states."""
+
+    routes: dict[str, Route] = field(default_factory=dict)
+    modules: dict[str, StateKeyGenerator | None] = field(default_factory=dict)
+    states: dict[str, set[str]] = field(default_factory=dict)
+    handlers: dict[str, Handler] = field(default_factory=dict)
+
+    def matches(self, address: str) -> Iterator[tuple[Route, dict[str, str]]]:
+        """The routes that match the whole address, in order, with their captures."""
+        for route in self.routes.values():
+            found = route.compiled.fullmatch(address)
+            if found is not None:
+                yield route, {name: value for name, value in found.groupdict().items() if value is not None}
+
+    def register(self, expression: str, handler: Handler, where: str) -> None:
+        """Add a handler under a resolved expression; only while the table is being made."""
+        found = self.routes.get(expression)
+        if found is None:
+            try:
+                compiled = re.compile(expression, re.IGNORECASE)
+            except re.error as error:
+                raise RouteError(f"{where}: {expression!r} is not a regular expression: {error}") from error
+            found = self.routes[expression] = Route(expression, compiled, [])
+        if handler not in found.handlers:
+            found.handlers.append(handler)
+        self.handlers[handler.name] = handler
+        self.states.setdefault(handler.module, set()).add(handler.state)
+
+
+def build_table(modules: Iterable[str], captures: Mapping[str, str]) -> Table:
+    """The table of these imported modules. Raises RouteError, with file and line of the decorator."""
+    table = Table()
+    for name in modules:
+        marked = MODULES.get(name) or ModuleMarks()
+        table.modules[name] = marked.state_key
+        for function in marked.functions:
+            _add(table, name, function, captures)
+    return table
+
+
+def _add(table: Table, module: str, function: Callable[..., Any], captures: Mapping[str, str]) -> None:
+    marks = marks_of(function)
+    if not marks.routes:
+        raise RouteError(f"{module}.{function.__name__} has a decorator of lamsonq.routing but no @route")
+    held = _held(sys.modules[module], function)
+    if held is None:
+        raise RouteError(
+            f"{marks.routes[0].where}: {module}.{function.__name__} is routed, but the module holds another"
+            f" {function.__name__}; give the two functions different names"
+        )
+    handler = Handler(held, module, marks_of(held))
+    for mark in marks.routes:
+        where = f"{mark.where}: @route({mark.format!r})"
+        table.register(_resolved(mark.format, {**captures, **mark.captures}, where), handler, where)
+
+
+def _resolved(format: str, captures: Mapping[str, str], where: str) -> str:
+    def expand(found: re.Match[str]) -> str:
+        name = found[1]
+        if name not in captures:
+            raise RouteError(f"{where} uses ({name}), which neither the route nor Router.defaults defines")
+        return f"(?P<{name}>{captures[name]})"
+
+    return _CAPTURE.sub(expand, format)
+
+
+def _held(module: ModuleType, function: Callable[..., Any]) -> Callable[..., Any] | None:
+    """What the module calls by this function's name, if that is the function, perhaps under other decorators."""
+    named: Callable[..., Any] | None = module.__dict__.get(function.__name__)
+    layer = named
+    while layer is not None:
+        if layer is function:
+            return named
+        layer = getattr(layer, "__wrapped__", None)
+    return None

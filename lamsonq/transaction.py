@@ -1,0 +1,141 @@
+"""One MAIL, RCPT..., DATA as a client (RFC 5321 section 3.3), recipient by recipient.
+
+Rules:
+
+1. What goes out as an address was checked by our own grammar; smtplib's would rewrite it.
+2. Bytes are not rewritten. Only line ends become CRLF, and a line that begins with a dot gets another (RFC
+   5321 sections 2.3.8 and 4.5.2): nothing in a message can end it early and begin the next one.
+3. Each recipient's fate is noted as soon as it is known, so that a connection that breaks later takes only
+   the undecided with it.
+"""
+
+from __future__ import annotations
+
+import re
+import smtplib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lamsonq.errors import Failure, Later, SMTPError
+
+FINAL_REPLY_FACTOR = 4
+"""The reply to a whole message may take this many time-outs: giving up early makes duplicates (RFC 1047)."""
+
+_CHUNK = 1 << 16
+_BARE = re.compile(rb"\r(?!\n)|(?<!\r)\n")
+_DOT = re.compile(rb"^\.", re.MULTILINE)
+
+
+class Stale(Exception):
+    """A kept connection that the server has given up: nothing of the message was accepted on it."""
+
+
+@dataclass(slots=True)
+class Transaction:
+    """A message (`data` as `canonical` makes it) on its way to its recipients; `timeout` in seconds for a
+    reply.
+
+    `pending` are the recipients whose fate is open, `failures` those that were refused; who is in neither has
+    got the message. `clean` says that the server needs no RSET afterwards.
+    """
+
+    sender: str
+    pending: list[str]
+    data: bytes
+    timeout: float
+    failures: list[Failure] = field(default_factory=list)
+    clean: bool = False
+
+    def run(self, client: smtplib.SMTP, *, kept: bool) -> None:
+        """Hand the message over. Raises Stale when a kept connection was dead from the start, and what
+        smtplib raises when a connection breaks later."""
+        utf8 = client.has_extn("smtputf8")
+        if not utf8:
+            self._refuse_non_ascii()
+        if self.pending:
+            client.command_encoding = "utf-8" if utf8 else "ascii"
+            self._mail(client, kept)
+        for recipient in list(self.pending):
+            code, text = client.docmd("RCPT", f"TO:<{recipient}>")
+            if code not in (250, 251):
+                self._refuse([recipient], _refusal(code, text))
+        if self.pending:
+            self._content(client)
+
+    def refuse_pending(self, error: Exception) -> None:
+        """Nobody else gets it, for this reason."""
+        self._refuse(list(self.pending), error)
+
+    def _refuse(self, recipients: Sequence[str], error: Exception) -> None:
+        self.failures += [Failure(recipient, None, error) for recipient in recipients]
+        self.pending = [to for to in self.pending if to not in recipients]
+
+    def _refuse_non_ascii(self) -> None:
+        # RFC 6531 section 3.2: such a message cannot go to a server without the extension; the code is RFC
+        # 6531's.
+        for address in (self.sender, *self.pending):
+            if not address.isascii():
+                error = SMTPError(553, f"5.6.7 the relay does not offer SMTPUTF8, which {address} needs")
+                self._refuse(self.pending if address is self.sender else [address], error)
+
+    def _mail(self, client: smtplib.SMTP, kept: bool) -> None:
+        try:
+            code, text = client.docmd("MAIL", f"FROM:<{self.sender}>{self._options(client)}")
+        except (OSError, smtplib.SMTPServerDisconnected):
+            if kept:
+                raise Stale from None
+            raise
+        if kept and code == 421:
+            raise Stale
+        if code != 250:
+            self.refuse_pending(_refusal(code, text))
+
+    def _options(self, client: smtplib.SMTP) -> str:
+        options = f" SIZE={len(self.data)}" if client.has_extn("size") else ""
+        # A server without 8BITMIME gets the bytes as they are: it may well take them, and encoding them anew
+        # would break signatures (RFC 6152 section 3 leaves only that or a bounce).
+        if not self.data.isascii() and client.has_extn("8bitmime"):
+            options += " BODY=8BITMIME"
+        if not "".join([self.sender, *self.pending]).isascii():
+            options += " SMTPUTF8"
+        return options
+
+    def _content(self, client: smtplib.SMTP) -> None:
+        code, text = client.docmd("DATA")
+        if code == 354:
+            wire = _DOT.sub(b"..", self.data) + b".\r\n"
+            for start in range(0, len(wire), _CHUNK):  # the socket's time-out is for one send, not for 30 MB
+                client.send(wire[start : start + _CHUNK])
+            code, text = self._final_reply(client)
+            self.clean = code == 250
+        if self.clean:
+            self.pending = []
+        else:
+            self.refuse_pending(_refusal(code, text))
+
+    def _final_reply(self, client: smtplib.SMTP) -> tuple[int, bytes]:
+        if client.sock is None:
+            raise smtplib.SMTPServerDisconnected("connection closed")
+        client.sock.settimeout(self.timeout * FINAL_REPLY_FACTOR)
+        reply = client.getreply()
+        client.sock.settimeout(self.timeout)
+        return reply
+
+
+def canonical(data: bytes) -> bytes:
+    """Every line ends with CRLF, also the last one, and no CR or LF stands alone."""
+    if not data.count(b"\r\n") == data.count(b"\r") == data.count(b"\n"):
+        data = _BARE.sub(b"\r\n", data)
+    return data if data.endswith(b"\r\n") or not data else data + b"\r\n"
+
+
+def one_line(text: bytes | str) -> str:
+    """A server's words, in one line."""
+    return " ".join((text.decode("utf-8", "replace") if isinstance(text, bytes) else text).split())
+
+
+def _refusal(code: int, text: bytes) -> Exception:
+    """What the server said, as an exception; a reply that makes no sense is worth another try."""
+    if 400 <= code < 600:
+        return SMTPError(code, one_line(text))
+    return Later(f"unexpected reply: {code} {one_line(text)}")

@@ -1,0 +1,152 @@
+"""Messages from templates.
+
+`respond("page_ready.msg", locals())` takes everything from one template: header lines, an empty line, the text.
+`respond(locals(), Body="x.msg", From="%(me)s", ...)` is Lamson's form: texts from templates, headers from arguments.
+
+Rules:
+
+1. A template is trusted, what is put into it is not: header lines are rendered one by one, and a line end in a value
+   becomes a space, so no value can make another header.
+2. Values are never templates. Templates of `.html` files escape them.
+3. An answer to `message` is marked as one (In-Reply-To), when it goes to the sender of `message`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template, select_autoescape
+from jinja2.sandbox import SandboxedEnvironment
+
+from lamsonq.errors import UsageError
+from lamsonq.headers import check_name
+from lamsonq.mail import MailRequest, MailResponse
+
+LOADER: Environment | None = None
+"""Where templates come from; a boot file sets it."""
+
+Variables = Mapping[str, Any]
+
+
+def templates(*folders: str) -> Environment:
+    """What `LOADER` is set to: the templates in these folders, the first one that has a name wins.
+
+    An unknown variable in a template is an error that names it.
+    """
+    return SandboxedEnvironment(
+        loader=FileSystemLoader(folders),
+        autoescape=select_autoescape(["html", "htm", "xhtml"], default_for_string=False),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+    )
+
+
+def load(template: str) -> Template:
+    """The template of this name. Raises UsageError when no LOADER is set, jinja2.TemplateNotFound."""
+    return _loader().get_template(template)
+
+
+def render(variables: Variables, template: str) -> str:
+    """The text of the template of this name."""
+    return load(template).render(variables)
+
+
+def respond(
+    first: str | Variables,
+    second: Variables | None = None,
+    *,
+    Body: str | None = None,
+    Html: str | None = None,
+    **headers: str,
+) -> MailResponse:
+    """A message from templates: `respond("x.msg", variables)` or `respond(variables, Body="x.msg", From=...)`.
+
+    The values of `headers` are filled with `% variables`; an underscore in a name stands for the hyphen. A `.msg`
+    without a To answers the sender of `variables["message"]`. Raises UsageError when something is missing.
+    """
+    if isinstance(first, str):
+        variables = second or {}
+        response = _from_msg(first, variables)
+        response.update(_filled(headers, variables))
+    else:
+        variables = first
+        if Body is None and Html is None:
+            raise UsageError("view.respond needs a template: Body=..., Html=..., or both")
+        response = MailResponse(Body=Body and render(variables, Body))
+        response.update(_filled(headers, variables))
+    if Html is not None:
+        response.Html = render(variables, Html)
+    message = variables.get("message")
+    if isinstance(message, MailRequest) and message.From in response.recipients:
+        response.in_reply_to(message)
+    return response
+
+
+def attach(
+    msg: MailResponse,
+    variables: Variables,
+    template: str,
+    filename: str | None = None,
+    content_type: str | None = None,
+    disposition: str | None = None,
+) -> None:
+    """Attach a rendered template; its type is guessed from `filename`, else from the template's name."""
+    text = render(variables, template)
+    msg.attach(filename=filename or template, content_type=content_type, data=text, disposition=disposition)
+
+
+def _loader() -> Environment:
+    if LOADER is None:
+        raise UsageError(
+            'no templates: put the line  view.LOADER = view.templates("app/templates")  into the boot file '
+            "(and `from lamsonq import view` above it)"
+        )
+    return LOADER
+
+
+def _filled(headers: Mapping[str, str], variables: Variables) -> dict[str, str]:
+    filled = {}
+    for name, value in headers.items():
+        try:
+            filled[name.replace("_", "-")] = _one_line(value % variables)
+        except (KeyError, TypeError, ValueError) as problem:
+            raise UsageError(f"view.respond: {name}={value!r} cannot be filled: {problem!r}") from problem
+    return filled
+
+
+def _from_msg(template: str, variables: Variables) -> MailResponse:
+    head, body = _split(template)
+    response = MailResponse()
+    for number, line in enumerate(head.splitlines(), 1):
+        name, colon, value = line.partition(":")
+        try:
+            if not colon:
+                raise ValueError("a header line is `Name: value`; an empty line ends the headers")
+            response[check_name(name.strip())] = _one_line(_loader().from_string(value).render(variables)) or None
+        except ValueError as problem:
+            raise UsageError(f"template {template}, line {number}: {problem}") from problem
+    response.Body = _loader().from_string(body).render(variables)
+    message = variables.get("message")
+    if "To" not in response and isinstance(message, MailRequest):
+        response["To"] = message.From or None
+    for name in ("From", "To"):
+        if name not in response:
+            raise UsageError(
+                f"template {template} has no {name}: line, so nobody knows whom the message is {name.lower()}"
+            )
+    return response
+
+
+def _split(template: str) -> tuple[str, str]:
+    """The header lines and the text behind the first empty line, both as they stand in the template."""
+    environment = _loader()
+    if environment.loader is None:
+        raise UsageError("view.LOADER has no loader of its own: use view.templates(folder)")
+    source = environment.loader.get_source(environment, template)[0].replace("\r\n", "\n")
+    head, _, body = source.partition("\n\n")
+    return head, body
+
+
+def _one_line(value: str) -> str:
+    return " ".join(value.split())

@@ -1,0 +1,351 @@
+"""From a queue to a function: reserve, attempt, settle.
+
+Rules:
+
+1. One thread fetches, and feeds `workers` threads. Nothing is claimed that cannot start, except a few that wait for
+   their turn in a conversation.
+2. A message that asks for several calls is first replaced, in one settle, by one job bound to each of them: from
+   then on each succeeds and fails alone, and what has succeeded never runs again.
+3. A failure stays in this queue, bound to the function that failed: delayed, or dead with its traceback.
+4. A function that does not return in time is settled without it, and this process asks to be replaced.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from lamsonq.attempt import Attempt, Call
+from lamsonq.errors import Dead, Later, LeaseLost, Undelivered, outcome_of, reason_of
+from lamsonq.jobs import DONE, Done, Job, Outcome, Put
+from lamsonq.mail import MailRequest
+from lamsonq.queue import Queue, message_of
+from lamsonq.routing import Router, RoutingBase
+
+LOG = logging.getLogger()
+"""The root logger, as the tutorial shows these lines."""
+
+IN_LINE = 100
+"""How many claimed jobs may wait for their turn in a conversation or for an async function."""
+
+
+class QueueReceiver:
+    """Works a queue off. Many may work on one queue, in threads, processes or both.
+
+    `queue_dir` names the queue (a folder or a URL) or is a Queue. `sleep` is how many seconds an empty queue is watched
+    before it is looked at anew. `size_limit` (bytes, 0 = none) and `oversize_dir` say what becomes of larger messages.
+    `workers` is how many functions run at once. `deliver` takes each message instead of the router, as in
+    `QueueReceiver("run/outbox", deliver=relay.deliver)`. `timeout` is how many seconds a function may take.
+    `bound=True` works only the jobs that are bound to a function.
+
+    Source: Lamson's and Salmon's `server.QueueReceiver`.
+    """
+
+    def __init__(
+        self,
+        queue_dir: str | Queue,
+        sleep: float = 10,
+        size_limit: int = 0,
+        oversize_dir: str | None = None,
+        workers: int = 10,
+        *,
+        deliver: Callable[[MailRequest], object] | None = None,
+        router: RoutingBase = Router,
+        timeout: float = 300.0,
+        bound: bool = False,
+    ) -> None:
+        if workers < 1:
+            raise ValueError(f"workers={workers}: a QueueReceiver needs at least one")
+        if isinstance(queue_dir, str):
+            queue_dir = Queue(queue_dir, pop_limit=size_limit, oversize_dir=oversize_dir)
+        self.queue = queue_dir
+        self.queue_dir = queue_dir.dir
+        self.sleep = sleep
+        self.workers = workers
+        self.deliver = deliver
+        self.router = router
+        self.timeout = timeout
+        self.bound = bound
+        self.stuck = False
+        self._stopping = threading.Event()
+        self._drained = threading.Event()
+        self._drained.set()
+        self._give_back_at: float | None = None
+        self._changed = threading.Condition()
+        self._busy = 0
+        self._running: dict[Attempt, Job] = {}
+
+    # -- the receiver's life -----------------------------------------------------------------------------------
+
+    def bind(self) -> None:
+        """Make the queue's folders, so that a queue which cannot be written refuses the boot. Raises QueueError."""
+        self.queue.count()
+
+    def listening(self) -> str:
+        return f"working the queue {self.queue_dir}"
+
+    def start(self, one_shot: bool = False) -> None:
+        """Work the queue until `stop`; with `one_shot` until it is empty. Blocks."""
+        self.bind()
+        self._drained.clear()
+        LOG.info("Queue receiver started on queue dir %s", self.queue_dir)
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="lamsonq-queue")
+        try:
+            self._work(pool, one_shot)
+        finally:
+            pool.shutdown(wait=not self.stuck, cancel_futures=self.stuck)
+            self._drained.set()
+
+    def run_once(self) -> bool:
+        """Take one job and see it through, in this thread; False when none is ready. For loops of one's own."""
+        jobs = self.queue.backend.reserve(1, bound=self.bound)
+        for job in jobs:
+            settled = threading.Event()
+            self._begin(job, lambda function: function(), settled.set)
+            settled.wait(self.timeout)
+            self._give_up_the_late()
+        return bool(jobs)
+
+    def stop(self, grace: float = 30.0) -> None:
+        """Take no more; finish what runs, and after `grace` seconds give the rest back uncounted. Returns at once."""
+        self._give_back_at = time.monotonic() + grace
+        self._stopping.set()
+        self.queue.backend.wake()
+        if self._changed.acquire(blocking=False):  # a signal handler may interrupt the thread that holds it
+            self._changed.notify_all()
+            self._changed.release()
+
+    def join(self) -> None:
+        """Wait until everything that was taken is settled."""
+        self._drained.wait()
+
+    def process_message(self, message: MailRequest) -> None:
+        """Deliver one message that is in no queue. Raises Undelivered."""
+        (self.deliver or self.router.deliver)(message)
+
+    # -- the fetcher -------------------------------------------------------------------------------------------
+
+    def _work(self, pool: ThreadPoolExecutor, one_shot: bool) -> None:
+        backend = self.queue.backend
+        idle = False
+        while not self._stopping.is_set():
+            self._give_up_the_late()
+            free = self._free_slots()
+            if not free:
+                continue
+            quiet = self._quiet()
+            jobs = backend.reserve(free, 0 if one_shot or not idle else self._patience(), bound=self.bound)
+            for job in jobs:
+                self._submit(pool, job)
+            if jobs:
+                idle = False
+            elif one_shot and quiet:
+                return
+            elif one_shot:
+                self._wait_for_change()
+            elif quiet and not self._stopping.is_set():
+                idle = True
+                LOG.debug("Sleeping for %d seconds...", self.sleep)
+            else:
+                idle = True
+        self._drain()
+
+    def _free_slots(self) -> int:
+        """How many more may start now; waits for a while when none may."""
+        with self._changed:
+            free = min(self.workers - self._busy, self.workers + IN_LINE - len(self._running))
+            if free <= 0:
+                self._changed.wait(1.0)
+            return max(free, 0)
+
+    def _quiet(self) -> bool:
+        """Whether nothing is under way."""
+        with self._changed:
+            return not self._busy and not self._running
+
+    def _patience(self) -> float:
+        # While functions run, somebody must look at their clocks.
+        return min(self.sleep, 1.0) if self._running else self.sleep
+
+    def _wait_for_change(self) -> None:
+        with self._changed:
+            if self._busy or self._running:
+                self._changed.wait(0.1)
+
+    def _submit(self, pool: ThreadPoolExecutor, job: Job) -> None:
+        def spawn(function: Callable[[], None]) -> None:
+            with self._changed:
+                self._busy += 1
+            pool.submit(self._in_thread, function)
+
+        spawn(lambda: self._begin(job, spawn, lambda: None))
+
+    def _in_thread(self, function: Callable[[], None]) -> None:
+        try:
+            function()
+        except Exception:  # a thread of the pool must live on, whatever happens
+            LOG.exception("Exception while working the queue %s", self.queue_dir)
+        finally:
+            with self._changed:
+                self._busy -= 1
+                self._changed.notify_all()
+
+    def _drain(self) -> None:
+        """Wait for what runs; after the grace, and for what hangs, go without it."""
+        while True:
+            self._give_up_the_late()
+            with self._changed:
+                if not self._running:
+                    return
+                if time.monotonic() >= (self._give_back_at or 0):
+                    break
+                self._changed.wait(0.2)
+        for attempt, job in list(self._running.items()):
+            self.stuck = self.stuck or attempt.started is not None
+            self._settle_instead(attempt, job, Later("the server was stopped", counted=False))
+
+    def _give_up_the_late(self) -> None:
+        now = time.monotonic()
+        for attempt, job in list(self._running.items()):
+            if attempt.started is not None and now - attempt.started > self.timeout:
+                LOG.error("%s hangs on job %s; this process will be replaced", attempt.call.name, job.key)
+                self.stuck = True
+                self._settle_instead(attempt, job, attempt.hung(self.timeout))
+                self.stop()
+
+    def _settle_instead(self, attempt: Attempt, job: Job, outcome: Outcome) -> None:
+        if attempt.give_up():
+            self._forget(attempt)
+            self._settle(job, attempt.call, outcome, [])
+
+    # -- one job -----------------------------------------------------------------------------------------------
+
+    def _begin(self, job: Job, spawn: Callable[[Callable[[], None]], object], finished: Callable[[], None]) -> None:
+        """Find out what a claimed job asks for, and start it."""
+        LOG.debug("Pulled message with key: %r off", job.key)
+        try:
+            call, message = self._call_for(job)
+        except Exception as error:  # no call can be made of it: later or never, as the error says
+            self._settle_failure(job, None, outcome_of(error))
+            call = None
+        if call is None:
+            finished()
+            return
+        holder: list[Attempt] = []
+
+        def settle(outcome: Outcome, puts: list[Put]) -> None:
+            try:
+                self._settle(job, holder[0].call, outcome, puts)
+            finally:
+                self._forget(holder[0])
+                finished()
+
+        attempt = Attempt(call, message, key=job.key, settle=settle)
+        holder.append(attempt)
+        with self._changed:
+            self._running[attempt] = job
+        attempt.start(spawn)
+
+    def _call_for(self, job: Job) -> tuple[Call | None, MailRequest]:
+        """The one call that this job asks for; None when it was dealt with without one."""
+        message = message_of(job, self.queue_dir)
+        LOG.debug(
+            "Message received from Peer: %r, From: %r, to To %r.",
+            message.Peer,
+            message.From,
+            message.route_to,
+        )
+        if self.deliver is not None:
+            return Call(self.deliver, message.To), message
+        if job.target is not None:
+            return self.router.bound(job, message), message
+        calls = self.router.plan(message)
+        if len(calls) == 1:
+            return calls[0], message.addressed(calls[0].recipient)
+        if calls:
+            self._settle_job(job, DONE, [Put(self.queue.backend, _bound(job, c, i)) for i, c in enumerate(calls, 1)])
+        else:
+            self._settle_unmatched(job, message)
+        return None, message
+
+    def _settle_unmatched(self, job: Job, message: MailRequest) -> None:
+        undeliverable = self.router.UNDELIVERABLE_QUEUE
+        if undeliverable is None or undeliverable.backend is self.queue.backend:
+            self._settle_job(
+                job, Dead(f"no route takes {', '.join(message.route_to) or 'a message without recipient'}")
+            )
+            return
+        LOG.debug(
+            "Message to %r from %r undeliverable, putting in undeliverable queue (# of recipients: %d).",
+            message.To,
+            message.From,
+            len(message.route_to),
+        )
+        kept = replace(job, key=undeliverable.backend.new_key(), deliveries=0, claim="")
+        self._settle_job(job, DONE, [Put(undeliverable.backend, kept)])
+
+    def _settle(self, job: Job, call: Call, outcome: Outcome, puts: list[Put]) -> None:
+        if isinstance(outcome, Done):
+            self._settle_job(job, outcome, puts)
+        else:
+            self._settle_failure(job, call, outcome)
+
+    def _settle_failure(self, job: Job, call: Call | None, outcome: Later | Dead) -> None:
+        """Keep what failed, bound to what it failed at."""
+        if isinstance(outcome, Later) and not outcome.counted:
+            self._settle_job(job, outcome)
+            return
+        LOG.error("Job %s of %s failed: %s", job.key, self.queue_dir, reason_of(outcome))
+        store = self.queue.backend
+        undelivered = outcome.__cause__
+        if isinstance(undelivered, Undelivered) and len(job.recipients) > 1:
+            kept = [_failed(_for_recipient(job, f.recipient, i)) for i, f in enumerate(undelivered.failures, 1)]
+            outcomes = [f.outcome() for f in undelivered.failures]
+            self._settle_job(job, DONE, [Put(store, k, o) for k, o in zip(kept, outcomes, strict=True)])
+        elif isinstance(undelivered, Undelivered):
+            self._settle_job(job, undelivered.failures[0].outcome() if undelivered.failures else outcome)
+        elif call is not None and call.name is not None and job.target is None:
+            self._settle_job(job, DONE, [Put(store, _failed(_bound(job, call, 1)), outcome)])
+        else:
+            self._settle_job(job, outcome)
+
+    def _settle_job(self, job: Job, outcome: Outcome, puts: list[Put] | None = None) -> None:
+        store = self.queue.backend
+        try:
+            store.settle(job, outcome, puts or [])
+        except LeaseLost:
+            raise
+        except Exception as error:  # a full disk, most often: nothing was published, and giving back needs no space
+            LOG.error("job %s of %s could not be settled: %s", job.key, self.queue_dir, reason_of(error))
+            store.settle(job, Later(f"it could not be settled: {reason_of(error)}", time.time() + 10, counted=False))
+
+    def _forget(self, attempt: Attempt) -> None:
+        with self._changed:
+            self._running.pop(attempt, None)
+            self._changed.notify_all()
+
+
+def _bound(job: Job, call: Call, number: int) -> Job:
+    """The job that stands for one call of another job's plan."""
+    child = _for_recipient(job, call.recipient, number)
+    return replace(child, target=call.name, metadata={**job.metadata, "route": call.route})
+
+
+def _for_recipient(job: Job, recipient: str, number: int) -> Job:
+    key = _derived_key(job.key, number)
+    return replace(job, key=key, recipients=(recipient,), deliveries=0, due=None, claim="")
+
+
+def _failed(job: Job) -> Job:
+    return replace(job, attempts=job.attempts + 1)
+
+
+def _derived_key(key: str, number: int) -> str:
+    """A key beside its parent's in the order of the queue, that only this parent can make."""
+    derived, found = re.subn(r"^(\d+\.M\d+P\d+Q\d+(?:R\d+)*)", rf"\1R{number}", key, count=1)
+    return derived if found else f"{key}.R{number}"

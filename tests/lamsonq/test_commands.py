@@ -1,0 +1,449 @@
+"""The command line, from outside: both spellings, output, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from lamsonq import commands, pidfile
+from lamsonq.queue import Queue
+
+ROOT = str(Path(commands.__file__).parents[2])
+ENVIRON = {**os.environ, "PYTHONPATH": ROOT, "PYTHONDONTWRITEBYTECODE": "1"}
+
+Done = subprocess.CompletedProcess[str]
+
+
+def lamsonq(*args: str, code: int = 0) -> Done:
+    """Run a command in the current directory; it has to end with this code, and never with a traceback."""
+    if args and args[0] in _ONLY_LOOK:
+        result = CliRunner().invoke(commands.lamsonq, args, prog_name="lamsonq")
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
+        done = Done(args, result.exit_code, result.stdout, result.stderr)
+    else:
+        command = [sys.executable, "-m", "lamsonq", *args]
+        done = subprocess.run(command, env=ENVIRON, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+_ONLY_LOOK = {"queue", "fsck", "version", "send", "status"}
+"""Commands that neither fork nor import a project: they run in this process, which is quicker."""
+
+
+def refused(*args: str, code: int = 1) -> str:
+    """The one line that a command ends with."""
+    done = lamsonq(*args, code=code)
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    return done.stderr.removesuffix("\n")
+
+
+def parsed(command: str, *args: str) -> dict[str, Any]:
+    """What a command understands."""
+    return commands.lamsonq.commands[command].make_context(command, list(args)).params
+
+
+# ---- spelling --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "lamson", "usual", "expected"),
+    [
+        ("start", "-boot config.queue", "--boot config.queue", {"boot": "config.queue"}),
+        ("start", "-boot=config.queue -pid run/q.pid", "--boot=config.queue --pid=run/q.pid", {"pid": "run/q.pid"}),
+        ("start", "-FORCE True", "--force", {"force": True}),
+        ("start", "-FORCE", "-f", {"force": True}),
+        ("start", "-FORCE False", "", {"force": False}),
+        ("start", "-debug", "--debug", {"debug": True}),
+        ("start", "-debug True -workers 4", "--debug --workers 4", {"debug": True, "workers": 4}),
+        ("log", "-port 9 -host 0.0.0.0", "--port 9 --host 0.0.0.0", {"port": 9, "host": "0.0.0.0"}),
+        ("log", "", "", {"port": 8825, "host": "127.0.0.1", "pid": "run/log.pid"}),
+        ("stop", "-ALL run", "--all run", {"run": "run", "kill": False}),
+        ("stop", "-ALL", "--all", {"run": "run"}),
+        ("stop", "-ALL -KILL", "--all --kill", {"run": "run", "kill": True}),
+        ("stop", "-KILL True -ALL other", "-f --all other", {"run": "other", "kill": True}),
+        ("status", "-pid run/q.pid", "--pid run/q.pid", {"pid": "run/q.pid"}),
+        ("gen", "-project osb", "osb", {}),
+        ("gen", "-project osb -FORCE True", "osb --force", {}),
+        ("queue", "-pop -name run/posts", "run/posts --pop", {"pop": True}),
+        ("queue", "-get KEY", "--get KEY", {"get": "KEY"}),
+        ("routes", "-test a@b -- config.testing", "config.testing --test a@b", {"modules": ("config.testing",)}),
+        ("help", "-for start", "start", {}),
+    ],
+)
+def test_lamsons_spelling_and_the_usual_one_mean_the_same(
+    command: str, lamson: str, usual: str, expected: dict[str, Any]
+) -> None:
+    for spelling in (lamson, usual):
+        params = parsed(command, *spelling.split())
+        assert {name: params[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("word", ["-boo", "--boo", "-bootconfig", "-force"])
+def test_an_unknown_option_is_named_whole(word: str) -> None:
+    with pytest.raises(click.NoSuchOption) as caught:
+        parsed("start", word, "x")
+    assert caught.value.option_name == word
+
+
+def test_an_unknown_option_ends_with_2_and_names_what_was_meant(here: Path) -> None:
+    assert "No such option '-boo'. Did you mean '-boot'?" in lamsonq("start", "-boo", "x", code=2).stderr
+
+
+# ---- help ------------------------------------------------------------------------------------------------------
+
+
+def test_no_command_is_help_and_no_mistake(here: Path) -> None:
+    done = lamsonq()
+    for name in commands.lamsonq.commands:
+        assert re.search(rf"^  {name} ", done.stdout, re.MULTILINE)
+    assert lamsonq("--help").stdout == done.stdout
+
+
+def test_help_lists_the_commands_and_explains_one(here: Path) -> None:
+    listed = lamsonq("help").stdout
+    assert "demo, fsck, gen, help, log, queue, routes, send, start, status, stop, version" in listed
+    assert "Use lamsonq help -for <command> to find out more." in listed
+    explained = lamsonq("help", "-for", "start").stdout
+    assert explained.startswith("Usage: lamsonq start [OPTIONS]")
+    assert "-boot, --boot MODULE" in explained
+    assert lamsonq("start", "--help").stdout == explained
+
+
+def test_every_command_has_a_help_of_its_own() -> None:
+    for command in commands.lamsonq.commands.values():
+        assert command.help
+        assert all(param.help for param in command.params if isinstance(param, click.Option) and not param.hidden)
+
+
+def test_an_unknown_command_ends_with_2(here: Path) -> None:
+    assert "No such command 'begin'" in lamsonq("begin", code=2).stderr
+    assert "There is no command 'begin'" in lamsonq("help", "-for", "begin", code=2).stderr
+
+
+def test_version_is_told(here: Path) -> None:
+    assert lamsonq("version").stdout == "Lamsonq-Version:  0.1.0\n"
+    assert lamsonq("--version").stdout == "0.1.0\n"
+
+
+def test_help_does_not_wait_for_heavy_imports(here: Path) -> None:
+    code = "import sys, lamsonq.commands; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], env=ENVIRON, capture_output=True, text=True, check=True
+    ).stdout
+    assert not {"aiosmtpd", "asyncio", "jinja2", "msgspec", "email", "sqlite3"} & set(loaded.split())
+
+
+def test_other_systems_are_told_no_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(SystemExit, match="lamsonq runs on Linux"):
+        commands.main()
+
+
+# ---- stop and status -------------------------------------------------------------------------------------------
+
+BOOT = """
+import threading
+from config import settings
+
+class Waiting:
+    stuck = False
+    stopped = threading.Event()
+    def bind(self): pass
+    def start(self): pass
+    def stop(self, grace=30.0): self.stopped.set()
+    def join(self): self.stopped.wait()
+    def listening(self): return "waiting"
+
+settings.receiver = Waiting()
+"""
+
+
+@pytest.fixture
+def project(here: Path) -> Iterator[Path]:
+    """A project whose receiver only waits; what runs in it is ended."""
+    for name, text in (("__init__", ""), ("settings", "receiver = None\n"), ("boot", BOOT), ("queue", BOOT)):
+        (here / "config").mkdir(exist_ok=True)
+        (here / "config" / f"{name}.py").write_text(text)
+    (here / "run").mkdir()
+    yield here
+    for path in here.glob("run/*.pid"):
+        if path.is_symlink() or not re.fullmatch("[0-9]+\n", path.read_text()):
+            continue
+        running = pidfile.find(str(path))
+        if running is not None:
+            running.signal(9)
+            running.wait(5)
+            running.close()
+
+
+def test_stop_all_prints_what_the_tutorial_shows_and_leaves_nothing(project: Path) -> None:
+    pids = []
+    for name in ("log", "queue", "smtp"):
+        lamsonq("start", "-boot", "config.queue" if name == "queue" else "config.boot", "-pid", f"run/{name}.pid")
+        pids.append(int(Path(f"run/{name}.pid").read_text()))
+    done = lamsonq("stop", "-ALL", "run")
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == [
+        "Stopping processes with the following PID files:",
+        "['run/log.pid', 'run/queue.pid', 'run/smtp.pid']",
+        *(f"Attempting to stop lamsonq at pid {pid}" for pid in pids),
+    ]
+    assert list(project.glob("run/*.pid")) == []
+    assert not any(os.path.exists(f"/proc/{pid}/fd/0") for pid in pids)
+
+
+def test_stop_all_of_nothing_is_no_mistake(project: Path) -> None:
+    assert lamsonq("stop", "-ALL").stdout == "Stopping processes with the following PID files:\n[]\n"
+
+
+def test_stop_all_goes_on_after_a_file_that_is_no_pid_file(project: Path) -> None:
+    lamsonq("start")
+    Path("run/aaa.pid").write_text("garbage")
+    done = lamsonq("stop", "-ALL", "run", code=4)
+    assert done.stderr == ("ERROR: PID file run/aaa.pid holds b'garbage' and no pid: not touched, remove it yourself\n")
+    assert Path("run/aaa.pid").read_text() == "garbage"
+    assert not Path("run/smtp.pid").exists()
+
+
+def test_stop_without_a_pid_file_says_so(project: Path) -> None:
+    assert refused("stop") == "ERROR: PID file run/smtp.pid doesn't exist, maybe lamsonq isn't running?"
+
+
+def test_status_tells_who_runs_by_its_exit_code(project: Path) -> None:
+    assert refused("status") == "lamsonq not running."
+    lamsonq("start", "-boot", "config.queue", "-pid", "run/queue.pid")
+    pid = int(Path("run/queue.pid").read_text())
+    assert lamsonq("status", "-pid", "run/queue.pid").stdout == f"lamsonq running with PID {pid}\n"
+    Path("run/smtp.pid").write_text(f"{os.getpid()}\n")  # left behind, and the pid is somebody else's by now
+    listed = lamsonq("status", "-ALL", code=1).stdout
+    assert listed == f"run/queue.pid: lamsonq running with PID {pid}\nrun/smtp.pid: lamsonq not running.\n"
+
+
+def test_status_of_all_tells_of_a_file_that_is_no_pid_file(project: Path) -> None:
+    Path("run/aaa.pid").symlink_to("elsewhere")
+    Path("run/bbb.pid").write_text("4711\n")
+    first, second = lamsonq("status", "-ALL", code=1).stdout.splitlines()
+    assert first.startswith("run/aaa.pid: PID file run/aaa.pid is a link")
+    assert second == "run/bbb.pid: lamsonq not running."
+
+
+def test_several_processes_with_states_in_memory_are_refused(project: Path) -> None:
+    Path("handlers.py").write_text(HANDLERS.replace("@stateless\n", ""))
+    with Path("config/boot.py").open("a") as boot:
+        boot.write("from lamsonq.routing import Router\nRouter.load(['handlers'])\n")
+    line = refused("start", "-workers", "2")
+    assert line.startswith("ERROR: 2 processes need states that they share: set Router.STATE_STORE = SQLiteStorage(")
+
+
+def test_status_as_json_has_servers_and_queues(project: Path) -> None:
+    Queue("run/posts").push("Subject: hi\n\nhello\n")
+    lamsonq("start", "--boot=config.queue")
+    found = json.loads(lamsonq("status", "--all", "run", "--json").stdout)
+    pid = int(Path("run/smtp.pid").read_text())
+    assert found["servers"] == [{"pid_file": "run/smtp.pid", "running": True, "pid": pid, "boot": "config.queue"}]
+    assert found["queues"]["run/posts"] == {"ready": 1, "delayed": 0, "dead": 0, "reserved": 0}
+
+
+def test_log_outside_a_project_leaves_nothing_behind(here: Path) -> None:
+    assert refused("log", code=2).startswith(f"ERROR: {here} is no project: it has neither config/ nor run/")
+    assert list(here.iterdir()) == []
+
+
+def test_start_outside_a_project_leaves_nothing_behind(here: Path) -> None:
+    assert refused("start", code=2).startswith(f"ERROR: there is no config.boot in {here}: start a server in a project")
+    assert list(here.iterdir()) == []
+
+
+def test_a_directory_that_does_not_exist_is_named(here: Path) -> None:
+    assert refused("start", "-chdir", "nowhere") == "ERROR: cannot change to nowhere: No such file or directory"
+
+
+# ---- queue -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def posts(here: Path) -> Queue:
+    return Queue("run/posts")
+
+
+def test_queue_counts_lists_gets_and_removes(posts: Queue) -> None:
+    first = posts.push("Subject: one\n\nhello\n")
+    second = posts.push("Subject: two\n\nhello\n")
+    assert lamsonq("queue", "-count", "-name", "run/posts").stdout == (
+        "Using queue: 'run/posts'\nQueue run/posts contains 2 messages\n"
+    )
+    assert lamsonq("queue", "run/posts", "--keys").stdout == f"Using queue: 'run/posts'\n{first}\n{second}\n"
+    shown = lamsonq("queue", "-get", second, "-name", "run/posts").stdout
+    assert shown == "Using queue: 'run/posts'\nSubject: two\n\nhello\n"
+    assert lamsonq("queue", "-remove", first, "-name", "run/posts").stdout == "Using queue: 'run/posts'\n"
+    assert posts.keys() == [second]
+
+
+def test_queue_pops_the_oldest(posts: Queue) -> None:
+    key = posts.push("Subject: one\n\nhello\n")
+    posts.push("Subject: two\n\nhello\n")
+    popped = lamsonq("queue", "run/posts", "-pop").stdout
+    assert popped == f"Using queue: 'run/posts'\nKEY:  {key}\nSubject: one\n\nhello\n"
+    assert posts.count() == 1
+
+
+def test_pop_of_an_empty_queue_is_no_mistake(here: Path) -> None:
+    assert lamsonq("queue", "-pop").stdout == "Using queue: 'run/queue'\nKEY:  None\n"
+
+
+def test_queue_clears(posts: Queue) -> None:
+    posts.push("Subject: one\n\nhello\n")
+    lamsonq("queue", "-clear", "-name", "run/posts")
+    assert posts.count() == 0
+
+
+@pytest.mark.parametrize("wish", ["-get", "-remove", "-kick", "-report"])
+def test_a_key_that_is_not_there_is_one_line(here: Path, wish: str) -> None:
+    done = lamsonq("queue", wish, "nobody", code=1)
+    assert done.stdout == "Using queue: 'run/queue'\n"
+    assert done.stderr == "ERROR: queue run/queue has no message 'nobody' for that\n"
+
+
+def test_queue_wants_one_thing_to_do(here: Path) -> None:
+    assert refused("queue") == "ERROR: Give something to do.  Try lamsonq help -for queue to find out what."
+    assert refused("queue", "-pop", "-count").startswith("ERROR: Give one thing to do, not more.")
+
+
+def test_dead_letters_are_listed_explained_and_kicked(posts: Queue) -> None:
+    from lamsonq.errors import Dead
+
+    key = posts.push("Subject: one\n\nhello\n")
+    (job,) = posts.backend.reserve(1)
+    posts.backend.settle(job, Dead("nobody wants it"))
+    assert lamsonq("queue", "run/posts", "--dead").stdout.splitlines()[1:] == [key]
+    assert lamsonq("queue", "run/posts", "--dead", "--count").stdout.endswith("contains 1 dead messages\n")
+    assert "nobody wants it" in lamsonq("queue", "run/posts", "--report", key).stdout
+    lamsonq("queue", "run/posts", "--kick", key)
+    counts = json.loads(lamsonq("queue", "run/posts", "--count", "--json").stdout)
+    assert (counts["ready"], counts["dead"]) == (1, 0)
+
+
+def test_a_queue_of_an_unknown_kind_ends_with_3(here: Path) -> None:
+    assert "nosuch" in refused("queue", "nosuch:posts", "--count", code=3)
+
+
+# ---- routes ----------------------------------------------------------------------------------------------------
+
+HANDLERS = """
+from lamsonq.routing import route, stateless
+
+@route("(to)@(host)", to=".+", host="example[.]com")
+@stateless
+def START(message, to=None, host=None):
+    pass
+"""
+
+TABLE = """\
+Routing ORDER: ['(?P<to>.+)@(?P<host>example[.]com)']
+Routing TABLE:
+---
+'(?P<to>.+)@(?P<host>example[.]com)': myhandlers.START\x20
+---
+"""
+
+
+@pytest.fixture
+def handlers(here: Path) -> Path:
+    (here / "myhandlers.py").write_text(HANDLERS)
+    return here
+
+
+def test_routes_shows_the_table(handlers: Path) -> None:
+    assert lamsonq("routes", "myhandlers").stdout == TABLE
+
+
+def test_routes_tests_an_address(handlers: Path) -> None:
+    match = """
+TEST address 'joe@example.com' matches:
+  '(?P<to>.+)@(?P<host>example[.]com)' myhandlers.START
+  -  {'to': 'joe', 'host': 'example.com'}
+"""
+    assert lamsonq("routes", "-test", "joe@example.com", "--", "myhandlers").stdout == TABLE + match
+
+
+def test_an_address_that_matches_nothing_ends_with_1(handlers: Path) -> None:
+    done = lamsonq("routes", "myhandlers", "--test", "joe@example.org", code=1)
+    assert done.stdout == TABLE + "\nTEST address 'joe@example.org' didn't match anything.\n"
+
+
+def test_routes_as_json(handlers: Path) -> None:
+    found = json.loads(lamsonq("routes", "myhandlers", "--test", "joe@example.com", "--json").stdout)
+    assert found["routes"][0]["functions"] == ["myhandlers.START"]
+    assert found["matches"][0]["captures"] == {"to": "joe", "host": "example.com"}
+
+
+def test_a_module_that_is_not_there_or_has_no_routes_is_named(handlers: Path) -> None:
+    assert refused("routes", "nosuchmodule", code=2).startswith("ERROR: there is no module nosuchmodule in ")
+    (handlers / "empty.py").touch()
+    assert refused("routes", "empty", code=2) == "ERROR: empty imported, but no function is registered"
+
+
+def test_a_capture_that_nothing_defines_names_the_route(handlers: Path) -> None:
+    (handlers / "broken.py").write_text(HANDLERS.replace('to=".+", ', ""))
+    line = refused("routes", "broken", code=2)
+    assert "broken.py:4: @route('(to)@(host)') uses (to), which neither the route nor Router.defaults" in line
+
+
+# ---- send ------------------------------------------------------------------------------------------------------
+
+MESSAGE = ("-sender", "a@example.com", "-to", "b@example.com", "-subject", "hi", "-body", "hello")
+
+
+def test_send_without_a_server_is_one_line(here: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    line = refused("send", "-port", str(port), *MESSAGE)
+    assert line.startswith("ERROR: ")
+    assert "refused" in line
+
+
+def test_send_wants_sender_recipient_subject_and_body(here: Path) -> None:
+    assert "-body" in lamsonq("send", *MESSAGE[:-2], code=2).stderr
+
+
+# ---- fsck ------------------------------------------------------------------------------------------------------
+
+
+def test_fsck_accounts_for_every_accepted_message(posts: Queue) -> None:
+    posts.push("Message-ID: <1@x>\n\nhello\n")
+    posts.push("Message-ID: <2@x>\n\nhello\n")
+    posts.backend.reserve(1)
+    Path("accepted").write_text("<1@x>\n<2@x>\n<3@x>\n")
+    Path("handled").write_text("<3@x>\n")
+    good = lamsonq("fsck", "run", "--accepted", "accepted", "--handled", "handled").stdout
+    assert good == (
+        "run/posts: ready 1, delayed 0, reserved 1, dead 0; left over: held 0, tmp 0; broken 0\nAll is accounted for.\n"
+    )
+    Path("handled").write_text("")
+    assert "missing: <3@x>\n" in lamsonq("fsck", "--accepted", "accepted", "--handled", "handled", code=1).stdout
+
+
+def test_fsck_names_a_file_that_is_no_job(posts: Queue) -> None:
+    posts.push("Message-ID: <1@x>\n\nhello\n")
+    Path("run/posts/new/1.M1P1Q1.host,LQ=1b50").write_text("X-Lamsonq-Job: {}\n\nforged\n")
+    Path("run/posts/new/2.M1P1Q1.foreign,S=5").write_text("Message-ID: <2@x>\n\n")
+    found = json.loads(lamsonq("fsck", "--json", code=1).stdout)
+    assert found["queues"]["run/posts"]["ready"] == 3
+    assert list(found["queues"]["run/posts"]["broken"]) == ["new/1.M1P1Q1.host,LQ=1b50"]
+
+
+def test_fsck_of_no_directory_is_refused(here: Path) -> None:
+    assert refused("fsck") == "ERROR: run is not a directory: give the one that holds the queues"

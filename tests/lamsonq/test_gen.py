@@ -1,0 +1,275 @@
+"""`lamsonq gen`, and the tutorial that begins with it, word by word."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import tomli
+
+from lamsonq import pidfile
+from lamsonq.commands import project as template
+
+ROOT = Path(template.__file__).parents[2]
+ENVIRON = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+
+Done = subprocess.CompletedProcess[str]
+
+
+def lamsonq(*args: str, code: int = 0) -> Done:
+    return python("-m", "lamsonq", *args, code=code)
+
+
+def python(*args: str, code: int = 0) -> Done:
+    command = [sys.executable, *args]
+    done = subprocess.run(command, env=ENVIRON, capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def files(directory: Path) -> dict[str, str]:
+    return {str(p.relative_to(directory)): p.read_text() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize("spelling", [("osb",), ("-project", "osb"), ("--project", "osb")])
+def test_gen_writes_the_repositorys_own_project_without_what_the_tutorials_reader_writes(
+    here: Path, spelling: tuple[str, ...]
+) -> None:
+    lines = lamsonq("gen", *spelling).stdout.splitlines()
+    written = files(here / "osb")
+    assert set(written) == {"README.md", *template.PROJECT_FILES}
+    assert lines[0] == "mkdir: osb"
+    assert "mkdir: osb/app/handlers" in lines
+    assert "copy: osb/config/boot.py" in lines
+    for name in template.PROJECT_FILES:
+        if name != "config/settings.py":
+            assert written[name] == (ROOT / name).read_text()
+
+
+def test_the_generated_settings_end_where_the_tutorials_reader_goes_on(here: Path) -> None:
+    lamsonq("gen", "osb")
+    begun = (here / "osb/config/settings.py").read_text()
+    whole = (ROOT / "config/settings.py").read_text()
+    assert whole.removeprefix(begun) == (
+        "\n# this is for when you run the config.queue boot\n"
+        'queue_config = {"queue": "run/posts", "sleep": 10}\n\n'
+        'queue_handlers = ["app.handlers.index"]\n'
+    )
+
+
+def test_the_wheel_has_the_files_that_gen_writes() -> None:
+    build = tomli.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
+    included = build["targets"]["wheel"]["force-include"]
+    assert included == {name: f"lamsonq/project/{name}" for name in template.PROJECT_FILES}
+
+
+def test_a_project_that_exists_is_not_touched(here: Path) -> None:
+    (here / "osb").mkdir()
+    assert lamsonq("gen", "osb", code=1).stderr == "ERROR: Project osb exists, delete it first.\n"
+    assert list((here / "osb").iterdir()) == []
+
+
+@pytest.mark.parametrize("force", [("-FORCE",), ("-FORCE", "True"), ("--force",), ("-f",)])
+def test_force_adds_files_and_never_writes_over_one(here: Path, force: tuple[str, ...]) -> None:
+    (here / "osb" / "config").mkdir(parents=True)
+    (here / "osb" / "config" / "boot.py").write_text("mine")
+    (here / "osb" / "config" / "testing.py").symlink_to(here / "elsewhere")
+    lines = lamsonq("gen", "-project", "osb", *force).stdout.splitlines()
+    assert "exists: osb/config/boot.py" in lines
+    assert (here / "osb" / "config" / "boot.py").read_text() == "mine"
+    assert not (here / "elsewhere").exists()
+    assert (here / "osb" / "app" / "handlers" / "post.py").exists()
+
+
+def test_gen_wants_one_name(here: Path) -> None:
+    assert "lamsonq gen NAME" in lamsonq("gen", code=2).stderr
+    assert "lamsonq gen NAME" in lamsonq("gen", "a", "-project", "b", code=2).stderr
+
+
+def test_a_place_that_cannot_be_written_is_one_line(here: Path) -> None:
+    (here / "file").touch()
+    line = lamsonq("gen", "file/osb", code=1).stderr
+    assert line == "ERROR: cannot write file: File exists\n"
+
+
+# ---- the tutorial ----------------------------------------------------------------------------------------------
+
+QUEUE_BOOT = """\
+# where to listen for incoming messages
+settings.receiver = QueueReceiver(settings.queue_config['queue'],
+                                  settings.queue_config['sleep'])
+
+settings.database = configure_database(settings.database_config, also_create=False)
+
+"""
+
+QUEUE_ROUTER = """\
+Router.defaults(**settings.router_defaults)
+# NOTE: this is using a different handlers variable in settings
+Router.load(settings.queue_handlers)
+Router.RELOAD=True
+"""
+
+QUEUE_SETTINGS = """
+# this is for when you run the config.queue boot
+queue_config = {'queue': 'run/posts', 'sleep': 10}
+
+queue_handlers = ['app.handlers.index']
+"""
+
+INDEX = """\
+from lamsonq import queue
+from lamsonq.routing import route, stateless
+import logging
+
+
+@route("(post_name)@osb\\\\.(host)")
+@stateless
+def START(message, post_name=None, host=None):
+    logging.debug("Got message from %s", message['from'])
+"""
+
+
+def edit(path: Path, *changes: tuple[str, str]) -> None:
+    """Replace in a file what each expression matches, which has to be there once."""
+    text = path.read_text()
+    for expression, replacement in changes:
+        literal = replacement.replace("\\", "\\\\")
+        text, count = re.subn(expression, literal, text, flags=re.DOTALL | re.MULTILINE)
+        assert count == 1, expression
+    path.write_text(text)
+
+
+@pytest.fixture
+def osb(here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A generated project that is the current directory, on ports of its own; what runs in it is ended."""
+    lamsonq("gen", "osb")
+    monkeypatch.chdir("osb")
+    for table in ("RECEIVER", "RELAY"):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            monkeypatch.setitem(ENVIRON, f"LAMSONQ_{table}__PORT", str(free.getsockname()[1]))
+    yield Path.cwd()
+    for path in Path("run").glob("*.pid"):
+        running = pidfile.find(str(path))
+        if running is not None:
+            running.signal(9)
+            running.wait(5)
+            running.close()
+
+
+def follow_the_tutorial(osb: Path) -> None:
+    """The reader's copy and edits."""
+    (osb / "config/queue.py").write_text((osb / "config/boot.py").read_text())
+    edit(
+        osb / "config/queue.py",
+        (r"^# where to listen.*also_create=True\)\n\n", QUEUE_BOOT),
+        (r"^Router\.defaults.*RELOAD = True\n", QUEUE_ROUTER),
+    )
+    with (osb / "config/settings.py").open("a") as settings:
+        settings.write(QUEUE_SETTINGS)
+    (osb / "app/handlers/index.py").write_text(INDEX)
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about in 30 s"
+        time.sleep(0.02)
+
+
+def test_the_tutorial_runs_word_by_word(osb: Path) -> None:
+    follow_the_tutorial(osb)
+    lamsonq("log", "-port", ENVIRON["LAMSONQ_RELAY__PORT"])
+    lamsonq("start")
+
+    # "make sure it works by running your unit tests": -P, so that pytest finds the project as its own script does
+    assert "passed" in python("-P", "-m", "pytest", "-q").stdout
+    waiting = os.listdir("run/posts/new")
+    assert waiting
+    assert all(re.match(r"[0-9]{10}\.M[0-9]{6}P[0-9]+Q[0-9]+\.[^,]+,", name) for name in waiting)
+
+    lamsonq("start", "-boot", "config.queue", "-pid", "run/queue.pid")
+    until(lambda: not os.listdir("run/posts/new") and not list(Path("run/posts/claimed").glob("*/*")))
+    log = Path("logs/lamsonq.log")
+    until(lambda: "was handled by app.handlers.index.START" in log.read_text())
+
+    pids = [Path(f"run/{name}.pid").read_text().strip() for name in ("log", "queue", "smtp")]
+    assert lamsonq("stop", "-ALL", "run").stdout.splitlines() == [
+        "Stopping processes with the following PID files:",
+        "['run/log.pid', 'run/queue.pid', 'run/smtp.pid']",
+        *(f"Attempting to stop lamsonq at pid {pid}" for pid in pids),
+    ]
+    assert not list(Path("run").glob("*.pid"))
+    assert not any(os.path.exists(f"/proc/{pid}/fd/0") for pid in pids)
+    expected = [
+        r"DEBUG:root:Sleeping for 10 seconds\.\.\.",
+        rf"DEBUG:root:Pulled message with key: '{re.escape(waiting[0].partition(',')[0])}' off",
+        r"DEBUG:root:Message received from Peer: 'run/posts', From: '\S+@sender.com', to To \['test\.blog\.\d+@osb",
+        r"DEBUG:root:Got message from \S+@sender\.com",
+        r"DEBUG:root:Message to test\.blog\.\d+@osb\.test\.com was handled by app\.handlers\.index\.START",
+    ]
+    for line in expected:
+        assert re.search(line, log.read_text()), line
+
+
+def test_a_mail_goes_the_whole_way(osb: Path) -> None:
+    follow_the_tutorial(osb)
+    lamsonq("log", "-port", ENVIRON["LAMSONQ_RELAY__PORT"])
+    lamsonq("start", "-workers", "2")
+    message = ("-sender", "you@example.com", "-to", "my.post@osb.localhost", "-subject", "Hello", "-body", "It works.")
+    sent = lamsonq("send", "-port", ENVIRON["LAMSONQ_RECEIVER__PORT"], *message)
+    assert sent.stdout + sent.stderr == ""
+    until(lambda: "contains 2 messages" in lamsonq("queue", "-count").stdout)
+    assert "Subject: Welcome" in lamsonq("queue", "-pop").stdout
+    assert 'your post "Hello" is up' in lamsonq("queue", "-pop").stdout
+    assert lamsonq("queue", "run/posts", "--count").stdout.endswith("Queue run/posts contains 1 messages\n")
+    lamsonq("stop", "--all")
+
+
+def test_a_stranger_is_refused_by_the_generated_settings(osb: Path) -> None:
+    lamsonq("start")
+    message = ("-sender", "you@example.com", "-to", "you@elsewhere.org", "-subject", "x", "-body", "x")
+    line = lamsonq("send", "-port", ENVIRON["LAMSONQ_RECEIVER__PORT"], *message, code=1).stderr
+    assert len(line.splitlines()) == 1
+    assert "550" in line
+    lamsonq("stop")
+
+
+def test_a_port_in_use_is_one_line(osb: Path) -> None:
+    with socket.create_server(("127.0.0.1", int(ENVIRON["LAMSONQ_RECEIVER__PORT"]))):
+        line = lamsonq("start", code=1).stderr
+    assert re.fullmatch(rf"ERROR: .*{ENVIRON['LAMSONQ_RECEIVER__PORT']}.* in use.*\n", line)
+    assert not Path("run/smtp.pid").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "code", "told"),
+    [
+        ("config/settings.toml", (r"port = 8823", 'prot = "88x"'), 5, "receiver.prot: there is no such setting"),
+        ("app/handlers/post.py", (r"^from app.model import post$", "import nosuch"), 2, "app/handlers/post.py:6"),
+        ("app/handlers/post.py", (r"^def START", "def START("), 2, "SyntaxError"),
+        ("app/handlers/post.py", (r"osb\\\\\.", r"(blog)@"), 2, "uses (blog), which neither the route nor"),
+        ("config/boot.py", (r"^settings\.receiver.*?\n", ""), 2, "config.boot sets no settings.receiver"),
+    ],
+)
+def test_a_mistake_in_the_project_is_one_line_with_its_code(
+    osb: Path, path: str, change: tuple[str, str], code: int, told: str
+) -> None:
+    edit(osb / path, change)
+    line = lamsonq("start", code=code).stderr
+    assert len(line.splitlines()) == 1
+    assert told in line
+    assert not Path("run/smtp.pid").exists()
+
+
+def test_routes_shows_what_takes_an_address_of_the_blog(osb: Path) -> None:
+    shown = lamsonq("routes", "-test", "my.first.post@osb.localhost").stdout
+    assert "app.handlers.post.START app.handlers.post.POSTING" in shown
+    assert "{'post_name': 'my.first.post', 'host': 'localhost'}" in shown

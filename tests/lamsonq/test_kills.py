@@ -1,0 +1,240 @@
+"""SIGKILL at any moment, under load: whatever was answered 250 is afterwards handled, queued or dead.
+
+A project with an SMTP receiver and a queue receiver runs as it would for real. Clients send without a pause, and write
+down what was answered 250; the handler writes down what it handled; and a random process is killed, again and again.
+How often: the environment variable KILLS, 25 without it.
+"""
+
+import os
+import random
+import re
+import signal
+import smtplib
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lamsonq import fsck
+
+KILLS = int(os.environ.get("KILLS", "25"))
+
+SETTINGS = """
+from lamsonq.server import Receiver, Relay
+relay: Relay
+receiver: Receiver
+"""
+BOOT = """
+import logging
+from config import settings
+from lamsonq.queue import Queue
+from lamsonq.routing import Router
+from lamsonq.server import {receiver}
+from lamsonq.state import SQLiteStorage
+logging.basicConfig(filename="logs/lamsonq.log", level=logging.INFO)
+settings.receiver = {made}
+Router.STATE_STORE = SQLiteStorage("run/state.db")
+Router.UNDELIVERABLE_QUEUE = Queue("run/undeliverable")
+Router.load(["{handlers}"])
+"""
+FRONT = """
+from lamsonq.queue import Queue
+from lamsonq.routing import route, stateless
+
+@route("desk@example.com")
+def START(message):
+    Queue("run/posts").push(message)
+    return AGAIN
+
+@route("desk@example.com")
+def AGAIN(message):
+    Queue("run/posts").push(message)
+    return START
+"""
+BEHIND = """
+import os
+from lamsonq.queue import Queue
+from lamsonq.routing import route, stateless
+
+HANDLED = os.open("handled", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+@route("desk@example.com")
+@stateless
+def START(message):
+    Queue("run/archive").push(message)
+    os.write(HANDLED, (message["message-id"] + "\\n").encode())
+
+@route("desk@example.com")
+@stateless
+def SECOND(message):
+    pass
+"""
+
+
+class Project:
+    """A project in a folder of its own, its two servers, and the clients' ledger."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.port = _free_port()
+        self.accepted = folder / "accepted"
+        self.servers: dict[str, subprocess.Popen[bytes]] = {}
+        self.stop = threading.Event()
+        self._write = threading.Lock()
+        for name in ("config", "run", "logs"):
+            (folder / name).mkdir()
+        files = {
+            "config/__init__.py": "",
+            "config/settings.py": SETTINGS,
+            "config/boot.py": BOOT.format(
+                receiver="SMTPReceiver", made=f"SMTPReceiver('127.0.0.1', {self.port})", handlers="front"
+            ),
+            "config/queue.py": BOOT.format(
+                receiver="QueueReceiver", made="QueueReceiver('run/posts', 1)", handlers="behind"
+            ),
+            "front.py": FRONT,
+            "behind.py": BEHIND,
+        }
+        for name, text in files.items():
+            (folder / name).write_text(textwrap.dedent(text))
+
+    def start(self, name: str) -> None:
+        """Start one of the two servers, as often as it takes: a killed parent's children still hold the port."""
+        command = [sys.executable, "-m", "lamsonq", "start", "--no-daemon", "-boot", f"config.{name}"]
+        for _ in range(100):
+            server = subprocess.Popen([*command, "-pid", f"run/{name}.pid"], cwd=self.folder, stderr=subprocess.DEVNULL)
+            self.servers[name] = server
+            if self._is_up(name, server):
+                return
+        raise AssertionError(f"{name} does not start")
+
+    def _is_up(self, name: str, server: subprocess.Popen[bytes]) -> bool:
+        for _ in range(200):
+            if server.poll() is not None:
+                time.sleep(0.1)
+                return False
+            if _children(server.pid) and (name == "queue" or _answers(self.port)):
+                return True
+            time.sleep(0.02)
+        server.kill()
+        server.wait()
+        return False
+
+    def send_without_a_pause(self, number: int) -> None:
+        count = 0
+        while not self.stop.is_set():
+            try:
+                with smtplib.SMTP("127.0.0.1", self.port, timeout=5) as client:
+                    while not self.stop.is_set():
+                        count += 1
+                        self._send(client, number, count)
+            except (OSError, smtplib.SMTPException):
+                time.sleep(0.02)
+
+    def _send(self, client: smtplib.SMTP, number: int, count: int) -> None:
+        identity = f"<{number}.{count}@example.com>"
+        text = f"Message-ID: {identity}\r\nSubject: {count}\r\n\r\n{'x' * random.randint(0, 3000)}\r\n"
+        client.sendmail(f"sender{number}.{count % 7}@example.com", ["desk@example.com"], text)
+        with self._write, self.accepted.open("a") as ledger:
+            ledger.write(identity + "\n")
+
+    def kill_someone(self) -> None:
+        name = random.choice(list(self.servers))
+        parent = self.servers[name]
+        children = _children(parent.pid)
+        if children and random.random() < 0.7:
+            os.kill(random.choice(children), signal.SIGKILL)
+            return
+        parent.kill()
+        parent.wait()
+        self.start(name)
+
+    def end(self) -> None:
+        for server in self.servers.values():
+            server.terminate()
+        for server in self.servers.values():
+            server.wait(60)
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def _answers(port: int) -> bool:
+    try:
+        with socket.create_connection(("127.0.0.1", port), 1) as client:
+            return client.recv(3) == b"220"
+    except OSError:
+        return False
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Iterator[Project]:
+    project = Project(tmp_path)
+    yield project
+    project.stop.set()
+    for server in project.servers.values():
+        if server.poll() is None:
+            server.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_nothing_that_was_answered_250_is_ever_lost(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("boot", "queue"):
+        project.start(name)
+    clients = [threading.Thread(target=project.send_without_a_pause, args=[n]) for n in range(4)]
+    for client in clients:
+        client.start()
+    for _ in range(KILLS):
+        time.sleep(random.uniform(0.02, 0.6))
+        project.kill_someone()
+    time.sleep(0.5)
+    project.stop.set()
+    for client in clients:
+        client.join()
+    handled = project.folder / "handled"
+    _wait_until_quiet(handled)
+    project.end()
+    accepted, done = project.accepted.read_text().split(), handled.read_text().split()
+    report = fsck.check(project.folder / "run", accepted, done)
+    archived = _ids_in(project.folder / "run/archive/new")
+    with capsys.disabled():
+        print(f"\n{KILLS} kills: {len(accepted)} answered 250, {len(report.missing)} lost,", end=" ")
+        print(f"{len(done) - len(set(done))} handled more than once; {report}")
+    assert len(accepted) > KILLS
+    assert report.missing == []
+    assert report.good, report
+    assert len(archived) == len(set(archived)), "what a handler pushed has left twice"
+    assert set(accepted) <= set(archived)
+
+
+def _ids_in(folder: Path) -> list[str]:
+    found = (re.search(rb"^Message-ID: (\S+)", path.read_bytes(), re.MULTILINE) for path in folder.iterdir())
+    return [match[1].decode() for match in found if match]
+
+
+def _wait_until_quiet(path: Path) -> None:
+    """Until nothing was handled for three seconds."""
+    size, since = -1, time.monotonic()
+    while time.monotonic() - since < 3:
+        now = path.stat().st_size if path.exists() else 0
+        if now != size:
+            size, since = now, time.monotonic()
+        time.sleep(0.1)

@@ -1,0 +1,463 @@
+"""Processes, seen from outside: real parents and children, with a receiver that only waits."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from lamsonq import pidfile
+from lamsonq.errors import PidFileError, Refusal
+
+ROOT = str(Path(pidfile.__file__).parents[1])
+ENVIRON = {**os.environ, "PYTHONPATH": ROOT, "PYTHONDONTWRITEBYTECODE": "1"}
+
+BOOT = """
+import os, threading
+from config import settings
+from lamsonq.errors import Refusal
+
+class Waiting:
+    '''Listens to nothing, and notes what is asked of it.'''
+    stuck = False
+    drains = True
+    def __init__(self):
+        self.stopped = threading.Event()
+    def note(self, what):
+        with open("run/notes", "a") as file:
+            file.write(f"{what} {os.getpid()}\\n")
+    def bind(self):
+        self.note("bind")
+    def start(self):
+        self.note("start")
+    def stop(self, grace=30.0):
+        self.note(f"stop({grace:.0f})")
+        if self.drains or not grace:
+            self.stopped.set()
+    def join(self):
+        self.stopped.wait()
+    def listening(self):
+        return "waiting"
+
+settings.receiver = Waiting()
+"""
+
+
+class Project:
+    """A project of a test, and the command line in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        (path / "config").mkdir()
+        (path / "run").mkdir()
+        (path / "config" / "__init__.py").touch()
+        (path / "config" / "settings.py").write_text("receiver = None\n")
+        self.boot("")
+
+    def boot(self, more: str) -> None:
+        (self.path / "config" / "boot.py").write_text(BOOT + more)
+
+    def command(self, *args: str) -> list[str]:
+        return [sys.executable, "-m", "lamsonq", *args]
+
+    def run(self, *args: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.command(*args), cwd=self.path, env=ENVIRON, capture_output=True, text=True, timeout=60, check=False
+        )
+
+    def start(self, *args: str) -> int:
+        """Start a server that has to come up; the pid of its parent."""
+        done = self.run("start", *args)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        return self.pid()
+
+    def pid(self) -> int:
+        return int((self.path / "run" / "smtp.pid").read_text())
+
+    def noted(self, what: str) -> list[int]:
+        """The pids of the processes that have noted this."""
+        lines = (self.path / "run" / "notes").read_text().splitlines()
+        return [int(line.split()[1]) for line in lines if line.split()[0] == what]
+
+    def wait_for(self, what: str, count: int) -> list[int]:
+        until(lambda: len(self.noted(what)) >= count)
+        return self.noted(what)
+
+    def clean_up(self) -> None:
+        for path in self.path.glob("run/*.pid"):
+            try:
+                running = pidfile.find(str(path))
+            except Refusal:
+                continue
+            if running is not None:
+                running.signal(signal.SIGKILL)
+                running.wait(5)
+                running.close()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about in 20 s"
+        time.sleep(0.01)
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended (one that nobody has waited for yet has)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Iterator[Project]:
+    made = Project(tmp_path)
+    yield made
+    made.clean_up()
+
+
+# ---- start and stop --------------------------------------------------------------------------------------------
+
+
+def test_start_returns_when_all_children_have_started_and_stop_when_all_have_ended(project: Project) -> None:
+    parent = project.start("-workers", "3")
+    assert project.noted("bind") == [parent]
+    children = project.noted("start")
+    assert len(set(children)) == 3
+    stopped = project.run("stop")
+    assert (stopped.returncode, stopped.stdout) == (0, f"Attempting to stop lamsonq at pid {parent}\n")
+    assert all(gone(pid) for pid in (parent, *children))
+    assert not (project.path / "run" / "smtp.pid").exists()
+
+
+def test_a_server_has_no_terminal_and_its_files_are_not_for_others(project: Project) -> None:
+    parent = project.start()
+    assert os.readlink(f"/proc/{parent}/fd/0") == "/dev/null"
+    assert os.readlink(f"/proc/{parent}/fd/2") == str(project.path / "logs" / "lamsonq.err")
+    assert os.getsid(parent) != os.getsid(0)
+    assert (project.path / "run" / "smtp.pid").stat().st_mode & 0o777 == 0o640
+    assert (project.path / "run" / "notes").stat().st_mode & 0o007 == 0
+
+
+def test_a_receiver_whose_start_works_until_it_is_stopped_counts_as_started(project: Project) -> None:
+    project.boot("Waiting.start = lambda self: (self.note('start'), self.stopped.wait())\n")
+    project.start()
+    assert project.run("stop").returncode == 0
+
+
+def test_a_second_start_is_refused_and_force_cannot_take_the_lock(project: Project) -> None:
+    parent = project.start()
+    again = project.run("start")
+    assert again.returncode == 4
+    assert again.stderr == (
+        "ERROR: PID file run/smtp.pid exists, so assuming lamsonq is running.  Give -FORCE to force it to start.\n"
+    )
+    forced = project.run("start", "-FORCE", "True")
+    assert forced.returncode == 4
+    assert forced.stderr == (f"ERROR: PID file run/smtp.pid is locked by the running process {parent}: stop it first\n")
+    assert not gone(parent)
+
+
+def test_of_starts_at_the_same_time_exactly_one_wins(project: Project) -> None:
+    with ThreadPoolExecutor(5) as pool:
+        done = list(pool.map(lambda _: project.run("start"), range(5)))
+    assert sorted(each.returncode for each in done) == [0, 4, 4, 4, 4]
+    assert len(project.noted("bind")) == 1
+    assert project.noted("bind") == [project.pid()]
+
+
+def test_a_killed_server_leaves_a_stale_file_that_the_next_start_takes_over(project: Project) -> None:
+    parent = project.start()
+    os.kill(parent, signal.SIGKILL)
+    until(lambda: gone(parent))
+    assert project.run("status").returncode == 1
+    assert project.start() != parent
+
+
+def test_children_end_when_their_parent_is_killed(project: Project) -> None:
+    parent = project.start("-workers", "2")
+    children = project.noted("start")
+    os.kill(parent, signal.SIGKILL)
+    until(lambda: all(gone(pid) for pid in children))
+    assert sorted(project.noted("stop(0)")) == sorted(children)
+
+
+def test_a_surviving_child_does_not_hold_the_pid_file(project: Project) -> None:
+    project.boot("Waiting.stop = lambda self, grace=30.0: None\n")
+    parent = project.start()
+    os.kill(parent, signal.SIGKILL)
+    until(lambda: gone(parent))
+    assert not gone(project.noted("start")[0])
+    assert pidfile.find(str(project.path / "run" / "smtp.pid")) is None
+    until(lambda: gone(project.noted("start")[0]))
+
+
+def test_a_child_that_dies_is_replaced(project: Project) -> None:
+    project.start()
+    first = project.noted("start")[0]
+    os.kill(first, signal.SIGKILL)
+    second = project.wait_for("start", 2)[1]
+    assert second != first
+    assert project.run("stop").returncode == 0
+    assert gone(second)
+
+
+def test_a_child_whose_receiver_is_stuck_is_replaced_before_it_has_ended(project: Project) -> None:
+    project.boot(
+        "Waiting.drains = False\n"
+        "def start(self):\n"
+        "    self.note('start')\n"
+        "    if not os.path.exists('run/replaced'):\n"
+        "        open('run/replaced', 'w').close()\n"
+        "        self.stuck = True\n"
+        "Waiting.start = start\n"
+    )
+    project.start()
+    first, second = project.wait_for("start", 2)
+    assert not gone(first)
+    assert not gone(second)
+    assert project.noted("stop(30)") == [first]
+
+
+def test_hup_stops_nothing(project: Project) -> None:
+    parent = project.start()
+    children = project.noted("start")
+    for pid in (parent, *children):
+        os.kill(pid, signal.SIGHUP)
+    assert project.run("stop").returncode == 0
+    assert project.noted("start") == children
+
+
+def test_a_second_term_ends_quickly_what_the_first_one_waits_for(project: Project) -> None:
+    project.boot("Waiting.drains = False\n")
+    parent = project.start()
+    os.kill(parent, signal.SIGTERM)
+    project.wait_for("stop(30)", 1)
+    assert not gone(parent)
+    os.kill(parent, signal.SIGTERM)
+    until(lambda: gone(parent))
+    assert len(project.noted("stop(0)")) == 1
+
+
+def test_kill_ends_a_server_and_its_children_at_once(project: Project) -> None:
+    project.boot("Waiting.drains = False\n")
+    parent = project.start("-workers", "2")
+    assert project.run("stop", "-KILL").returncode == 0
+    until(lambda: all(gone(pid) for pid in (parent, *project.noted("start"))))
+    assert project.noted("stop(30)") == []
+    assert not (project.path / "run" / "smtp.pid").exists()
+
+
+# ---- failures at the start -------------------------------------------------------------------------------------
+
+
+def failed(project: Project, *args: str) -> tuple[int, str]:
+    """The code and the one line of a start that has to fail, and that leaves nothing behind."""
+    done = project.run("start", *args)
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert not os.path.lexists(project.path / "run" / "smtp.pid")
+    return done.returncode, done.stderr
+
+
+def test_a_bind_that_is_refused_ends_the_start_with_its_line(project: Project) -> None:
+    project.boot("def bind(self):\n    raise Refusal('port 25 on 127.0.0.1 is in use')\nWaiting.bind = bind\n")
+    assert failed(project) == (1, "ERROR: port 25 on 127.0.0.1 is in use\n")
+
+
+def test_a_receiver_that_fails_in_the_child_ends_the_start_with_its_line(project: Project) -> None:
+    project.boot("def start(self):\n    raise OSError('no luck')\nWaiting.start = start\n")
+    assert failed(project, "-workers", "2") == (1, "ERROR: OSError: no luck\n")
+
+
+def test_a_child_that_is_killed_at_once_ends_the_start(project: Project) -> None:
+    project.boot("Waiting.start = lambda self: os.kill(os.getpid(), 9)\n")
+    code, line = failed(project)
+    assert code == 1
+    assert "was killed by signal 9 before the server listened" in line
+
+
+def test_a_boot_that_ends_the_process_is_noticed(project: Project) -> None:
+    project.boot("os._exit(7)\n")
+    done = project.run("start")
+    assert done.returncode == 1
+    assert done.stderr == "ERROR: the server ended before it listened; logs/lamsonq.err may tell why\n"
+
+
+def test_a_boot_with_a_mistake_is_a_line_with_its_place(project: Project) -> None:
+    project.boot("\nsettings.recever.port\n")
+    line = (project.path / "config" / "boot.py").read_text().splitlines().index("settings.recever.port") + 1
+    code, text = failed(project)
+    assert code == 2
+    assert text.startswith(f"ERROR: config/boot.py:{line}: AttributeError: module 'config.settings' has no attribute")
+
+
+def test_a_boot_without_a_receiver_is_refused(project: Project) -> None:
+    project.boot("settings.receiver = None\n")
+    assert failed(project) == (2, "ERROR: config.boot sets no settings.receiver: there is nothing to start\n")
+
+
+def test_wrong_settings_have_a_code_of_their_own(project: Project) -> None:
+    (project.path / "config" / "settings.toml").write_text("[receiver]\nport = 'x'\n")
+    (project.path / "config" / "settings.py").write_text("from lamsonq.settings import machine\nhere = machine()\n")
+    expected = 'ERROR: config/settings.toml: receiver.port: expected an int, found the str "x"\n'
+    assert failed(project) == (5, expected)
+
+
+def test_a_directory_that_is_no_project_is_left_as_it_is(project: Project, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    code, line = failed(project, "-chdir", str(empty), "-boot", "no_such_project.boot")
+    assert code == 2
+    assert line.startswith(f"ERROR: there is no no_such_project.boot in {empty}")
+    assert list(empty.iterdir()) == []
+
+
+def test_a_run_directory_that_cannot_be_written_is_refused(project: Project) -> None:
+    (project.path / "run").rmdir()
+    (project.path / "run").write_text("a file, not a directory")
+    done = project.run("start")
+    assert (done.returncode, done.stderr) == (1, "ERROR: cannot make the directory of run/smtp.pid: File exists\n")
+
+
+# ---- the foreground --------------------------------------------------------------------------------------------
+
+
+def test_in_the_foreground_it_tells_systemd_when_it_listens_and_ends_with_0_at_ctrl_c(project: Project) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(project.path / "notify"))
+        manager.settimeout(20)
+        environ = {**ENVIRON, "NOTIFY_SOCKET": str(project.path / "notify")}
+        command = project.command("start", "--no-daemon")
+        with subprocess.Popen(command, cwd=project.path, env=environ, process_group=0) as server:
+            try:
+                assert manager.recv(64) == b"READY=1"
+                assert project.pid() == server.pid
+                os.killpg(server.pid, signal.SIGINT)  # as the terminal does it: to the children too
+                assert server.wait(20) == 0
+            finally:
+                server.kill()
+    assert project.noted("stop(30)") == project.noted("start")
+    assert project.noted("stop(0)") == []
+    assert not (project.path / "run" / "smtp.pid").exists()
+
+
+def test_debug_shows_the_log_on_stderr(project: Project) -> None:
+    project.boot("import logging\nlogging.getLogger().setLevel('INFO')\n")
+    command = project.command("start", "-debug")
+    with subprocess.Popen(command, cwd=project.path, env=ENVIRON, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stderr is not None
+            lines = iter(server.stderr.readline, "")
+            assert next(lines) == "lamsonq started in debug mode. ctrl-c to quit...\n"
+            assert any("INFO:root:waiting with 1 process(es)." in line for line in lines)
+            server.terminate()
+            assert server.wait(20) == 0
+        finally:
+            server.kill()
+
+
+# ---- pid files -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "x.pid")
+
+
+def test_a_pid_file_holds_the_pid_and_a_newline_and_goes_when_it_is_given_back(path: str) -> None:
+    mine = pidfile.PidFile(path)
+    mine.take()
+    assert Path(path).read_text() == f"{os.getpid()}\n"
+    running = pidfile.find(path)
+    assert running is not None
+    assert running.pid == os.getpid()
+    running.close()
+    mine.give_back()
+    mine.give_back()
+    assert not os.path.lexists(path)
+
+
+def test_a_pid_file_that_is_held_is_not_taken(path: str) -> None:
+    mine = pidfile.PidFile(path)
+    mine.take()
+    with pytest.raises(PidFileError, match="assuming lamsonq is running"):
+        pidfile.PidFile(path).take()
+    mine.give_back()
+
+
+@pytest.mark.parametrize("content", ["1234567\n", f"{os.getpid()}\n", "4711", ""])
+def test_a_file_that_nobody_locks_is_stale_whatever_pid_it_names(path: str, content: str) -> None:
+    Path(path).write_text(content)
+    assert pidfile.find(path) is None
+    mine = pidfile.PidFile(path)
+    mine.take()
+    assert Path(path).read_text() == f"{os.getpid()}\n"
+    mine.give_back()
+
+
+@pytest.mark.parametrize("content", ["0\n", "1\n", "-5\n", "99999999\n", "port = 25\n", "12\n13\n"])
+def test_a_file_that_is_no_pid_file_is_left_alone(path: str, content: str) -> None:
+    Path(path).write_text(content)
+    with pytest.raises(PidFileError, match="no pid"):
+        pidfile.PidFile(path).take()
+    assert Path(path).read_text() == content
+
+
+def test_a_link_is_no_pid_file(path: str, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.write_text("4711\n")
+    os.symlink(target, path)
+    for look in (pidfile.PidFile(path).take, lambda: pidfile.find(path), lambda: pidfile.remove_stale(path)):
+        with pytest.raises(PidFileError, match="is a link"):
+            look()
+    assert target.read_text() == "4711\n"
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_a_directory_or_a_pipe_is_no_pid_file(path: str, make: Callable[[str], None]) -> None:
+    make(path)
+    with pytest.raises(PidFileError):
+        pidfile.PidFile(path).take()
+
+
+@pytest.mark.parametrize("pid", ["1\n", "0\n"])
+def test_nobody_below_2_is_signalled_even_when_the_file_is_locked(path: str, pid: str) -> None:
+    Path(path).write_text(pid)
+    with open(path) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(PidFileError):
+            pidfile.find(path)
+
+
+def test_a_stranger_with_the_pid_of_an_unlocked_file_is_not_signalled(project: Project) -> None:
+    with subprocess.Popen(["sleep", "60"]) as stranger:
+        try:
+            pid_file = project.path / "run" / "smtp.pid"
+            pid_file.write_text(f"{stranger.pid}\n")
+            stopped = project.run("stop", "-KILL")
+            assert (stopped.returncode, stopped.stdout) == (0, "")
+            assert "left behind by a process that has ended: removed" in stopped.stderr
+            assert stranger.poll() is None
+            assert not pid_file.exists()
+        finally:
+            stranger.kill()
+
+
+def test_a_pid_file_that_another_start_has_replaced_is_not_removed(path: str) -> None:
+    mine = pidfile.PidFile(path)
+    mine.take()
+    os.unlink(path)
+    Path(path).write_text("another\n")
+    mine.give_back()
+    assert Path(path).read_text() == "another\n"

@@ -1,0 +1,213 @@
+"""Queue, as handlers and scripts use it."""
+
+from __future__ import annotations
+
+import email.message
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lamsonq import attempt, queue
+from lamsonq.errors import QueueError
+from lamsonq.jobs import Job, Put
+from lamsonq.mail import Envelope, MailRequest, MailResponse
+from lamsonq.queue import Queue, job_of, message_of
+
+BODY = b"From: Joe <joe@example.org>\r\nTo: a@b.example\r\nSubject: hi\r\n\r\nhello\x00\xff no end"
+
+
+@pytest.fixture
+def posts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Queue]:
+    monkeypatch.chdir(tmp_path)
+    made = Queue("run/posts")
+    yield made
+    made.backend.close()
+
+
+def request(sender: str | None = "Joe@Example.org", recipients: tuple[str, ...] = ("A@b.example",)) -> MailRequest:
+    envelope = Envelope(sender, recipients, ("127.0.0.1", 4242), 1_700_000_000.5)
+    return MailRequest(("127.0.0.1", 4242), sender, list(recipients), BODY, envelope=envelope)
+
+
+def test_push_puts_a_file_into_new_and_gives_its_key(posts: Queue) -> None:
+    key = posts.push(request())
+    [name] = os.listdir("run/posts/new")
+    assert name.startswith(f"{key},")
+    assert Path("run/posts/new", name).read_bytes().endswith(BODY)
+    assert (posts.count(), len(posts), posts.keys()) == (1, 1, [key])
+
+
+def test_pop_gives_the_oldest_message_as_it_came_and_deletes_it(posts: Queue) -> None:
+    first = posts.push(request())
+    posts.push(b"second")
+    key, message = posts.pop()
+    assert key == first
+    assert message is not None
+    assert message.Data == BODY
+    assert message.Peer == "run/posts"
+    assert (message.From, message.To) == ("joe@example.org", "a@b.example")
+    assert message.envelope == Envelope("Joe@Example.org", ("A@b.example",), "127.0.0.1:4242", 1_700_000_000.5)
+    _, second = posts.pop()
+    assert second is not None
+    assert second.Data == b"second"
+    assert posts.pop() == (None, None)
+
+
+def test_an_empty_queue_is_still_a_queue(posts: Queue) -> None:
+    assert posts
+    assert (len(posts), posts.keys(), posts.get("x"), posts.pop()) == (0, [], None, (None, None))
+    posts.remove("x")
+    posts.clear()
+
+
+def test_get_does_not_take(posts: Queue) -> None:
+    key = posts.push(request())
+    message = posts.get(key)
+    assert message is not None
+    assert message.Data == BODY
+    assert posts.count() == 1
+    posts.remove(key)
+    assert posts.get(key) is None
+    assert posts.count() == 0
+
+
+def test_clear_empties_it(posts: Queue) -> None:
+    for _ in range(5):
+        posts.push(b"x")
+    posts.clear()
+    assert len(posts) == 0
+
+
+def test_the_null_sender_stays_null(posts: Queue) -> None:
+    posts.push(request(sender=""))
+    _, message = posts.pop()
+    assert message is not None
+    assert message.From == ""
+    assert message.envelope.mail_from == ""
+
+
+def test_bytes_without_an_envelope_take_it_from_the_headers(posts: Queue) -> None:
+    posts.push(BODY)
+    _, message = posts.pop()
+    assert message is not None
+    assert (message.From, message.To) == ("joe@example.org", "a@b.example")
+    assert message.envelope.mail_from is None
+
+
+def test_a_message_for_many_keeps_them_all_as_they_were_written() -> None:
+    job = job_of(request(recipients=("A@b.example", "B@b.example")), "k")
+    assert job.recipients == ("A@b.example", "B@b.example")
+    assert (job.sender, job.peer, job.received) == ("Joe@Example.org", "127.0.0.1:4242", 1_700_000_000.5)
+
+
+def test_a_message_of_a_handler_keeps_its_one_recipient() -> None:
+    message = request(recipients=("A@b.example", "B@b.example")).addressed("b@b.example")
+    assert job_of(message, "k").recipients == ("B@b.example",)
+
+
+def test_what_a_handler_changed_is_what_is_queued() -> None:
+    message = request()
+    message["Subject"] = "changed"
+    job = job_of(message, "k")
+    assert b"Subject: changed" in job.body
+    assert job.body.endswith(b"hello\x00\xff no end")
+
+
+def test_an_ip_version_6_peer_is_written_with_brackets() -> None:
+    message = MailRequest(("::1", 4242, 0, 0), "a@b", "c@d", b"")
+    assert job_of(message, "k").peer == "[::1]:4242"
+
+
+def test_a_response_is_queued_with_its_recipients() -> None:
+    response = MailResponse(To="A <a@b.example>", From="me@example.org", Subject="hi", Body="hello")
+    response["Bcc"] = "secret@b.example"
+    job = job_of(response, "k")
+    assert job.sender == "me@example.org"
+    assert job.recipients == ("a@b.example", "secret@b.example")
+    assert b"secret" not in job.body
+
+
+def test_whatever_is_a_message_can_be_queued() -> None:
+    standard = email.message.EmailMessage()
+    standard["Subject"] = "hi"
+    assert job_of(standard, "k").body == b"Subject: hi\n\n"
+    assert job_of("grüße\udcff", "k").body == "grüße".encode() + b"\xff"
+    assert job_of(b"\x00\xff", "k").body == b"\x00\xff"
+
+
+@pytest.mark.parametrize("nonsense", [None, 5, ["a"], {"a": 1}])
+def test_what_is_no_message_is_refused(nonsense: Any) -> None:
+    with pytest.raises(TypeError, match="a queue takes a MailRequest"):
+        job_of(nonsense, "k")
+
+
+def test_a_job_without_recipients_takes_them_from_the_headers() -> None:
+    message = message_of(Job(key="k", body=BODY), "run/posts")
+    assert (message.From, message.route_to) == ("joe@example.org", ["a@b.example"])
+
+
+class Running:
+    """As much of an attempt as push knows."""
+
+    def __init__(self) -> None:
+        self.held: list[Put] = []
+
+    def put(self, put: Put) -> None:
+        self.held.append(put)
+
+
+def test_what_a_handler_pushes_is_held_until_it_has_returned(posts: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = Running()
+    monkeypatch.setattr(attempt, "current", lambda: running)
+    key = posts.push(request())
+    assert posts.count() == 0
+    [put] = running.held
+    assert (put.store, put.job.key, put.job.body) == (posts.backend, key, BODY)
+    now = posts.push(request(), now=True)
+    assert posts.keys() == [now]
+
+
+def test_a_push_that_fails_gives_the_message_back(posts: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("run").write_text("a file")
+    message = request()
+    with pytest.raises(QueueError, match="cannot write run/posts") as found:
+        posts.push(message)
+    assert found.value.data is message
+    assert found.value.exit_code == 1
+
+
+def test_a_message_that_cannot_be_read_stays_in_the_queue(posts: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    posts.push(b"x")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(queue, "message_of", _broken)
+        posts.pop()
+    assert posts.count() == 1
+    _, message = posts.pop()
+    assert message is not None
+
+
+def _broken(*_: object) -> MailRequest:
+    raise RuntimeError("broken")
+
+
+def test_a_message_over_the_limit_is_not_popped(posts: Queue) -> None:
+    limited = Queue("run/posts", pop_limit=10, oversize_dir="run/big")
+    small, large = limited.push(b"x" * 10), limited.push(b"x" * 11)
+    assert limited.oversize(small)[0] is False
+    too_large, path = limited.oversize(large)
+    assert too_large
+    assert Path(path).parent == Path("run/posts/new").absolute()
+    assert limited.pop()[0] == small
+    assert limited.pop() == (None, None)
+    assert Queue("run/big").keys() == [large]
+    with pytest.raises(KeyError):
+        limited.oversize("x")
+    limited.backend.close()
+
+
+def test_queues_of_one_directory_share_their_store(posts: Queue) -> None:
+    assert Queue("run/posts").backend is posts.backend
+    assert repr(posts) == "<Queue run/posts>"

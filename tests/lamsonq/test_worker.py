@@ -1,0 +1,445 @@
+"""The queue receiver: reserve, attempt, settle; and what becomes of what fails."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from lamsonq.queue import Queue
+
+from lamsonq.errors import Failure, Later, SMTPError, Undelivered
+from lamsonq.mail import MailRequest
+from lamsonq.routing import RoutingBase
+from lamsonq.worker import QueueReceiver
+
+Mail = Callable[..., MailRequest]
+Module = Callable[..., str]
+
+
+def calls_of(name: str) -> list[object]:
+    return sys.modules[name].CALLS  # type: ignore[no-any-return]
+
+
+def work(router: RoutingBase, **options: object) -> QueueReceiver:
+    """Work run/posts until it is empty."""
+    receiver = QueueReceiver("run/posts", router=router, **options)  # type: ignore[arg-type]
+    receiver.start(one_shot=True)
+    return receiver
+
+
+def dead(queue: Queue) -> list[tuple[str | None, str]]:
+    """(target, reason) of each dead letter."""
+    store = queue.backend
+    found = []
+    for key in store.keys("dead"):
+        job = store.get(key)
+        assert job is not None
+        found.append((job.target, store.report(key)))
+    return found
+
+
+@pytest.fixture
+def posts(here: Path) -> Queue:
+    return Queue("run/posts")
+
+
+def test_each_message_is_handled_once_in_order_and_is_gone(
+    router: RoutingBase, module: Module, mail: Mail, posts: Queue
+) -> None:
+    name = module("@route('desk@example.com')\n@stateless\ndef START(message): CALLS.append(message.body())\n")
+    router.load([name])
+    for n in range(5):
+        posts.push(mail(body=str(n)))
+    work(router, workers=1)
+    assert [str(c).strip() for c in calls_of(name)] == ["0", "1", "2", "3", "4"]
+    assert posts.backend.counts() == {"ready": 0, "delayed": 0, "reserved": 0, "dead": 0}
+
+
+def test_the_handler_sees_the_envelope_as_it_was_received(router: RoutingBase, module: Module, posts: Queue) -> None:
+    name = module("@route('desk@example.com')\n@stateless\ndef START(message): CALLS.append(message)\n")
+    router.load([name])
+    posts.push(MailRequest(("127.0.0.1", 1), "", "Desk@Example.com", b"To: somebody@else.com\n\nhello\x00\xff"))
+    work(router)
+    (message,) = calls_of(name)
+    assert isinstance(message, MailRequest)
+    assert (message.Peer, message.From, message.To) == ("run/posts", "", "desk@example.com")
+    assert message.Data == b"To: somebody@else.com\n\nhello\x00\xff"
+
+
+def test_a_handler_that_raises_leaves_a_dead_letter_bound_to_it_with_the_traceback(
+    router: RoutingBase, module: Module, mail: Mail, posts: Queue
+) -> None:
+    name = module("@route('desk@example.com')\n@stateless\ndef START(message): raise RuntimeError('no index today')\n")
+    router.load([name])
+    posts.push(mail())
+    work(router)
+    ((target, report),) = dead(posts)
+    assert target == f"{name}.START"
+    assert report.startswith("RuntimeError: no index today")
+    assert f"{name}.py" in report
+    assert "Traceback" in report
+
+
+def test_nonsense_is_a_dead_letter_too(router: RoutingBase, module: Module, mail: Mail, posts: Queue) -> None:
+    name = module("@route('desk@example.com')\ndef START(message): return 'POSTING'\n")
+    router.load([name])
+    posts.push(mail())
+    work(router)
+    ((target, report),) = dead(posts)
+    assert target == f"{name}.START"
+    assert "returned 'POSTING'" in report
+
+
+def test_even_a_handler_that_exits_is_only_a_failure(
+    router: RoutingBase, module: Module, mail: Mail, posts: Queue
+) -> None:
+    router.load([module("@route('desk@example.com')\n@stateless\ndef START(message): raise SystemExit(3)\n")])
+    posts.push(mail())
+    work(router)
+    assert "SystemExit" in dead(posts)[0][1]
+
+
+def test_of_three_calls_one_fails_and_only_that_one_runs_again(
+    router: RoutingBase, module: Module, mail: Mail, posts: Queue
+) -> None:
+    name = module(
+        """
+        @route('desk@example.com')
+        @stateless
+        def ONE(message): CALLS.append('ONE')
+        @route('desk@example.com')
+        @stateless
+        def TWO(message):
+            CALLS.append('TWO')
+            if CALLS.count('TWO') == 1: raise RuntimeError('boom')
+        @route('desk@example.com')
+        def START(message):
+            CALLS.append('START')
+            return START
+        """
+    )
+    router.load([name])
+    posts.push(mail())
+    work(router)
+    assert sorted(map(str, calls_of(name))) == ["ONE", "START", "TWO"]
+    assert [target for target, _ in dead(posts)] == [f"{name}.TWO"]
+    assert posts.backend.kick(posts.backend.keys("dead")[0])
+    work(router)
+    assert sorted(map(str, calls_of(name))) == ["ONE", "START", "TWO", "TWO"]
+    assert dead(posts) == []
+
+
+def test_a_message_for_several_recipients_is_one_delivery_for_each(
+    router: RoutingBase, module: Module, posts: Queue, mail: Mail
+) -> None:
+    name = module(
+        """
+        @route('(who)@example.com', who='a|b|c')
+        @stateless
+        def START(message, who):
+            CALLS.append(message.To)
+            if who == 'b': raise Dead('not b')
+        """
+    )
+    router.load([name])
+    posts.push(mail(["a@example.com", "b@example.com", "c@example.com"]))
+    work(router)
+    assert sorted(map(str, calls_of(name))) == ["a@example.com", "b@example.com", "c@example.com"]
+    store = posts.backend
+    (key,) = store.keys("dead")
+    job = store.get(key)
+    assert job is not None
+    assert job.recipients == ("b@example.com",)
+    assert store.report(key).startswith("not b")
+
+
+@pytest.mark.parametrize("error", ["Later('the archive is down')", "SMTPError(450, 'later')"])
+def test_later_is_delayed_with_its_reason(
+    router: RoutingBase, module: Module, mail: Mail, posts: Queue, error: str
+) -> None:
+    name = module(f"@route('desk@example.com')\n@stateless\ndef START(message): raise {error}\n")
+    router.load([name])
+    posts.push(mail())
+    work(router)
+    store = posts.backend
+    assert store.counts()["delayed"] == 1
+    job = store.get(store.keys("delayed")[0])
+    assert job is not None
+    assert (job.target, job.attempts) == (f"{name}.START", 1)
+    assert job.due is not None
+    assert job.due > time.time()
+    assert "later" in store.report(job.key) or "archive" in store.report(job.key)
+
+
+def test_an_smtp_error_of_the_500s_is_never(router: RoutingBase, module: Module, mail: Mail, posts: Queue) -> None:
+    router.load([module("@route('desk@example.com')\n@stateless\ndef START(message): raise SMTPError(550, 'gone')\n")])
+    posts.push(mail())
+    work(router)
+    assert dead(posts)[0][1].startswith("550 gone")
+
+
+def test_what_no_route_takes_is_a_dead_letter_or_undeliverable(router: RoutingBase, mail: Mail, posts: Queue) -> None:
+    posts.push(mail())
+    work(router)
+    assert dead(posts) == [(None, "no route takes desk@example.com\n")]
+    router.UNDELIVERABLE_QUEUE = Queue("run/undeliverable")
+    posts.push(mail())
+    work(router)
+    assert len(router.UNDELIVERABLE_QUEUE) == 1
+
+
+def test_what_a_handler_pushes_leaves_with_its_success(
+    router: RoutingBase, module: Module, mail: Mail, posts: Queue
+) -> None:
+    name = module(
+        """
+        from lamsonq.queue import Queue
+        @route('desk@example.com')
+        @stateless
+        def START(message):
+            for queue in ('run/one', 'run/two', 'run/two'):
+                Queue(queue).push(message)
+            CALLS.append(1)
+            if len(CALLS) == 1: raise RuntimeError('boom')
+        """
+    )
+    router.load([name])
+    posts.push(mail())
+    work(router)
+    assert (Queue("run/one").count(), Queue("run/two").count()) == (0, 0)
+    posts.backend.kick(posts.backend.keys("dead")[0])
+    work(router)
+    assert (Queue("run/one").count(), Queue("run/two").count()) == (1, 2)
+
+
+def test_a_handler_that_hangs_is_settled_without_it_and_the_process_asks_to_be_replaced(
+    router: RoutingBase, module: Module, mail: Mail, posts: Queue
+) -> None:
+    name = module(
+        """
+        import threading
+        GO = threading.Event()
+        @route('desk@example.com')
+        @stateless
+        def START(message): GO.wait(20)
+        """
+    )
+    router.load([name])
+    posts.push(mail())
+    receiver = work(router, timeout=0.1)
+    sys.modules[name].GO.set()
+    assert receiver.stuck
+    ((target, report),) = dead(posts)
+    assert target == f"{name}.START"
+    assert "did not return within 0.1 seconds" in report
+    assert "GO.wait" in report
+
+
+def test_an_async_handler_that_hangs_is_cancelled(
+    router: RoutingBase, module: Module, mail: Mail, posts: Queue
+) -> None:
+    name = module(
+        """
+        import asyncio
+        @route('desk@example.com')
+        @stateless
+        async def START(message):
+            try: await asyncio.sleep(60)
+            except asyncio.CancelledError: CALLS.append('cancelled'); raise
+        """
+    )
+    router.load([name])
+    posts.push(mail())
+    work(router, timeout=0.1)
+    assert "did not return within" in dead(posts)[0][1]
+    deadline = time.monotonic() + 5
+    while not calls_of(name) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert calls_of(name) == ["cancelled"]
+
+
+def test_messages_of_one_sender_run_in_order_and_never_together(
+    router: RoutingBase, module: Module, mail: Mail, posts: Queue
+) -> None:
+    name = module(
+        """
+        import threading
+        ALONE = threading.Lock()
+        @route('desk@example.com')
+        def START(message):
+            assert ALONE.acquire(blocking=False)
+            CALLS.append(int(message.body()))
+            ALONE.release()
+        """
+    )
+    router.load([name])
+    for n in range(60):
+        posts.push(mail(body=str(n)))
+    work(router, workers=8)
+    assert calls_of(name) == list(range(60))
+
+
+def test_a_conversation_that_another_process_has_is_put_back_uncounted(
+    router: RoutingBase, module: Module, mail: Mail, posts: Queue
+) -> None:
+    from lamsonq.state import SQLiteStorage
+
+    name = module("@route('desk@example.com')\ndef START(message): CALLS.append(1)\n")
+    router.STATE_STORE = SQLiteStorage("state.db")
+    router.load([name])
+    program = (
+        "from lamsonq.state import Conversations; import sys\n"
+        f"c = Conversations(sys.argv[1]); w = ({name!r}, 'alice@example.com')\n"
+        "assert c.enter(w, lambda: None) and c.lock(w); print('locked', flush=True); sys.stdin.read()"
+    )
+    lock_file = str(router.STATE_STORE.lock_file)
+    other = subprocess.Popen(
+        [sys.executable, "-c", program, lock_file], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout is not None
+    other.stdout.readline()
+    posts.push(mail())
+    work(router)
+    other.kill()
+    other.wait()
+    assert calls_of(name) == []
+    job = posts.backend.get(posts.backend.keys("delayed")[0])
+    assert job is not None
+    assert (job.attempts, job.deliveries) == (0, 0)
+
+
+def test_a_receiver_may_be_given_another_deliver(posts: Queue, mail: Mail) -> None:
+    taken: list[MailRequest] = []
+    posts.push(mail(["a@example.com", "b@example.com"]))
+    QueueReceiver("run/posts", deliver=taken.append).start(one_shot=True)
+    assert [m.route_to for m in taken] == [["a@example.com", "b@example.com"]]
+    assert posts.count() == 0
+
+
+def test_recipients_that_a_relay_refused_are_kept_alone(posts: Queue, mail: Mail) -> None:
+    def deliver(message: MailRequest) -> None:
+        raise Undelivered(
+            [
+                Failure("a@example.com", None, SMTPError(550, "no such user")),
+                Failure("b@example.com", None, Later("greylisted")),
+            ]
+        )
+
+    posts.push(mail(["a@example.com", "b@example.com", "c@example.com"]))
+    QueueReceiver("run/posts", deliver=deliver).start(one_shot=True)
+    store = posts.backend
+    kept = {state: [store.get(key) for key in store.keys(state)] for state in ("ready", "delayed", "dead")}
+    assert kept["ready"] == []
+    assert [j.recipients for j in kept["dead"] if j] == [("a@example.com",)]
+    assert [j.recipients for j in kept["delayed"] if j] == [("b@example.com",)]
+
+
+def test_run_once_serves_a_loop_of_ones_own(router: RoutingBase, module: Module, mail: Mail, posts: Queue) -> None:
+    name = module("@route('desk@example.com')\n@stateless\ndef START(message): CALLS.append(1)\n")
+    router.load([name])
+    posts.push(mail())
+    receiver = QueueReceiver(posts, router=router)
+    assert receiver.run_once()
+    assert not receiver.run_once()
+    assert calls_of(name) == [1]
+
+
+def test_an_idle_receiver_wakes_at_once_and_stops_at_once(
+    router: RoutingBase, module: Module, mail: Mail, posts: Queue, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = module(
+        """
+        import threading, time
+        DONE, AT = threading.Event(), []
+        @route('desk@example.com')
+        @stateless
+        def START(message):
+            AT.append(time.monotonic())
+            DONE.set()
+        """
+    )
+    router.load([name])
+    receiver = QueueReceiver("run/posts", 60, router=router)
+    with caplog.at_level("DEBUG"):
+        thread = threading.Thread(target=receiver.start)
+        thread.start()
+        deadline = time.monotonic() + 10
+        while "Sleeping for 60 seconds..." not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.01)
+        pushed = time.monotonic()
+        posts.push(mail())
+        assert sys.modules[name].DONE.wait(10)
+        assert sys.modules[name].AT[0] - pushed < 2
+        receiver.stop()
+        thread.join(10)
+    assert not thread.is_alive()
+    lines = [record.getMessage() for record in caplog.records]
+    assert "Queue receiver started on queue dir run/posts" in lines
+    assert any(line.startswith("Pulled message with key: '") and line.endswith("' off") for line in lines)
+    assert "Message received from Peer: 'run/posts', From: 'alice@example.com', to To ['desk@example.com']." in lines
+    assert f"Message to desk@example.com was handled by {name}.START" in lines
+
+
+def test_stopping_with_no_grace_gives_running_jobs_back_uncounted(
+    router: RoutingBase, module: Module, mail: Mail, posts: Queue
+) -> None:
+    name = module(
+        """
+        import threading
+        HERE, GO = threading.Event(), threading.Event()
+        @route('desk@example.com')
+        @stateless
+        def START(message):
+            HERE.set()
+            GO.wait(20)
+        """
+    )
+    router.load([name])
+    posts.push(mail())
+    receiver = QueueReceiver("run/posts", router=router)
+    thread = threading.Thread(target=receiver.start)
+    thread.start()
+    assert sys.modules[name].HERE.wait(5)
+    receiver.stop(grace=0)
+    thread.join(10)
+    sys.modules[name].GO.set()
+    assert not thread.is_alive()
+    (job,) = posts.backend.reserve(1)
+    assert (job.deliveries, job.attempts) == (0, 0)
+
+
+def test_a_handler_that_kills_its_process_is_dead_after_three_deliveries(here: Path, mail: Mail, posts: Queue) -> None:
+    (here / "poison.py").write_text(
+        textwrap.dedent(
+            """
+            import os
+            from lamsonq.routing import route, stateless, RoutingBase
+            from lamsonq.worker import QueueReceiver
+            @route('(who)@example.com', who='.+')
+            @stateless
+            def START(message, who):
+                open('started', 'a').write(who + '\\n')
+                if who == 'poison': os._exit(9)
+            if __name__ == '__main__':
+                router = RoutingBase()
+                router.load(['poison'])
+                QueueReceiver('run/posts', router=router, workers=1).start(one_shot=True)
+            """
+        )
+    )
+    posts.push(mail("poison@example.com"))
+    posts.push(mail("good@example.com"))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), *sys.path])}
+    for _ in range(4):
+        subprocess.run([sys.executable, "poison.py"], env=environment, cwd=here, timeout=30)
+    started = (here / "started").read_text().split()
+    assert started.count("poison") == 3
+    assert "good" in started
+    ((_, report),) = dead(posts)
+    assert "worker" in report
+    assert "3" in report
