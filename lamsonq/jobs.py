@@ -40,8 +40,8 @@ class Job:
     `sender` is the envelope's reverse-path: "" for the null sender, None where nobody recorded one (a file that
     another program put into a maildir). `recipients` are the envelope's, () where nobody recorded them. `target`
     None means route by address, a dotted name means run exactly that function. `received` and `due` are seconds
-    since the epoch. `deliveries` counts earlier claims that were never settled, `attempts` counts failures. `claim` is the
-    backend's own mark of this reservation.
+    since the epoch. `deliveries` counts earlier claims that were never settled, `attempts` counts failures. `claim`
+    is the backend's own mark of this reservation.
     """
 
     key: str

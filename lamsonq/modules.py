@@ -7,6 +7,7 @@ is running, or that an old table still holds, never sees half of a new module.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import sys
 import traceback

@@ -105,6 +105,9 @@ class SMTPReceiver:
                 f"cannot listen on {self.host}:{self.port}: {_reason(error)};"
                 f" {_ADVICE.get(error.errno or 0, 'change receiver.host')}"
             ) from error
+        # Sessions inherit it. asyncio sets it only on sockets that name TCP as their protocol, which create_server's do
+        # not: a reply of several lines would wait for the client's delayed acknowledgement, some 40 ms.
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.port = self._socket.getsockname()[1]
 
     def listening(self) -> str:
@@ -180,7 +183,7 @@ class SMTPReceiver:
             self._failure = error
         finally:
             self._listens.set()
-            pool.shutdown(wait=False)
+            pool.shutdown(wait=False, cancel_futures=True)
             self._lookups.shutdown(wait=False)
 
     async def _listen(self, pool: ThreadPoolExecutor) -> None:

@@ -235,7 +235,9 @@ class Conversations:
 
     def __init__(self, lock_file: str | None) -> None:
         self._path = lock_file
-        self._forget()
+        self._file: int | None = None
+        self._lines: dict[Conversation, deque[Callable[[], None]]] = {}
+        self._lock = threading.Lock()
         _RESET_IN_CHILD.append(self._forked)
 
     def enter(self, who: Conversation, resume: Callable[[], None]) -> bool:
@@ -292,12 +294,9 @@ class Conversations:
         # The locks belong to the open file, which a child shares: without this a child would keep them alive.
         if self._file is not None:
             os.close(self._file)
-        self._forget()
-
-    def _forget(self) -> None:
+        self._file = None
+        self._lines = {}
         self._lock = threading.Lock()
-        self._lines: dict[Conversation, deque[Callable[[], None]]] = {}
-        self._file: int | None = None
 
 
 def _flock(kind: int, who: Conversation) -> bytes:

@@ -84,7 +84,7 @@ class QueueReceiver:
 
     def bind(self) -> None:
         """Make the queue's folders, so that a queue which cannot be written refuses the boot. Raises QueueError."""
-        self.queue.count()
+        self.queue.backend.release_stale()
 
     def listening(self) -> str:
         return f"working the queue {self.queue_dir}"

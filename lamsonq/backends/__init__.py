@@ -35,7 +35,7 @@ def open_backend(url: str, *, pop_limit: int = 0, oversize_dir: str | None = Non
 
 
 @functools.lru_cache(maxsize=128)
-def _open(scheme: str, url: str, place: str, pop_limit: int, oversize_dir: str | None) -> Backend:  # noqa: ARG001
+def _open(scheme: str, url: str, _place: str, pop_limit: int, oversize_dir: str | None) -> Backend:
     backend: Backend = _opener(scheme, url)(url, pop_limit=pop_limit, oversize_dir=oversize_dir)
     return backend
 

@@ -1,9 +1,9 @@
 """The names that come next in a queue, without a look at the directory for each.
 
 Rules: one look keeps the `LIMIT` smallest names in memory; they are used up before the next look, so that draining
-costs the same per message however many wait. `complete` says that nothing else waits: then news are added one by one
-as the watch tells them, and an empty queue is not looked at again. Without a watch the directory's time stamp tells
-whether another look can find anything.
+costs the same per message however many wait. The horizon is the rank up to which all is known: news before it are added
+one by one as the watch tells them, and an empty queue is not looked at again. Without a watch the directory's time
+stamp tells whether another look can find anything.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import NamedTuple
 LIMIT = 20_000
 _STAMP_SETTLES = 50_000_000
 """Nanoseconds: the kernel's clock for time stamps ticks slowly, a younger stamp may hide a second change."""
+
+_ALL = "\U0010ffff"  # a horizon behind which no name can be
 
 
 class Entry(NamedTuple):
@@ -36,8 +38,15 @@ class Backlog:
         self._folders = folders
         self._rank = rank
         self._heap: list[Entry] = []
+        self._horizon = ""
         self._stamp: tuple[int, ...] = ()
-        self.complete = False
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def outdate(self) -> None:
+        """What is known is no longer all up to the horizon."""
+        self._horizon = ""
 
     def peek(self) -> Entry | None:
         return self._heap[0] if self._heap else None
@@ -46,34 +55,36 @@ class Backlog:
         return heapq.heappop(self._heap) if self._heap else None
 
     def add(self, folder: str, name: str, *, known: bool = False) -> None:
-        """A name has appeared. `known`: it comes next for certain; otherwise a later look may find it as well."""
-        if not known and len(self._heap) > 2 * LIMIT:
-            self.complete = False
-        if not (self.complete or known):
+        """A name has appeared. `known`: it is kept even if a later look would find it as well."""
+        if len(self._heap) > 2 * LIMIT:
+            self.outdate()
+        if not (self._horizon or known):
             return
         try:
             regular = stat.S_ISREG(os.lstat(os.path.join(folder, name)).st_mode)
         except OSError:  # it has gone already
             return
         rank = self._rank(folder, name, regular)
-        if rank is not None:
+        if rank is not None and (known or rank <= self._horizon):
             heapq.heappush(self._heap, Entry(rank, folder, name))
 
     def refill(self, watched: bool) -> bool:
         """Look at the directories if that can bring anything; whether there is something now."""
-        if not self._current(watched):
+        if self._worth_a_look(watched):
             self._look()
         return bool(self._heap)
 
-    def _current(self, watched: bool) -> bool:
-        return self.complete and (watched or (bool(self._stamp) and self._stamp == self._stamps()))
+    def _worth_a_look(self, watched: bool) -> bool:
+        if not self._horizon or (not self._heap and self._horizon != _ALL):
+            return True
+        return not watched and (not self._stamp or self._stamp != self._stamps())
 
     def _look(self) -> None:
         stamp = self._stamps()
         settled = time.time_ns() - max(stamp, default=0) > _STAMP_SETTLES
         self._stamp = stamp if settled else ()
         self._heap = heapq.nsmallest(LIMIT, self._entries())
-        self.complete = len(self._heap) < LIMIT
+        self._horizon = _ALL if len(self._heap) < LIMIT else self._heap[-1].rank
 
     def _stamps(self) -> tuple[int, ...]:
         try:

@@ -11,6 +11,7 @@ Rules:
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import threading
 from collections.abc import Iterable
@@ -52,7 +53,7 @@ def make_folders(paths: Iterable[str]) -> None:
                 os.mkdir(folder, 0o700)
             except FileExistsError:
                 if not os.path.isdir(folder):
-                    raise NotADirectoryError(20, "it is not a directory", folder) from None
+                    raise NotADirectoryError(errno.ENOTDIR, "it is not a directory", folder) from None
             changed[os.path.dirname(folder)] = None
     for parent in changed:
         sync_folder(parent)
@@ -75,7 +76,7 @@ class _SharedSync:
         self._changed = threading.Condition()
         self._begun: dict[str, int] = {}
         self._ended: dict[str, int] = {}
-        self._errors: dict[tuple[str, int], OSError] = {}
+        self._failed: dict[str, tuple[int, OSError]] = {}
 
     def sync(self, folder: str) -> None:
         """Return when a sync has begun and ended since the call; raises the OSError of that sync."""
@@ -87,24 +88,24 @@ class _SharedSync:
                     break
                 self._changed.wait()
             else:
-                error = self._errors.get((folder, ticket))
-                if error is not None:
+                failed, error = self._failed.get(folder, (0, None))
+                if error is not None and failed >= ticket:  # perhaps a later one than ours: told once too often is safe
                     raise error
                 return
         self._lead(folder, ticket)
 
     def _lead(self, folder: str, ticket: int) -> None:
-        error = None
+        error: OSError | None = OSError(errno.EIO, "the sync was interrupted")
         try:
             _fsync_folder(folder)
+            error = None
         except OSError as failure:
             error = failure
             raise
         finally:
             with self._changed:
                 if error is not None:
-                    self._errors[folder, ticket] = error
-                    self._errors.pop((folder, ticket - 8), None)
+                    self._failed[folder] = ticket, error
                 self._ended[folder] = ticket
                 self._changed.notify_all()
 

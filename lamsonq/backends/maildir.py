@@ -163,6 +163,7 @@ class Maildir:
         if now >= self._reap_at:
             self._reap_at = now + REAP_EVERY
             self.release_stale()
+            self.folders.sweep()
             self._arrivals.follow_moved()
 
     def _take(self, n: int, bound: bool) -> list[Job]:

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 from lamsonq.backends.backlog import Backlog, Entry
@@ -20,6 +21,7 @@ from lamsonq.backends.watch import Watch
 BLIND_LOOK_EVERY = 1.0
 """Seconds between two looks where the kernel gives no watches."""
 _NOTES_MAX = 1000
+_FEW = 200
 
 
 class Arrivals:
@@ -32,6 +34,7 @@ class Arrivals:
         self._watch: Watch | None = None
         self._left_alone: set[str] = set()
         self._aside: dict[str, str] = {}
+        self._blind_look_at = 0.0
         ready = folders.of("ready")
         self._ready = {False: Backlog(ready, self._rank), True: Backlog(ready, self._rank_bound)}
         self._delayed = Backlog(folders.of("delayed"), self._rank_delayed)
@@ -42,7 +45,15 @@ class Arrivals:
         """Take note of what has appeared and of what has become due."""
         if self._watch is not None and self._watch.seeing:
             self._hear(self._watch)
+        elif len(self._delayed) > _FEW:
+            self._look_seldom()
         self._promote()
+
+    def _look_seldom(self) -> None:
+        """So many delayed jobs are not to be read again whenever one comes: watch them, or else look now and then."""
+        watch = self._own_watch()
+        if not watch.tried:
+            self._follow(watch)
 
     def next(self, bound: bool, *, more: bool) -> Entry | None:
         """The next name; `more` is whether to look into the directories when none is known."""
@@ -55,7 +66,7 @@ class Arrivals:
     def look_again(self) -> None:
         """Something that was taken out is still there."""
         for backlog in self._backlogs():
-            backlog.complete = False
+            backlog.outdate()
 
     def set_aside(self, entry: Entry) -> None:
         self._aside[entry.name] = entry.folder
@@ -72,7 +83,10 @@ class Arrivals:
         return bool(self._aside)
 
     def _promote(self) -> None:
-        self._delayed.refill(self._seeing)
+        blind = self._watch is not None and self._watch.tried and not self._watch.seeing
+        if not blind or time.monotonic() >= self._blind_look_at:
+            self._blind_look_at = time.monotonic() + BLIND_LOOK_EVERY
+            self._delayed.refill(self._seeing)
         now = int(self._clock() * 1000)
         while (first := self._delayed.peek()) is not None and int(first.rank) <= now:
             self._delayed.pop()
@@ -124,17 +138,17 @@ class Arrivals:
         return self._watch is not None and self._watch.seeing
 
     def wake(self) -> None:
+        self._own_watch().wake()
+
+    def _own_watch(self) -> Watch:
         with self._lock:
             if self._watch is None:
                 self._watch = Watch()
-            self._watch.wake()
+            return self._watch
 
     def sleep(self, seconds: float) -> bool:
         """Sleep until there may be something to do; True when `wake` was called."""
-        with self._lock:
-            if self._watch is None:
-                self._watch = Watch()
-            watch = self._watch
+        watch = self._own_watch()
         if not watch.tried:
             self._follow(watch)
             return False  # a file may have appeared before the watch: look once more
@@ -166,8 +180,8 @@ class Arrivals:
                 backlog.add(folder, name)
 
     def close(self) -> None:
-        with self._lock:
-            watch, self._watch = self._watch, None
+        """Stop watching. Takes no lock: in a forked child a thread that is not there may hold it."""
+        watch, self._watch = self._watch, None
         if watch is not None:
             watch.close()
         self.look_again()

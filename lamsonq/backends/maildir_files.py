@@ -20,6 +20,7 @@ import logging
 import os
 import secrets
 import stat
+import time
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -38,6 +39,7 @@ _FOLDERS = (
     *("tmp", "new", "cur", "claimed", "held", "errors"),
     *(f"{state}/{sub}" for state in (".delayed", ".dead") for sub in ("tmp", "new", "cur")),
 )
+_ABANDONED = 36 * 3600.0
 _ADVICE = {
     errno.EROFS: "mount it writable or set another queue directory",
     errno.EACCES: "let the server's user own it",
@@ -125,6 +127,13 @@ class Folders:
         logging.error("Job %s of %s is a dead letter: %s", name.key, self.path, reason)
         self.add_report(name.key, reason)
         self.move(path, DEAD, name._replace(mark=0, commit=0, errors=1))
+
+    def sweep(self) -> None:
+        """Remove what was never finished in tmp/: the maildir convention gives a writer 36 hours."""
+        with contextlib.suppress(OSError), os.scandir(self.at("tmp")) as found:
+            for entry in found:
+                if entry.is_file(follow_symlinks=False) and time.time() - entry.stat().st_mtime > _ABANDONED:
+                    remove_file(entry.path)
 
     def add_report(self, key: str, text: str) -> None:
         self._report(key, text, os.O_APPEND)

@@ -80,9 +80,8 @@ def parse_name(text: str) -> Name | None:
     numbers = {tag: int(digits) for tag, digits in _PAIR.findall(match[1])} if match else {}
     if match is None or len(ours) > 1 or not numbers.keys() <= set(_TAGS):
         return Name(key, others, trouble=f"its name has a field that cannot be read: {text!r}")
-    counts = (numbers.get(tag, 0) for tag in _TAGS)
-    block, deliveries, failures, due, bound, errors, mark, commit = counts
-    return Name(key, others, block, deliveries, failures, due, bound, errors, mark, commit)
+    b, d, f, t, o, e, k, c = [numbers.get(tag, 0) for tag in _TAGS]
+    return Name(key, others, b, d, f, t, o, e, k, c)
 
 
 def is_newer(text: str) -> bool:

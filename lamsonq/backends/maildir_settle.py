@@ -127,6 +127,9 @@ class Settler:
                 with contextlib.suppress(OSError):
                     back = name._replace(deliveries=max(name.deliveries - 1, 0), mark=0)
                     self._folders.move(path, READY, back)
+        if not claims_in(folder):  # no thread of ours can commit any more, so nothing that is staged is needed
+            with contextlib.suppress(OSError):
+                commits.sweep(self._folders, os.path.basename(folder), [])
 
     def _finish_committed(self, path: str, name: Name, live: Mapping[str, Put]) -> bool:
         """Whether nothing is left to be done for a job that was committed."""

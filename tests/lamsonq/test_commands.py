@@ -39,7 +39,7 @@ def lamsonq(*args: str, code: int = 0) -> Done:
     return done
 
 
-_ONLY_LOOK = {"queue", "fsck", "version", "send", "status"}
+_ONLY_LOOK = {"queue", "fsck", "version", "send", "status", "stop"}
 """Commands that neither fork nor import a project: they run in this process, which is quicker."""
 
 
@@ -78,6 +78,7 @@ def parsed(command: str, *args: str) -> dict[str, Any]:
         ("gen", "-project osb", "osb", {}),
         ("gen", "-project osb -FORCE True", "osb --force", {}),
         ("queue", "-pop -name run/posts", "run/posts --pop", {"pop": True}),
+        ("queue", "-keys", "--list", {"keys": True}),
         ("queue", "-get KEY", "--get KEY", {"get": "KEY"}),
         ("routes", "-test a@b -- config.testing", "config.testing --test a@b", {"modules": ("config.testing",)}),
         ("help", "-for start", "start", {}),

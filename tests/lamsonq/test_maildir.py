@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from lamsonq.backends import backlog, durable, maildir, open_backend, watch
 from lamsonq.backends.maildir import Maildir
 from lamsonq.backends.maildir_names import parse_name
 from lamsonq.errors import BrokerError, Dead, Later, LeaseLost, QueueError
-from lamsonq.jobs import DELIVERIES_MAX, DONE, GIVE_UP_AFTER, Job, Outcome, Put
+from lamsonq.jobs import DELIVERIES_MAX, DONE, GIVE_UP_AFTER, Backend, Job, Outcome, Put
 
 BODY = b"From: a@example.org\r\nTo: b@example.org\r\n\r\nhello\x00\xff\n.\r\nno end"
 FORK = multiprocessing.get_context("fork")
@@ -66,7 +66,7 @@ def queue(make: Callable[..., Maildir]) -> Maildir:
     return make()
 
 
-def push(queue: Maildir, body: bytes = BODY, outcome: Later | Dead | None = None, **fields: Any) -> str:
+def push(queue: Backend, body: bytes = BODY, outcome: Later | Dead | None = None, **fields: Any) -> str:
     key = fields.pop("key", None) or queue.new_key()
     queue.put([Put(queue, Job(key=key, body=body, **fields), outcome)])
     return key
@@ -527,7 +527,7 @@ def test_threads_that_wait_together_share_a_sync(tmp_path: Path, monkeypatch: py
     for thread in threads[1:]:
         thread.start()
     deadline = time.monotonic() + 10
-    waiting = durable._shared._changed._waiters  # type: ignore[attr-defined]
+    waiting = vars(durable._shared._changed)["_waiters"]
     while len(waiting) < 8 and time.monotonic() < deadline:
         time.sleep(0.001)
     go.set()
@@ -583,7 +583,8 @@ def test_a_job_whose_worker_died_is_worked_again(make: Callable[..., Maildir]) -
     assert other.release_stale() == 0
     other.settle(job, DONE)
     assert counts(other) == (0, 0, 0, 0)
-    assert [name for name in names(other, "claimed") if name.endswith(".lock")] == [f"{other._worker.id}.lock"]  # type: ignore[union-attr]
+    assert other._worker is not None
+    assert names(other, "claimed") == [other._worker.id, f"{other._worker.id}.lock"]
 
 
 def test_a_job_that_kills_every_worker_is_dead_with_that_reason(make: Callable[..., Maildir]) -> None:
@@ -1002,7 +1003,7 @@ class OtherStore:
         self.kept: list[Put] = []
         self.broken = False
 
-    def put(self, puts: list[Put]) -> None:
+    def put(self, puts: Sequence[Put]) -> None:
         if self.broken:
             raise QueueError("nobody answers")
         self.kept += puts
@@ -1335,13 +1336,24 @@ def test_a_file_that_appears_ends_the_sleep(queue: Maildir, folder: str) -> None
     assert time.monotonic() - begun < 2
 
 
+def looked_at(patch: pytest.MonkeyPatch) -> list[str]:
+    """The directories that are read from now on."""
+    looks: list[str] = []
+    real = os.scandir
+
+    def scandir(path: str) -> Any:
+        looks.append(str(path))
+        return real(path)
+
+    patch.setattr(os, "scandir", scandir)
+    return looks
+
+
 def test_an_empty_queue_is_watched_and_not_looked_at_again(queue: Maildir, monkeypatch: pytest.MonkeyPatch) -> None:
     push(queue)
     assert drain(queue) == [BODY]
     queue.reserve(1, wait=0.01)
-    looks: list[str] = []
-    real = os.scandir
-    monkeypatch.setattr(os, "scandir", lambda path: looks.append(str(path)) or real(path))
+    looks = looked_at(monkeypatch)
     for number in range(5):
         queue.reserve(1, wait=0.001)
         push(queue, b"%d" % number)
@@ -1420,6 +1432,33 @@ def test_a_long_queue_is_drained_in_order_a_part_at_a_time(queue: Maildir, monke
     assert drain(queue) == [str(number).encode() for number in range(50)]
 
 
+def test_many_delayed_jobs_are_not_read_again_for_each(
+    queue: Maildir, monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    monkeypatch.setattr(backlog, "LIMIT", 300)
+    queue.put([Put(queue, Job(key=f"1.{n}", body=b"x", due=clock.now + 100 + n)) for n in range(400)])
+    queue.reserve(1)
+    queue.reserve(1)
+    with monkeypatch.context() as patch:
+        looks = looked_at(patch)
+        for number in range(5):
+            push(queue, b"%d" % number, due=clock.now + 5)
+            clock.now += 6
+            assert take(queue).body == b"%d" % number
+    assert not [look for look in looks if ".delayed" in look]
+    clock.now += 1000
+    assert len(queue.reserve(1000) + queue.reserve(1000)) == 400
+
+
+def test_what_was_never_finished_is_swept_after_a_day_and_a_half(queue: Maildir) -> None:
+    queue.folders.make()
+    for name, hours in (("old", 37), ("young", 35)):
+        Path(queue.folders.at("tmp", name)).write_bytes(b"x")
+        os.utime(queue.folders.at("tmp", name), (time.time() - hours * 3600,) * 2)
+    queue.reserve(1)
+    assert names(queue, "tmp") == ["young"]
+
+
 # -- opening -----------------------------------------------------------------------------------------------------
 
 
@@ -1438,10 +1477,10 @@ def test_opening_and_pushing_again_and_again_needs_no_descriptors(tmp_path: Path
     def used() -> int:
         return len(os.listdir("/proc/self/fd"))
 
-    push(open_backend(str(tmp_path / "posts")))  # type: ignore[arg-type]
+    push(open_backend(str(tmp_path / "posts")))
     before = used()
     for _ in range(20):
-        push(open_backend(str(tmp_path / "posts")))  # type: ignore[arg-type]
+        push(open_backend(str(tmp_path / "posts")))
     assert used() == before
 
 

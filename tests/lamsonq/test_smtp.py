@@ -647,6 +647,16 @@ def test_bind_twice_is_one_port(router: RoutingBase) -> None:
     receiver.stop()
 
 
+def test_no_reply_waits_for_a_delayed_acknowledgement(start: Start) -> None:
+    with Client(start(deliver=lambda _: None)) as client:
+        took = []
+        for _ in range(5):
+            begun = time.monotonic()
+            client.say("EHLO me")
+            took.append(time.monotonic() - begun)
+    assert min(took) < 0.03
+
+
 def test_the_start_is_logged_as_it_always_was(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         receiver = start(deliver=lambda _: None)

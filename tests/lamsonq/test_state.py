@@ -5,6 +5,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -110,7 +111,7 @@ def test_turns_in_a_conversation_come_in_order_of_arrival() -> None:
     order: list[int] = []
     assert conversations.enter(WHO, lambda: None)
     for n in range(5):
-        assert not conversations.enter(WHO, lambda n=n: order.append(n))
+        assert not conversations.enter(WHO, partial(order.append, n))
     for _ in range(5):
         conversations.leave(WHO)
     assert order == [0, 1, 2, 3, 4]

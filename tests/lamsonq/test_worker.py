@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from lamsonq.queue import Queue
 
 from lamsonq.errors import Failure, Later, SMTPError, Undelivered
 from lamsonq.mail import MailRequest
+from lamsonq.queue import Queue
 from lamsonq.routing import RoutingBase
 from lamsonq.worker import QueueReceiver
 
