@@ -103,7 +103,7 @@ class Committer:
         planned = {call.recipient for call in calls}
         for recipient in message.route_to:
             if recipient not in planned:
-                await self._in_pool(self.router.undeliverable, message.addressed(recipient))
+                await self._in_pool(self._undeliverable, message.addressed(recipient))
         failures: list[tuple[Call, Later | Dead]] = []
         for call in calls:
             run = _Run(self, call, message, self.router.attempt, None)
@@ -113,6 +113,11 @@ class Committer:
         if reply := _common_refusal(failures, len(calls)):
             return reply
         return _accepted(await self._in_pool(self._keep, message, failures))
+
+    def _undeliverable(self, message: mail.MailRequest) -> None:
+        queue = self.router.undeliverable(message)
+        if queue is not None:
+            queue.push(message)
 
     def _keep(self, message: mail.MailRequest, failures: Sequence[tuple[Call, Later | Dead]]) -> list[str]:
         """Keep each failed call as a job bound to its function; their keys. Raises what the store raises."""

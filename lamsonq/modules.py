@@ -1,4 +1,4 @@
-"""Handler modules: importing them, noticing that they changed, and reading them anew.
+"""The user's modules: importing them, noticing that they changed, and reading them anew.
 
 A reload executes modules as objects of their own. The old ones are put back when any of them fails, so a function that
 is running, or that an old table still holds, never sees half of a new module.
@@ -15,27 +15,46 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 
-from lamsonq.errors import UsageError, reason_of
+from lamsonq.errors import Refusal, UsageError, reason_of
 from lamsonq.marks import MODULES
 
 
-def import_handlers(name: str) -> None:
-    """Import one handler module. Raises UsageError, in one line that names the place in the user's code."""
+def load_handlers(name: str) -> None:
+    """Import a handler module, so that `marks.MODULES` tells what it defines. Raises what `load` raises."""
     if name not in sys.modules:
         MODULES.pop(name, None)
+    load(name)
+
+
+def load(module: str) -> ModuleType:
+    """Import a module of the user's by its dotted name. Raises UsageError, in one line with file and line."""
     try:
-        importlib.import_module(name)
-    except Exception as error:  # whatever a module's body raises
-        raise UsageError(f"cannot load the handlers {name!r}: {reason_of(error)}{place_of(error)}") from error
+        return importlib.import_module(module)
+    except Refusal:
+        raise
+    except (Exception, SystemExit) as error:  # users' modules may raise anything; the user needs one line
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            raise UsageError(
+                f"there is no module {module} in {os.getcwd()} (no module named {error.name!r})"
+            ) from error
+        raise UsageError(f"{_place(error, module)}: {reason_of(error)}") from error
 
 
-def place_of(error: BaseException) -> str:
-    """` (file:line)` of the user's code in which an error came up; "" when there is none."""
-    if isinstance(error, SyntaxError):
-        return f" ({error.filename}:{error.lineno})"
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
-    own = [f for f in frames if os.path.dirname(__file__) != os.path.dirname(f.filename)]
-    return f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
+def _place(error: BaseException, module: str) -> str:
+    """`file:line` of the project's own line that an error came out of, seen from the current directory."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{_short(error.filename)}:{error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    package = os.path.dirname(__file__)
+    own = [f for f in frames if os.path.isabs(f.filename) and not f.filename.startswith(package)]
+    near = [f for f in own if not _short(f.filename).startswith(("/", "."))] or own
+    # The last frame inside the project: what it called beyond that is named in the error itself.
+    return f"{_short(near[-1].filename)}:{near[-1].lineno}" if near else module
+
+
+def _short(filename: str) -> str:
+    path = os.path.relpath(filename)
+    return filename if path.startswith("..") else path
 
 
 def changed_at(name: str) -> float:

@@ -38,7 +38,7 @@ from lamsonq.marks import (
     state_key_generator,
     stateless,
 )
-from lamsonq.modules import changed_at, import_handlers, reread
+from lamsonq.modules import changed_at, load_handlers, reread
 from lamsonq.queue import Queue, job_of
 from lamsonq.state import START, Conversation, Conversations, MemoryStorage, StateStorage
 from lamsonq.table import Handler, Route, Table, build_table
@@ -125,7 +125,7 @@ class RoutingBase:
         with self._lock:
             before = list(self._names)
             for name in handlers:
-                import_handlers(name)
+                load_handlers(name)
                 if name not in self._names:
                     self._names.append(name)
             try:
@@ -386,8 +386,8 @@ class RoutingBase:
         """
         request = message if isinstance(message, MailRequest) else _request_of(message)
         calls = self.plan(request)
-        if not calls:
-            self.undeliverable(request)
+        if not calls and (queue := self.undeliverable(request)) is not None:
+            queue.push(request)
         failures: list[Failure] = []
         for call in calls:
             outcome = self._run(call, request)
@@ -416,8 +416,8 @@ class RoutingBase:
         settled.wait()
         return outcomes[0]
 
-    def undeliverable(self, message: MailRequest) -> None:
-        """What no route takes: kept in the UNDELIVERABLE_QUEUE where there is one."""
+    def undeliverable(self, message: MailRequest) -> Queue | None:
+        """Say that no route takes a message; the queue that it belongs into, if there is one."""
         if self.UNDELIVERABLE_QUEUE is None:
             LOG.debug(
                 "Message to %r from %r didn't match any handlers. (# recipients: %d)",
@@ -425,14 +425,14 @@ class RoutingBase:
                 message.From,
                 len(message.route_to),
             )
-            return
+            return None
         LOG.debug(
             "Message to %r from %r undeliverable, putting in undeliverable queue (# of recipients: %d).",
             message.To,
             message.From,
             len(message.route_to),
         )
-        self.UNDELIVERABLE_QUEUE.push(message)
+        return self.UNDELIVERABLE_QUEUE
 
     def _reload_if_changed(self) -> None:
         now = time.monotonic()

@@ -5,21 +5,15 @@ from lamsonq.server import SMTPReceiver, QueueReceiver, Relay, SMTPError
 
 from __future__ import annotations
 
-from typing import Protocol, TypedDict
+from typing import Protocol
 
 from lamsonq.errors import SMTPError
 from lamsonq.relay import Relay
+from lamsonq.settings import QueueConfig
 from lamsonq.smtp import SMTPReceiver
 from lamsonq.worker import QueueReceiver
 
 __all__ = ["QueueConfig", "QueueReceiver", "Receiver", "Relay", "SMTPError", "SMTPReceiver"]
-
-
-class QueueConfig(TypedDict):
-    """`settings.queue_config`: which queue a boot works off, and how many seconds an empty one is watched."""
-
-    queue: str
-    sleep: int
 
 
 class Receiver(Protocol):

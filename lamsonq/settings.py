@@ -21,7 +21,6 @@ import logging.config
 import os
 import re
 import sys
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +30,7 @@ import msgspec
 import tomli
 
 from lamsonq.errors import Refusal, SettingsError, UsageError, reason_of
+from lamsonq.modules import load
 
 PREFIX = "LAMSONQ_"
 
@@ -280,37 +280,6 @@ def use_project() -> None:
     if sys.path[:1] != [here]:
         sys.path.insert(0, here)
         importlib.invalidate_caches()
-
-
-def load(module: str) -> ModuleType:
-    """Import a module by its dotted name; whatever it raises becomes one line with file and line."""
-    try:
-        return importlib.import_module(module)
-    except Refusal:
-        raise
-    except (Exception, SystemExit) as error:  # users' modules may raise anything; the user needs one line
-        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
-            raise UsageError(
-                f"there is no module {module} in {os.getcwd()} (no module named {error.name!r})"
-            ) from error
-        raise UsageError(f"{_place(error, module)}: {reason_of(error)}") from error
-
-
-def _place(error: BaseException, module: str) -> str:
-    """`file:line` of the project's own line that an error came out of, seen from the current directory."""
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"{_short(error.filename)}:{error.lineno}"
-    frames = traceback.extract_tb(error.__traceback__)
-    package = os.path.dirname(__file__)
-    own = [f for f in frames if os.path.isabs(f.filename) and not f.filename.startswith(package)]
-    near = [f for f in own if not _short(f.filename).startswith(("/", "."))] or own
-    # The last frame inside the project: what it called beyond that is named in the error itself.
-    return f"{_short(near[-1].filename)}:{near[-1].lineno}" if near else module
-
-
-def _short(filename: str) -> str:
-    path = os.path.relpath(filename)
-    return filename if path.startswith("..") else path
 
 
 def _hand_over(settings: ModuleType) -> None:

@@ -72,6 +72,7 @@ class QueueReceiver:
         self.timeout = timeout
         self.bound = bound
         self.stuck = False
+        self._left_running = False
         self._stopping = threading.Event()
         self._drained = threading.Event()
         self._drained.set()
@@ -98,7 +99,7 @@ class QueueReceiver:
         try:
             self._work(pool, one_shot)
         finally:
-            pool.shutdown(wait=not self.stuck, cancel_futures=self.stuck)
+            pool.shutdown(wait=not self._left_running, cancel_futures=self._left_running)
             self._drained.set()
 
     def run_once(self) -> bool:
@@ -206,7 +207,7 @@ class QueueReceiver:
                     break
                 self._changed.wait(0.2)
         for attempt, job in list(self._running.items()):
-            self.stuck = self.stuck or attempt.started is not None
+            self._left_running = self._left_running or attempt.started is not None
             self._settle_instead(attempt, job, Later("the server was stopped", counted=False))
 
     def _give_up_the_late(self) -> None:
@@ -214,7 +215,7 @@ class QueueReceiver:
         for attempt, job in list(self._running.items()):
             if attempt.started is not None and now - attempt.started > self.timeout:
                 LOG.error("%s hangs on job %s; this process will be replaced", attempt.call.name, job.key)
-                self.stuck = True
+                self.stuck = self._left_running = True
                 self._settle_instead(attempt, job, attempt.hung(self.timeout))
                 self.stop()
 
@@ -274,18 +275,12 @@ class QueueReceiver:
         return None, message
 
     def _settle_unmatched(self, job: Job, message: MailRequest) -> None:
-        undeliverable = self.router.UNDELIVERABLE_QUEUE
+        undeliverable = self.router.undeliverable(message)
         if undeliverable is None or undeliverable.backend is self.queue.backend:
             self._settle_job(
                 job, Dead(f"no route takes {', '.join(message.route_to) or 'a message without recipient'}")
             )
             return
-        LOG.debug(
-            "Message to %r from %r undeliverable, putting in undeliverable queue (# of recipients: %d).",
-            message.To,
-            message.From,
-            len(message.route_to),
-        )
         kept = replace(job, key=undeliverable.backend.new_key(), deliveries=0, claim="")
         self._settle_job(job, DONE, [Put(undeliverable.backend, kept)])
 

@@ -50,7 +50,7 @@ class Arrivals:
         self._promote()
 
     def _look_seldom(self) -> None:
-        """So many delayed jobs are not to be read again whenever one comes: watch them, or else look now and then."""
+        """So many jobs are not to be read again whenever one comes: watch them, or else look now and then."""
         watch = self._own_watch()
         if not watch.tried:
             self._follow(watch)
@@ -60,6 +60,10 @@ class Arrivals:
         backlog = self._ready[bound]
         entry = backlog.pop()
         if entry is None and more and backlog.refill(self._seeing):
+            if len(backlog) > _FEW and not self._seeing:
+                # Jobs that come of these ones, bound to one call each, are to run among them and not after them all.
+                self._look_seldom()
+                backlog.refill(self._seeing)
             entry = backlog.pop()
         return entry
 

@@ -129,6 +129,7 @@ _QUEUE_ACTIONS = {
 def routes(modules: tuple[str, ...], test: str | None, path: str | None, as_json: bool) -> None:
     """Show the routes of boots or handler modules (config.testing when none is given), and test an address."""
     from lamsonq import settings
+    from lamsonq.modules import load
     from lamsonq.routing import Router
 
     modules = modules or ("config.testing",)
@@ -138,7 +139,7 @@ def routes(modules: tuple[str, ...], test: str | None, path: str | None, as_json
         importlib.invalidate_caches()
     for module in modules:
         before = Router.table
-        settings.load(module)
+        load(module)
         if Router.table is before:  # no boot: a boot would have loaded its handlers
             Router.load([module])
     if not Router.ORDER:

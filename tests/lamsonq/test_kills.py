@@ -210,7 +210,7 @@ def test_nothing_that_was_answered_250_is_ever_lost(project: Project, capsys: py
     for client in clients:
         client.join()
     handled = project.folder / "handled"
-    _wait_until_quiet(handled)
+    _wait_until_worked(project.folder / "run/posts")
     project.end()
     accepted, done = project.accepted.read_text().split(), handled.read_text().split()
     report = fsck.check(project.folder / "run", accepted, done)
@@ -230,11 +230,9 @@ def _ids_in(folder: Path) -> list[str]:
     return [match[1].decode() for match in found if match]
 
 
-def _wait_until_quiet(path: Path) -> None:
-    """Until nothing was handled for three seconds."""
-    size, since = -1, time.monotonic()
-    while time.monotonic() - since < 3:
-        now = path.stat().st_size if path.exists() else 0
-        if now != size:
-            size, since = now, time.monotonic()
-        time.sleep(0.1)
+def _wait_until_worked(queue: Path) -> None:
+    """Until nothing waits in the queue and nothing is claimed."""
+    give_up_at = time.monotonic() + 300
+    while any(path.is_file() for folder in ("new", ".delayed/new", "claimed/*") for path in queue.glob(f"{folder}/*")):
+        assert time.monotonic() < give_up_at, "the queue is not worked any more"
+        time.sleep(0.2)

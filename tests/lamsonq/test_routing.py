@@ -80,7 +80,7 @@ def test_a_broken_expression_fails_the_load(router: RoutingBase, module: Module)
 
 def test_a_handler_module_that_does_not_import_fails_the_load_in_one_line(router: RoutingBase, module: Module) -> None:
     name = module("import no_such_module_anywhere\n")
-    with pytest.raises(UsageError, match=rf"cannot load the handlers '{name}': ModuleNotFoundError.*{name}\.py:4"):
+    with pytest.raises(UsageError, match=rf"{name}\.py:4: ModuleNotFoundError"):
         router.load([name])
     with pytest.raises(UsageError, match="no_such_handlers"):
         router.load(["no_such_handlers"])
