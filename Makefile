@@ -19,11 +19,12 @@ check: $(READY)  ## lint, format and types
 	$(BIN)/mypy lamsonq config app tests
 
 bench: $(READY)  ## measure, and print the figures
-	$(BIN)/python -m pytest tests/bench -m slow -s
+	$(BIN)/python tests/bench/drain_maildir.py 1000 10000 100000
+	$(BIN)/python tests/bench/latency.py
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml .github/constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c .github/constraints.txt -e '.[dev]'
 	@touch $@
 
 .PHONY: help demo test check bench

@@ -99,6 +99,7 @@ class Attempt:
         self.started: float | None = None
         """When the function began, by the monotonic clock; None while it waits for its conversation."""
         self.states: dict[Conversation, str] = {}
+        self._outer = current()
         self._puts: list[Put] = []
         self._settle = settle
         self._patience = patience
@@ -145,10 +146,19 @@ class Attempt:
 
     def _enter(self) -> None:
         stateful = self.call.stateful
-        if stateful is None or not stateful.locked:
+        if stateful is None or not stateful.locked or self._is_inside(stateful.conversation):
             self._choose()
         elif stateful.conversations.enter(stateful.conversation, self._resume):
             self._turn()
+
+    def _is_inside(self, conversation: Conversation) -> bool:
+        """Whether a function that has this conversation is delivering to it itself."""
+        outer = self._outer
+        while outer is not None:
+            if outer._entered is not None and outer._entered.conversation == conversation:
+                return True
+            outer = outer._outer
+        return False
 
     def _resume(self) -> None:
         self._spawn(self._turn)
@@ -174,6 +184,9 @@ class Attempt:
         if stateful is not None:
             try:
                 chosen = stateful.choose(self.message, self.key)
+            except (Later, Dead) as outcome:
+                self._finish(outcome)
+                return
             except Exception as error:  # a state store that fails is a failure of this attempt
                 self._finish(_later_for(error))
                 return

@@ -21,9 +21,11 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from lamsonq.attempt import ELSEWHERE_PATIENCE, Attempt, Call, Settle, Stateful
+from lamsonq.attempt import ELSEWHERE_PATIENCE, Attempt, Call, Settle, Stateful, current
 from lamsonq.errors import Dead, Failure, Later, Undelivered, reason_of
 from lamsonq.jobs import Done, Job, Outcome, Put
 from lamsonq.mail import MailRequest
@@ -279,26 +281,22 @@ class RoutingBase:
         route_, captures = next((f for f in found if f[0].expression == wanted), found[0])
         if handler.marks.stateless:
             return Call(handler.function, message.To, handler.name, captures, route_.expression)
-        state = self._state(table, handler.module, message, job.key)
-        recorded = self.STATE_STORE.get(*(self._conversation(handler.module, message) or ("", "")))
-        if state != handler.state and recorded != "ERROR":
-            call = self._rechoose(message, job.key)
-            if call is None:
-                raise Dead(f"the conversation has left {job.target}, and nothing else takes {message.To}")
-            return call
-        return self._unchosen(self._stateful_call(handler, route_, captures, message, message.To))
-
-    def _unchosen(self, call: Call) -> Call:
-        """A call that stays the one that it is, whatever the state."""
+        call = self._stateful_call(handler, route_, captures, message, message.To)
         if call.stateful is None:
             return call
-        s = call.stateful
-        fixed: list[Call] = []
-        stateful = Stateful(
-            s.conversation, s.store, s.conversations, s.locked, lambda _message, _key: fixed[0], s.next_states
-        )
-        fixed.append(Call(call.function, call.recipient, call.name, call.captures, call.route, stateful))
-        return fixed[0]
+        return replace(call, stateful=replace(call.stateful, choose=partial(self._still, call, handler)))
+
+    def _still(self, call: Call, handler: Handler, message: MailRequest, key: str) -> Call:
+        """A bound call, unless its conversation has moved on: then what that asks for. After a crash it has not."""
+        if self._state(self.table, handler.module, message, key) == handler.state or self._in_error(call):
+            return call
+        chosen = self._rechoose(message, key)
+        if chosen is None:
+            raise Dead(f"the conversation has left {call.name}, and nothing else takes {message.To}")
+        return chosen
+
+    def _in_error(self, call: Call) -> bool:
+        return call.stateful is not None and self.STATE_STORE.get(*call.stateful.conversation) == "ERROR"
 
     # -- states -------------------------------------------------------------------------------------------------
 
@@ -447,7 +445,15 @@ class RoutingBase:
 
 
 def publish(puts: Iterable[Put]) -> None:
-    """Put what an attempt left behind into its stores, where there is no job to settle it with."""
+    """Put what an attempt left behind into its stores, where there is no job to settle it with.
+
+    Inside another attempt, it leaves with that one.
+    """
+    outer = current()
+    if outer is not None:
+        for put in puts:
+            outer.put(put)
+        return
     by_store: dict[int, list[Put]] = {}
     for put in puts:
         by_store.setdefault(id(put.store), []).append(put)

@@ -648,6 +648,55 @@ def test_a_bound_job_runs_exactly_its_function(router: RoutingBase, module: Modu
         router.bound(job, mail("desk@elsewhere.com"))
 
 
+def test_a_bound_call_follows_its_conversation_when_that_has_moved_on(
+    router: RoutingBase, module: Module, mail: Mail
+) -> None:
+    name = module(WAITING)
+    router.load([name])
+    job = Job(key="k", body=b"", recipients=("desk@example.com",), target=f"{name}.START")
+    call = router.bound(job, mail())  # in START yet
+    router.deliver(mail())  # another message is first
+    router.attempt(call, mail(), key="k", settle=lambda *_: None).start()
+    assert calls_of(name) == ["START", "WAIT"]
+
+
+def test_a_bound_call_that_failed_runs_again_in_error(router: RoutingBase, module: Module, mail: Mail) -> None:
+    name = module(WAITING)
+    router.load([name])
+    router.set_state(name, mail(), "ERROR")
+    job = Job(key="k", body=b"", recipients=("desk@example.com",), target=f"{name}.WAIT")
+    router.attempt(router.bound(job, mail()), mail(), key="k", settle=lambda *_: None).start()
+    assert calls_of(name) == ["WAIT"]
+
+
+def test_a_handler_may_deliver_to_its_own_conversation(router: RoutingBase, module: Module, mail: Mail) -> None:
+    """And what that pushes leaves only when the outer function succeeds."""
+    name = module(
+        """
+        from lamsonq.queue import Queue
+        ROUTER = []
+        @route('(who)@example.com', who='.+')
+        def START(message, who):
+            CALLS.append(who)
+            if who == 'inner':
+                Queue('run/posts').push(message)
+                return START
+            from lamsonq.mail import MailRequest
+            ROUTER[0].deliver(MailRequest('inside', message.From, 'inner@example.com', message.Data))
+            assert Queue('run/posts').count() == 0
+            if who == 'bad': raise RuntimeError('boom')
+        """
+    )
+    router.load([name])
+    sys.modules[name].ROUTER.append(router)
+    with pytest.raises(Undelivered, match="boom"):
+        router.deliver(mail("bad@example.com"))
+    assert Queue("run/posts").count() == 0
+    router.deliver(mail("good@example.com"))
+    assert calls_of(name) == ["bad", "inner", "good", "inner"]
+    assert Queue("run/posts").count() == 1
+
+
 def test_a_message_that_comes_again_after_a_crash_is_routed_by_the_state_that_it_found(
     router: RoutingBase, module: Module, mail: Mail
 ) -> None:
