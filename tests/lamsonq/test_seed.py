@@ -1,4 +1,4 @@
-"""The tutorial, word by word: every command, edit, file name, log line and output that it shows."""
+"""The tutorial in the README, word by word: every command, edit, file name, log line and output that it shows."""
 
 import os
 import re
@@ -12,35 +12,21 @@ from pathlib import Path
 
 import pytest
 
-QUEUE_LINES = """\
-# where to listen for incoming messages
-settings.receiver = QueueReceiver(settings.queue_config['queue'],
-                                  settings.queue_config['sleep'])
+from lamsonq import commands
 
-settings.database = configure_database(settings.database_config, also_create=False)
-
-Router.defaults(**settings.router_defaults)
-# NOTE: this is using a different handlers variable in settings
-Router.load(settings.queue_handlers)
-Router.RELOAD=True
-"""
-SETTINGS_LINES = """
-# this is for when you run the config.queue boot
-queue_config = {'queue': 'run/posts', 'sleep': 10}
-
-queue_handlers = ['app.handlers.index']
-"""
-INDEX = """\
-from lamsonq import queue
-from lamsonq.routing import route, stateless
-import logging
+README = (Path(__file__).parents[2] / "README.md").read_text()
+BLOCKS = re.findall(r"```\w*\n(.*?)```", README, re.DOTALL)
 
 
-@route("(post_name)@osb\\\\.(host)")
-@stateless
-def START(message, post_name=None, host=None):
-    logging.debug("Got message from %s", message['from'])
-"""
+def _shown(part: str) -> str:
+    """The block of the README in which this stands."""
+    (block,) = (block for block in BLOCKS if part in block)
+    return block
+
+
+QUEUE_LINES = _shown("settings.receiver = QueueReceiver(settings.queue_config['queue'],\n")
+SETTINGS_LINES = _shown("queue_handlers = ['app.handlers.index']")
+INDEX = _shown('logging.debug("Got message from %s", message[')
 SENDER = "sender-1244080328.22@sender.com"
 TO = "test.blog.1244080328@osb.test.com"
 
@@ -133,6 +119,20 @@ def test_the_tutorial_runs_word_by_word(shell: Shell) -> None:
     ]
     assert not list((shell.folder / "run").glob("*.pid"))
     assert not [pid for pid in pids if _runs(pid)]
+
+
+def test_the_readme_names_the_commands_that_there_are() -> None:
+    rows = re.findall(r"^\| (`.*?) \|", README.partition("## Commands")[2], re.MULTILINE)
+    named = {word for row in rows for word in re.findall(r"`(\w+)", row)}
+    assert named == set(commands.lamsonq.commands)
+
+
+def test_the_example_of_a_test_in_the_readme_passes(here: Path) -> None:
+    Shell(here)("lamsonq", "gen", "osb")
+    (here / "osb/tests/test_example.py").write_text(
+        "from lamsonq import settings\n\nsettings.boot('config.testing')\n\n" + _shown("alice.begin()")
+    )
+    assert "1 passed" in Shell(here / "osb")("pytest", "tests/test_example.py")
 
 
 def test_of_three_queue_receivers_on_one_queue_one_handles_each_message(here: Path) -> None:
