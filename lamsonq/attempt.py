@@ -117,10 +117,13 @@ class Attempt:
     def puts(self) -> list[Put]:
         return list(self._puts)
 
-    def start(self, spawn: Spawn | None = None) -> None:
-        """Run in this thread as far as it goes; the rest in threads that `spawn` provides."""
+    def start(self, spawn: Spawn | None = None, *, here: bool = True) -> None:
+        """Get in line in this thread, and run in it as far as it goes; the rest in threads that `spawn` provides.
+
+        With `here=False` this thread only gets in line: who starts attempts one by one keeps their order.
+        """
         self._spawn = spawn or _run_here
-        self._enter()
+        self._enter(_run_here if here else self._spawn)
 
     def give_up(self) -> bool:
         """Close the attempt from outside; False when it was settled already. Nothing is settled: the caller does."""
@@ -144,12 +147,12 @@ class Attempt:
         outcome.add_note(f"Stack of its thread:\n{stack}")
         return outcome
 
-    def _enter(self) -> None:
+    def _enter(self, run: Spawn) -> None:
         stateful = self.call.stateful
         if stateful is None or not stateful.locked or self._is_inside(stateful.conversation):
-            self._choose()
+            run(self._choose)
         elif stateful.conversations.enter(stateful.conversation, self._resume):
-            self._turn()
+            run(self._turn)
 
     def _is_inside(self, conversation: Conversation) -> bool:
         """Whether a function that has this conversation is delivering to it itself."""
@@ -197,7 +200,7 @@ class Attempt:
             self.call = chosen
             if not same:
                 self._leave()
-                self._enter()
+                self._enter(_run_here)
                 return
         self._run()
 

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from lamsonq.attempt import Attempt, Call
+from lamsonq.attempt import Attempt, Call, Spawn
 from lamsonq.errors import Dead, Later, LeaseLost, Undelivered, outcome_of, reason_of
 from lamsonq.jobs import DONE, Done, Job, Outcome, Put
 from lamsonq.mail import MailRequest
@@ -184,7 +184,7 @@ class QueueReceiver:
                 self._busy += 1
             pool.submit(self._in_thread, function)
 
-        spawn(lambda: self._begin(job, spawn, lambda: None))
+        self._begin(job, spawn, _nothing)
 
     def _in_thread(self, function: Callable[[], None]) -> None:
         try:
@@ -226,13 +226,14 @@ class QueueReceiver:
 
     # -- one job -----------------------------------------------------------------------------------------------
 
-    def _begin(self, job: Job, spawn: Callable[[Callable[[], None]], object], finished: Callable[[], None]) -> None:
-        """Find out what a claimed job asks for, and start it."""
+    def _begin(self, job: Job, spawn: Spawn, finished: Callable[[], None]) -> None:
+        """Find out what a claimed job asks for, and start it. In the fetching thread: that keeps the order."""
         LOG.debug("Pulled message with key: %r off", job.key)
         try:
-            call, message = self._call_for(job)
+            call, message = self._call_for(job, spawn)
         except Exception as error:  # no call can be made of it: later or never, as the error says
-            self._settle_failure(job, None, outcome_of(error))
+            failure = outcome_of(error)
+            spawn(lambda: self._settle_failure(job, None, failure))
             call = None
         if call is None:
             finished()
@@ -250,10 +251,10 @@ class QueueReceiver:
         holder.append(attempt)
         with self._changed:
             self._running[attempt] = job
-        attempt.start(spawn)
+        attempt.start(spawn, here=False)
 
-    def _call_for(self, job: Job) -> tuple[Call | None, MailRequest]:
-        """The one call that this job asks for; None when it was dealt with without one."""
+    def _call_for(self, job: Job, spawn: Spawn) -> tuple[Call | None, MailRequest]:
+        """The one call that this job asks for; None when it is dealt with without one."""
         message = message_of(job, self.queue_dir)
         LOG.debug(
             "Message received from Peer: %r, From: %r, to To %r.",
@@ -268,11 +269,18 @@ class QueueReceiver:
         calls = self.router.plan(message)
         if len(calls) == 1:
             return calls[0], message.addressed(calls[0].recipient)
-        if calls:
-            self._settle_job(job, DONE, [Put(self.queue.backend, _bound(job, c, i)) for i, c in enumerate(calls, 1)])
+        if any(call.stateful is not None for call in calls):
+            self._split(job, calls)  # at once: its conversation is to see the messages in order
+        elif calls:
+            spawn(lambda: self._split(job, calls))
         else:
-            self._settle_unmatched(job, message)
+            spawn(lambda: self._settle_unmatched(job, message))
         return None, message
+
+    def _split(self, job: Job, calls: list[Call]) -> None:
+        """Replace a job by one for each call of its plan (rule 2)."""
+        store = self.queue.backend
+        self._settle_job(job, DONE, [Put(store, _bound(job, call, n)) for n, call in enumerate(calls, 1)])
 
     def _settle_unmatched(self, job: Job, message: MailRequest) -> None:
         undeliverable = self.router.undeliverable(message)
@@ -344,3 +352,7 @@ def _derived_key(key: str, number: int) -> str:
     """A key beside its parent's in the order of the queue, that only this parent can make."""
     derived, found = re.subn(r"^(\d+\.M\d+P\d+Q\d+(?:R\d+)*)", rf"\1R{number}", key, count=1)
     return derived if found else f"{key}.R{number}"
+
+
+def _nothing() -> None:
+    pass

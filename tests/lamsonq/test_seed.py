@@ -21,7 +21,7 @@ BLOCKS = re.findall(r"```\w*\n(.*?)```", README, re.DOTALL)
 def _shown(part: str) -> str:
     """The block of the README in which this stands."""
     (block,) = (block for block in BLOCKS if part in block)
-    return block
+    return str(block)
 
 
 QUEUE_LINES = _shown("settings.receiver = QueueReceiver(settings.queue_config['queue'],\n")

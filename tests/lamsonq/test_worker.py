@@ -263,19 +263,23 @@ def test_an_async_handler_that_hangs_is_cancelled(
     assert calls_of(name) == ["cancelled"]
 
 
+@pytest.mark.parametrize("beside", ["", "@route('desk@example.com')\n@stateless\ndef AUDIT(message): pass\n"])
 def test_messages_of_one_sender_run_in_order_and_never_together(
-    router: RoutingBase, module: Module, mail: Mail, posts: Queue
+    router: RoutingBase, module: Module, mail: Mail, posts: Queue, beside: str
 ) -> None:
     name = module(
-        """
-        import threading
-        ALONE = threading.Lock()
-        @route('desk@example.com')
-        def START(message):
-            assert ALONE.acquire(blocking=False)
-            CALLS.append(int(message.body()))
-            ALONE.release()
-        """
+        textwrap.dedent(
+            """
+            import threading
+            ALONE = threading.Lock()
+            @route('desk@example.com')
+            def START(message):
+                assert ALONE.acquire(blocking=False)
+                CALLS.append(int(message.body()))
+                ALONE.release()
+            """
+        )
+        + beside
     )
     router.load([name])
     for n in range(60):
