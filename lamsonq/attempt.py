@@ -107,6 +107,7 @@ class Attempt:
         self._entered: Stateful | None = None
         self._thread: int | None = None
         self._task: asyncio.Task[Any] | None = None
+        self._awaited: object = None
         self._spawn: Spawn = _run_here
 
     def put(self, put: Put) -> None:
@@ -141,11 +142,20 @@ class Attempt:
 
     def hung(self, seconds: float) -> Dead:
         """What a function that did not return in time leaves behind: a reason with the stack of its thread."""
-        frame = sys._current_frames().get(self._thread or -1)
-        stack = "".join(traceback.format_stack(frame)) if frame else "(waiting in an async function)\n"
         outcome = Dead(f"{self.call.name} did not return within {seconds:g} seconds")
-        outcome.add_note(f"Stack of its thread:\n{stack}")
+        outcome.add_note(f"Where it was:\n{''.join(self._where())}")
         return outcome
+
+    def _where(self) -> list[str]:
+        frame = sys._current_frames().get(self._thread or -1)
+        if frame is not None:
+            return traceback.format_stack(frame)
+        lines: list[str] = []
+        waiting = self._awaited
+        while (frame := getattr(waiting, "cr_frame", None)) is not None:
+            lines += traceback.format_stack(frame, limit=1)
+            waiting = getattr(waiting, "cr_await", None)
+        return lines
 
     def _enter(self, run: Spawn) -> None:
         stateful = self.call.stateful
@@ -220,6 +230,7 @@ class Attempt:
         finally:
             self._thread = None
         if inspect.isawaitable(value):
+            self._awaited = value
             _handler_loop().run(self, value, context)
         else:
             self._returned(value)
@@ -250,7 +261,7 @@ class Attempt:
         stateful = self.call.stateful
         if stateful is not None and not isinstance(error, Later | Dead | SMTPError):
             self.states[stateful.conversation] = "ERROR"
-        if self.call.name is not None and not isinstance(error, Later | SMTPError):
+        if self.open and self.call.name is not None and not isinstance(error, Later | SMTPError):
             LOG.error("!!! ERROR handling %s: %s", self.call.name, outcome.reason, exc_info=error)
         self._finish(outcome)
 

@@ -105,7 +105,7 @@ def outcome_of(error: BaseException) -> Later | Dead:
     if isinstance(error, Undelivered):  # a relay's: worth another try while anybody may still get it
         later = any(isinstance(failure.outcome(), Later) for failure in error.failures)
     else:
-        later = isinstance(error, SMTPError) and error.code < 500
+        later = isinstance(error, SMTPError) and 400 <= error.code < 500
     outcome = Later(str(error)) if later else Dead(reason_of(error))
     outcome.__cause__ = error
     return outcome

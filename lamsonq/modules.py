@@ -34,10 +34,11 @@ def load(module: str) -> ModuleType:
         raise
     except (Exception, SystemExit) as error:  # users' modules may raise anything; the user needs one line
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
-            raise UsageError(
-                f"there is no module {module} in {os.getcwd()} (no module named {error.name!r})"
-            ) from error
-        raise UsageError(f"{_place(error, module)}: {reason_of(error)}") from error
+            dotted = module.removesuffix(".py").replace("/", ".")
+            meant = f": did you mean {dotted}?" if dotted != module else f" (no module named {error.name!r})"
+            raise UsageError(f"there is no module {module} in {os.getcwd()}{meant}") from error
+        reason = f"SyntaxError: {error.msg}" if isinstance(error, SyntaxError) else reason_of(error)
+        raise UsageError(f"{_place(error, module)}: {reason}") from error
 
 
 def _place(error: BaseException, module: str) -> str:

@@ -160,7 +160,7 @@ def stop(
                 going.append(running)
                 running.signal(signal.SIGKILL if kill else signal.SIGTERM)
             elif pidfile.remove_stale(path):
-                warn(f"PID file {path} was left behind by a process that has ended: removed.")
+                warn(f"PID file {path} was left behind by a server that has ended: removed.")
         except Refusal as error:
             troubles.append(error)
     for running in going:

@@ -269,6 +269,8 @@ class RoutingBase:
 
         Raises Later (uncounted) when this process does not know the function, and Dead when no route leads there.
         """
+        if self.RELOAD:
+            self._reload_if_changed()
         table = self.table
         assert job.target is not None
         handler = table.handlers.get(job.target)
@@ -417,14 +419,14 @@ class RoutingBase:
     def undeliverable(self, message: MailRequest) -> Queue | None:
         """Say that no route takes a message; the queue that it belongs into, if there is one."""
         if self.UNDELIVERABLE_QUEUE is None:
-            LOG.debug(
+            LOG.warning(
                 "Message to %r from %r didn't match any handlers. (# recipients: %d)",
                 message.To,
                 message.From,
                 len(message.route_to),
             )
             return None
-        LOG.debug(
+        LOG.warning(
             "Message to %r from %r undeliverable, putting in undeliverable queue (# of recipients: %d).",
             message.To,
             message.From,

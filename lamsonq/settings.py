@@ -156,6 +156,8 @@ def _override(table: dict[str, Any], environ: Mapping[str, str]) -> dict[tuple[s
     origins = {}
     for name in sorted(environ):
         keys = tuple(name.removeprefix(PREFIX).lower().split("__"))
+        if name.startswith(PREFIX) and len(keys) == 1:
+            _refuse_single_underscore(name, keys[0])
         # Without "__" only a setting of the first level is meant: other programs' names begin with LAMSONQ_ too.
         if not name.startswith(PREFIX) or (len(keys) == 1 and keys[0] not in Machine.__struct_fields__):
             continue
@@ -167,6 +169,13 @@ def _override(table: dict[str, Any], environ: Mapping[str, str]) -> dict[tuple[s
         place[keys[-1]] = environ[name]
         origins[keys] = name
     return origins
+
+
+def _refuse_single_underscore(name: str, key: str) -> None:
+    """`LAMSONQ_RECEIVER_PORT` is a slip that would otherwise change nothing."""
+    table, _, rest = key.partition("_")
+    if rest and key not in Machine.__struct_fields__ and table in Machine.__struct_fields__:
+        raise SettingsError(f"{name} is no setting: did you mean {PREFIX}{table.upper()}__{rest.upper()}?")
 
 
 R = TypeVar("R", bound=msgspec.Struct)

@@ -34,8 +34,8 @@ BACKLOG = 1024
 """Connections that the kernel holds while we are busy."""
 
 _ADVICE = {
-    errno.EADDRINUSE: "stop what uses it or change receiver.port",
-    errno.EACCES: "a port below 1024 takes root: start as root or change receiver.port",
+    errno.EADDRINUSE: "stop what uses it, or take another port",
+    errno.EACCES: "a port below 1024 takes root: start as root, or take another port",
 }
 _GOODBYE = "421 4.3.2 Service shutting down"
 

@@ -87,6 +87,8 @@ class TestConversation:
             return None
         found = delivered(expect)
         if not found:
+            if not Router.table.routes:
+                raise AssertionError("no handlers are loaded: boot the project, settings.boot('config.testing')")
             there = "\n---\n".join(map(str, _messages(queue()))) or "(nothing)"
             raise AssertionError(f"no message in {TEST_QUEUE} matches {expect!r}. There is:\n{there}")
         return found

@@ -13,17 +13,6 @@ State = Callable[..., object]  # where the conversation goes on: a state functio
 
 
 @route("(post_name)@osb\\.(host)")
-def START(message: MailRequest, post_name: str, host: str) -> State | None:
-    if not message.From:
-        return None  # a bounce: nobody waits for an answer
-
-    name, address = parseaddr(message["from"] or "")
-    relay.deliver(view.respond("welcome.msg", locals()))
-
-    return POSTING(message, post_name=post_name, host=host)
-
-
-@route_like(START)
 def POSTING(message: MailRequest, post_name: str, host: str) -> State:
     # do the regular posting to blog thing
     name, address = parseaddr(message["from"] or "")
@@ -36,3 +25,14 @@ def POSTING(message: MailRequest, post_name: str, host: str) -> State:
     index_q.push(message)
 
     return POSTING
+
+
+@route_like(POSTING)
+def START(message: MailRequest, post_name: str, host: str) -> State | None:
+    if not message.From:
+        return None  # a bounce: nobody waits for an answer
+
+    name, address = parseaddr(message["from"] or "")
+    relay.deliver(view.respond("welcome.msg", locals()))
+
+    return POSTING(message, post_name=post_name, host=host)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -41,11 +42,22 @@ def queue(path: str | None, name: str, state: str | None, as_json: bool, **wish:
         what = "Give something to do." if not wishes else "Give one thing to do, not more."
         raise Refusal(f"{what}  Try lamsonq help -for queue to find out what.")
     name = path or name
+    _look_for(name)
     opened = Queue(name)
     if not as_json:
         click.echo(f"Using queue: {name!r}")
     act = _QUEUE_ACTIONS[wishes[0]]
     act(opened, wish[wishes[0]], state or "ready", as_json)
+
+
+def _look_for(name: str) -> None:
+    """A slip in the name is not to look like an empty queue."""
+    if ":" in name:
+        return
+    if not os.path.lexists(name):
+        click.echo(f"There is no {name} yet.", err=True)
+    elif not os.path.isdir(os.path.join(name, "new")):
+        raise Refusal(f"{name} is not a queue: a queue is a maildir, with the directories new, cur and tmp")
 
 
 def _pop(queue: Queue, *_: Any) -> None:
@@ -76,9 +88,10 @@ def _remove(queue: Queue, key: str, *_: Any) -> None:
 
 def _keys(queue: Queue, _: bool, state: str, as_json: bool) -> None:
     keys = queue.backend.keys(state)
-    click.echo(
-        json.dumps({"queue": queue.dir, "state": state, "keys": keys}) if as_json else "\n".join(keys), nl=bool(keys)
-    )
+    if as_json:
+        click.echo(json.dumps({"queue": queue.dir, "state": state, "keys": keys}))
+    for key in [] if as_json else keys:
+        click.echo(key)
 
 
 def _count(queue: Queue, _: bool, state: str, as_json: bool) -> None:
@@ -88,6 +101,9 @@ def _count(queue: Queue, _: bool, state: str, as_json: bool) -> None:
     else:
         which = "" if state == "ready" else f" {state}"
         click.echo(f"Queue {queue.dir} contains {counts[state]}{which} messages")
+        others = [f"{counts[other]} {other}" for other in ("delayed", "reserved", "dead") if counts[other]]
+        if others and state == "ready":
+            click.echo(f"  and besides: {', '.join(others)}")
 
 
 def _clear(queue: Queue, *_: Any) -> None:

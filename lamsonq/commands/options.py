@@ -18,11 +18,12 @@ class Command(click.Command):
     """A command whose unknown options are named whole (click names the first letter), and whose Refusal is a line."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        known = [name for param in self.get_params(ctx) for name in (*param.opts, *param.secondary_opts)]
+        args = as_known(args, known)
         given = list(args)  # the parser empties its list
         try:
             return super().parse_args(ctx, args)
         except (click.NoSuchOption, click.BadParameter) as error:
-            known = [name for param in self.params for name in param.opts]
             word = _mistyped(given, error, known)
             if word is None:
                 raise
@@ -35,6 +36,19 @@ class Command(click.Command):
         except Refusal as refusal:
             click.echo(f"ERROR: {' '.join(str(refusal).splitlines())}", err=True)
             ctx.exit(refusal.exit_code)
+
+
+def as_known(args: Sequence[str], known: Sequence[str]) -> list[str]:
+    """The options as they were declared, whatever dashes and capitals they were written with, as Lamson takes them."""
+    declared = {name.lstrip("-").lower(): name for name in known if name.startswith("-")}
+    end = args.index("--") if "--" in args else len(args)
+    found = []
+    for arg in args[:end]:
+        name, equals, value = arg.partition("=")
+        if name.startswith("-") and name not in known:
+            name = declared.get(name.lstrip("-").lower(), name)
+        found.append(name + equals + value)
+    return found + list(args[end:])
 
 
 def _mistyped(args: Sequence[str], error: click.UsageError, known: Sequence[str]) -> str | None:
@@ -57,10 +71,10 @@ class Commands(click.Group):
             commands=list(commands),
             invoke_without_command=True,
             callback=self._without_command,
-            context_settings={"help_option_names": ["-help", "--help"]},
+            context_settings={"help_option_names": ["-h", "-help", "--help"]},
             help="A mail application server: SMTP in, routes, state functions, durable queues.",
         )
-        click.version_option(__version__, message="%(version)s")(self)
+        click.version_option(__version__, "-version", "--version", message="%(version)s")(self)
 
     @staticmethod
     @click.pass_context

@@ -22,7 +22,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 RUN = "run"
 SMTP_PID = "run/smtp.pid"
 LOG_PID = "run/log.pid"
-LOG_FORMAT = "%(asctime)s %(levelname)s:%(name)s:%(message)s"
+LOG_FORMAT = "%(asctime)s [%(process)d] %(levelname)s:%(name)s:%(message)s"
 
 
 def _server_options(pid: str) -> Callable[[F], F]:
@@ -75,7 +75,15 @@ def _check_project(boot: str) -> None:
 
 
 @declare()
-@option("port", "The port to listen on; 0 takes a free one.", type=click.IntRange(0, 65535), default=8825, metavar="N")
+@option(
+    "port",
+    "The port to listen on; 0 takes a free one.",
+    type=click.IntRange(0, 65535),
+    envvar="LAMSONQ_RELAY__PORT",  # what a project relays to is what this stands for
+    show_envvar=True,
+    default=8825,
+    metavar="N",
+)
 @option("host", "The address to listen on.", default="127.0.0.1", metavar="ADDRESS")
 @_server_options(LOG_PID)
 def log(port: int, host: str, **options: Any) -> None:
@@ -130,8 +138,11 @@ def _serve(
     check()
     if force:
         _refuse_force(pid)
+    folder = os.path.dirname(pid) or "."
     try:
-        os.makedirs(os.path.dirname(pid) or ".", exist_ok=True)
+        os.makedirs(folder, exist_ok=True)
+    except FileExistsError as error:
+        raise Refusal(f"{folder} is a file, and has to be a directory for {pid}: move it away") from error
     except OSError as error:
         raise Refusal(f"cannot make the directory of {pid}: {error.strerror}") from error
     if debug:
@@ -195,7 +206,7 @@ def stop(pid: str, run: str | None, kill: bool) -> None:
     elif os.path.lexists(pid):
         files = [pid]
     else:
-        raise Refusal(f"PID file {pid} doesn't exist, maybe lamsonq isn't running?")
+        raise PidFileError(f"PID file {pid} doesn't exist, maybe lamsonq isn't running?")
     troubles = process.stop(files, kill, click.echo, lambda line: click.echo(line, err=True))
     for trouble in troubles[:-1]:
         click.echo(f"ERROR: {trouble}", err=True)
@@ -204,6 +215,8 @@ def stop(pid: str, run: str | None, kill: bool) -> None:
 
 
 def _pid_files(run: str) -> list[str]:
+    if not os.path.isdir(run):
+        raise PidFileError(f"{run} is not a directory: give the one that holds the PID files")
     return sorted(glob.glob(os.path.join(glob.escape(run), "*.pid")))
 
 

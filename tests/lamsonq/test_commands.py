@@ -17,7 +17,9 @@ import pytest
 from click.testing import CliRunner
 
 from lamsonq import commands, pidfile
-from lamsonq.queue import Queue
+from lamsonq.errors import Dead
+from lamsonq.jobs import Put
+from lamsonq.queue import Queue, job_of
 
 ROOT = str(Path(commands.__file__).parents[2])
 ENVIRON = {**os.environ, "PYTHONPATH": ROOT, "PYTHONDONTWRITEBYTECODE": "1"}
@@ -92,7 +94,7 @@ def test_lamsons_spelling_and_the_usual_one_mean_the_same(
         assert {name: params[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize("word", ["-boo", "--boo", "-bootconfig", "-force"])
+@pytest.mark.parametrize("word", ["-boo", "--boo", "-bootconfig", "-farce"])
 def test_an_unknown_option_is_named_whole(word: str) -> None:
     with pytest.raises(click.NoSuchOption) as caught:
         parsed("start", word, "x")
@@ -220,7 +222,8 @@ def test_stop_all_goes_on_after_a_file_that_is_no_pid_file(project: Path) -> Non
 
 
 def test_stop_without_a_pid_file_says_so(project: Path) -> None:
-    assert refused("stop") == "ERROR: PID file run/smtp.pid doesn't exist, maybe lamsonq isn't running?"
+    assert refused("stop", code=4) == "ERROR: PID file run/smtp.pid doesn't exist, maybe lamsonq isn't running?"
+    assert refused("stop", "-ALL", "nowhere", code=4).startswith("ERROR: nowhere is not a directory")
 
 
 def test_status_tells_who_runs_by_its_exit_code(project: Path) -> None:
@@ -315,7 +318,28 @@ def test_queue_clears(posts: Queue) -> None:
 def test_a_key_that_is_not_there_is_one_line(here: Path, wish: str) -> None:
     done = lamsonq("queue", wish, "nobody", code=1)
     assert done.stdout == "Using queue: 'run/queue'\n"
-    assert done.stderr == "ERROR: queue run/queue has no message 'nobody' for that\n"
+    assert done.stderr.splitlines()[-1] == "ERROR: queue run/queue has no message 'nobody' for that"
+
+
+def test_what_is_no_queue_is_not_an_empty_one(here: Path) -> None:
+    Path("app").mkdir()
+    assert refused("queue", "app", "-count") == (
+        "ERROR: app is not a queue: a queue is a maildir, with the directories new, cur and tmp"
+    )
+    assert lamsonq("queue", "run/psots", "-count").stderr == "There is no run/psots yet.\n"
+
+
+def test_count_names_what_is_not_ready_too(here: Path) -> None:
+    queue = Queue("run/posts")
+    store = queue.backend
+    store.put([Put(store, job_of(b"x", store.new_key()), Dead("no")), Put(store, job_of(b"y", store.new_key()))])
+    shown = lamsonq("queue", "run/posts", "-count").stdout.splitlines()
+    assert shown[1:] == ["Queue run/posts contains 1 messages", "  and besides: 1 dead"]
+
+
+@pytest.mark.parametrize("spelling", ["-all", "--ALL", "--all", "-ALL", "---all"])
+def test_dashes_and_capitals_of_an_option_do_not_matter(spelling: str) -> None:
+    assert parsed("stop", spelling, "run")["run"] == "run"
 
 
 def test_queue_wants_one_thing_to_do(here: Path) -> None:

@@ -242,5 +242,5 @@ def test_a_mistake_in_the_project_is_one_line_with_its_code(
 
 def test_routes_shows_what_takes_an_address_of_the_blog(osb: Path) -> None:
     shown = lamsonq("routes", "-test", "my.first.post@osb.localhost").stdout
-    assert "app.handlers.post.START app.handlers.post.POSTING" in shown
+    assert "app.handlers.post.POSTING app.handlers.post.START" in shown
     assert "{'post_name': 'my.first.post', 'host': 'localhost'}" in shown

@@ -327,7 +327,10 @@ def test_a_run_directory_that_cannot_be_written_is_refused(project: Project) -> 
     (project.path / "run").rmdir()
     (project.path / "run").write_text("a file, not a directory")
     done = project.run("start")
-    assert (done.returncode, done.stderr) == (1, "ERROR: cannot make the directory of run/smtp.pid: File exists\n")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "ERROR: run is a file, and has to be a directory for run/smtp.pid: move it away\n",
+    )
 
 
 # ---- the foreground --------------------------------------------------------------------------------------------
@@ -447,7 +450,7 @@ def test_a_stranger_with_the_pid_of_an_unlocked_file_is_not_signalled(project: P
             pid_file.write_text(f"{stranger.pid}\n")
             stopped = project.run("stop", "-KILL")
             assert (stopped.returncode, stopped.stdout) == (0, "")
-            assert "left behind by a process that has ended: removed" in stopped.stderr
+            assert "left behind by a server that has ended: removed" in stopped.stderr
             assert stranger.poll() is None
             assert not pid_file.exists()
         finally:

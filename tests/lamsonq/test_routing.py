@@ -627,6 +627,21 @@ def test_with_reload_on_a_changed_file_is_noticed(
     assert router.plan(mail()) == []
 
 
+def test_a_kicked_job_runs_the_handler_that_was_fixed(
+    router: RoutingBase, module: Module, mail: Mail, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lamsonq.routing.RELOAD_INTERVAL", 0.0)
+    name = module("@route('desk@example.com')\n@stateless\ndef START(message): return 'broken'\n")
+    router.load([name])
+    router.RELOAD = True
+    router.plan(mail())
+    path = here / f"{name}.py"
+    path.write_text(path.read_text().replace("broken", "fixed"))
+    os.utime(path, (time.time() + 5, time.time() + 5))
+    call = router.bound(Job(key="k", body=b"", target=f"{name}.START"), mail())
+    assert call.function(mail()) == "fixed"
+
+
 def test_a_bound_job_runs_exactly_its_function(router: RoutingBase, module: Module, mail: Mail) -> None:
     name = module(
         """

@@ -95,6 +95,12 @@ def test_the_environment_wins(toml: Path) -> None:
     assert (here.receiver.port, here.relay.starttls, here.hosts) == (2525, True, ["a.org", "b.org"])
 
 
+def test_a_variable_with_one_underscore_is_not_ignored(toml: Path) -> None:
+    expected = "LAMSONQ_RECEIVER_PORT is no setting: did you mean LAMSONQ_RECEIVER__PORT?"
+    assert refusal({"LAMSONQ_RECEIVER_PORT": "2525"}) == expected
+    assert settings.machine(environ={"LAMSONQ_QUEUE": "run/jobs", "LAMSONQ_START_BOOT": "x"}).receiver.port == 8823
+
+
 def test_a_wrong_value_of_the_environment_names_the_variable(toml: Path) -> None:
     expected = 'LAMSONQ_RECEIVER__PORT: receiver.port: expected an int, found the str "88x"'
     assert refusal({"LAMSONQ_RECEIVER__PORT": "88x"}) == expected

@@ -623,7 +623,7 @@ def test_a_port_in_use_is_refused_in_one_line(start: Start, router: RoutingBase)
         SMTPReceiver("127.0.0.1", taken, deliver=lambda _: None, router=router).bind()
     assert raised.value.exit_code == 1
     assert str(raised.value) == (
-        f"cannot listen on 127.0.0.1:{taken}: Address already in use; stop what uses it or change receiver.port"
+        f"cannot listen on 127.0.0.1:{taken}: Address already in use; stop what uses it, or take another port"
     )
 
 

@@ -183,6 +183,15 @@ def test_an_smtp_error_of_the_500s_is_never(router: RoutingBase, module: Module,
     assert dead(posts)[0][1].startswith("550 gone")
 
 
+def test_an_smtp_error_that_is_no_error_is_a_bug_and_not_tried_again(
+    router: RoutingBase, module: Module, mail: Mail, posts: Queue
+) -> None:
+    router.load([module("@route('desk@example.com')\n@stateless\ndef START(message): raise SMTPError(250, 'fine')\n")])
+    posts.push(mail())
+    work(router)
+    assert dead(posts)[0][1].startswith("250 fine")
+
+
 def test_what_no_route_takes_is_a_dead_letter_or_undeliverable(router: RoutingBase, mail: Mail, posts: Queue) -> None:
     posts.push(mail())
     work(router)
@@ -257,6 +266,7 @@ def test_an_async_handler_that_hangs_is_cancelled(
     posts.push(mail())
     work(router, timeout=0.1)
     assert "did not return within" in dead(posts)[0][1]
+    assert "await asyncio.sleep(60)" in dead(posts)[0][1], "with the line at which it waited"
     deadline = time.monotonic() + 5
     while not calls_of(name) and time.monotonic() < deadline:
         time.sleep(0.01)
