@@ -225,8 +225,11 @@ class RoutingBase:
     ) -> Call | None:
         """The one stateful call: the first candidate that is in state."""
         away: list[Candidate] = []
+        states: dict[str, str | None] = {}  # each is read once: it may change while we look
         for handler, route_, captures in candidates:
-            state = self._state(table, handler.module, message, key)
+            if handler.module not in states:
+                states[handler.module] = self._state(table, handler.module, message, key)
+            state = states[handler.module]
             if state is None:
                 queue = self._queue_of(handler.module, message)
                 if queue is not None:

@@ -13,7 +13,6 @@ Rules:
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import os
@@ -21,7 +20,7 @@ import sqlite3
 import struct
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lamsonq.errors import Refusal
@@ -115,21 +114,45 @@ create table if not exists conversations (
     primary key (key, sender)
 ) without rowid
 """
+_COMMIT = """
+insert into conversations (key, sender, state, job) values (?1, ?2, ?3, ?4)
+on conflict do update set state = ?3, job = ?4,
+    -- A job that comes a second time still found what it found the first time.
+    found = case when job = ?4 and job != '' then found else state end
+"""
+_FORGET = "update conversations set job = '' where key = ? and sender = ? and job = ?"
+_TIDY = "delete from conversations where key = ? and sender = ? and state = 'START' and job = ''"
+
+
+class _Write:
+    """One thread's change on its way into the file. `waits`: it is to be durable before that thread goes on."""
+
+    def __init__(self, execute: Callable[[sqlite3.Connection], None], *, waits: bool) -> None:
+        self.execute = execute
+        self.waits = waits
+        self.done = False
+        self.error: BaseException | None = None
 
 
 class SQLiteStorage(StateStorage):
     """States in one SQLite file, shared by any number of processes; they survive restarts and power failures.
 
-    Raises Refusal when the file cannot be used or was written by a newer version.
+    Readers never wait for writers, and threads that write at the same time share one sync. Raises Refusal when the file
+    cannot be used or was written by a newer version.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).absolute()
         self.lock_file = f"{self.path}-conversations"
-        self._lock = threading.Lock()
-        self._pid = 0
-        self._connection: sqlite3.Connection | None = None
+        self._begin()
         _RESET_IN_CHILD.append(self._forked)
+
+    def _begin(self) -> None:
+        self._reading = threading.Lock()
+        self._writing = threading.Lock()
+        self._pending: deque[_Write] = deque()
+        self._reader: sqlite3.Connection | None = None
+        self._writer: sqlite3.Connection | None = None
 
     def get(self, key: str, sender: str) -> str:
         row = self._one("select state from conversations where key = ? and sender = ?", key, sender)
@@ -139,66 +162,92 @@ class SQLiteStorage(StateStorage):
         self.commit({(key, sender): state}, "")
 
     def clear(self) -> None:
-        with self._transaction() as database:
-            database.execute("delete from conversations")
+        self._write(_Write(lambda database: _execute(database, "delete from conversations"), waits=True))
 
     def commit(self, changes: Mapping[Conversation, str], job: str) -> None:
-        with self._transaction() as database:
+        def execute(database: sqlite3.Connection) -> None:
             for (key, sender), state in changes.items():
-                database.execute(
-                    "insert into conversations (key, sender, state, job) values (?1, ?2, ?3, ?4)"
-                    # A job that comes a second time still found what it found the first time.
-                    " on conflict do update set state = ?3, job = ?4,"
-                    " found = case when job = ?4 and job != '' then found else state end",
-                    (key, sender, state, job),
-                )
+                database.execute(_COMMIT, (key, sender, state, job))
+
+        self._write(_Write(execute, waits=True))
 
     def found_by(self, key: str, sender: str, job: str) -> str | None:
-        row = self._one(
-            "select found from conversations where key = ? and sender = ? and job = ? and job != ''",
-            key,
-            sender,
-            job,
-        )
+        query = "select found from conversations where key = ? and sender = ? and job = ? and job != ''"
+        row = self._one(query, key, sender, job)
         return row[0] if row else None
 
     def forget(self, changes: Mapping[Conversation, str], job: str) -> None:
-        # Losing this to a power failure is harmless, so it is not worth a sync: the job only stays remembered.
-        with self._transaction("normal") as database:
+        def execute(database: sqlite3.Connection) -> None:
             for key, sender in changes:
-                where = "where key = ? and sender = ? and job = ?"
-                database.execute(f"update conversations set job = '' {where}", (key, sender, job))
-                database.execute(
-                    "delete from conversations where key = ? and sender = ? and state = 'START' and job = ''",
-                    (key, sender),
-                )
+                database.execute(_FORGET, (key, sender, job))
+                database.execute(_TIDY, (key, sender))
+
+        # Losing this to a power failure is harmless: the job only stays remembered. So nobody waits for it.
+        self._write(_Write(execute, waits=False))
 
     def _one(self, query: str, *values: str) -> tuple[str, ...] | None:
-        with self._lock:
-            row: tuple[str, ...] | None = self._open().execute(query, values).fetchone()
+        with self._reading:
+            if self._reader is None:
+                self._reader = self._open()
+            row: tuple[str, ...] | None = self._reader.execute(query, values).fetchone()
             return row
 
-    @contextlib.contextmanager
-    def _transaction(self, synchronous: str = "full") -> Iterator[sqlite3.Connection]:
-        with self._lock:
-            database = self._open()
-            database.execute(f"pragma synchronous = {synchronous}")
-            database.execute("begin immediate")
-            try:
-                yield database
-            except BaseException:
-                database.execute("rollback")
-                raise
+    def _write(self, write: _Write) -> None:
+        """Whoever gets the lock writes for all that wait for it; what nobody waits for goes along."""
+        self._pending.append(write)
+        while not write.done and self._writing.acquire(blocking=write.waits):
+            self._write_pending()
+        while self._pending and self._writing.acquire(blocking=False):
+            self._write_pending()  # what came without waiting while the lock was ours
+        if write.error is not None:
+            raise write.error
+
+    def _write_pending(self) -> None:
+        """Write all that has come, and release the lock."""
+        try:
+            batch = [self._pending.popleft() for _ in range(len(self._pending))]
+            if batch:
+                self._write_batch(batch)
+        finally:
+            self._writing.release()
+
+    def _write_batch(self, batch: list[_Write]) -> None:
+        try:
+            self._transaction(batch)
+        except Exception as error:  # one of them alone may be at fault, or the disk
+            for write in batch:
+                write.error = error if len(batch) == 1 else self._alone(write)
+        for write in batch:
+            write.done = True
+
+    def _alone(self, write: _Write) -> BaseException | None:
+        try:
+            self._transaction([write])
+        except Exception as error:  # handed to the thread that waits for it
+            return error
+        return None
+
+    def _transaction(self, batch: list[_Write]) -> None:
+        if self._writer is None:
+            self._writer = self._open()
+        database = self._writer
+        database.execute(f"pragma synchronous = {'full' if any(write.waits for write in batch) else 'normal'}")
+        database.execute("begin immediate")
+        try:
+            for write in batch:
+                write.execute(database)
             database.execute("commit")
+        except BaseException:
+            if database.in_transaction:
+                database.execute("rollback")
+            raise
 
     def _open(self) -> sqlite3.Connection:
-        if self._connection is None:
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._connection = self._connect()
-            except (sqlite3.Error, OSError) as error:
-                raise Refusal(f"cannot open the state file {self.path}: {error}; check its folder") from error
-        return self._connection
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            return self._connect()
+        except (sqlite3.Error, OSError) as error:
+            raise Refusal(f"cannot open the state file {self.path}: {error}; check its folder") from error
 
     def _connect(self) -> sqlite3.Connection:
         database = sqlite3.connect(self.path, timeout=10, isolation_level=None, check_same_thread=False)
@@ -207,15 +256,19 @@ class SQLiteStorage(StateStorage):
             database.close()
             raise Refusal(f"{self.path} was written by a newer lamsonq (schema {version}); it is left untouched")
         database.execute("pragma journal_mode = wal")
-        database.execute(_SCHEMA)
-        database.execute(f"pragma user_version = {_SCHEMA_VERSION}")
+        if version < _SCHEMA_VERSION:
+            database.execute(_SCHEMA)
+            database.execute(f"pragma user_version = {_SCHEMA_VERSION}")
         return database
 
     def _forked(self) -> None:
         # SQLite connections must not be used, nor closed, on the other side of a fork.
-        self._lock = threading.Lock()
-        _ABANDONED.append(self._connection)
-        self._connection = None
+        _ABANDONED.extend([self._reader, self._writer])
+        self._begin()
+
+
+def _execute(database: sqlite3.Connection, statement: str) -> None:
+    database.execute(statement)
 
 
 _ABANDONED: list[sqlite3.Connection | None] = []

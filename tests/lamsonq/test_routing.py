@@ -15,7 +15,7 @@ from lamsonq.jobs import Job
 from lamsonq.mail import MailRequest
 from lamsonq.queue import Queue
 from lamsonq.routing import RoutingBase, route, route_like
-from lamsonq.state import SQLiteStorage
+from lamsonq.state import MemoryStorage, SQLiteStorage
 
 Mail = Callable[..., MailRequest]
 Module = Callable[..., str]
@@ -552,6 +552,21 @@ def test_one_sender_at_a_time_and_others_beside(router: RoutingBase, module: Mod
     for thread in threads:
         thread.join()
     assert sorted(calls_of(name)) == ["alice@example.com"] * 2 + ["bob@example.com"] * 2  # type: ignore[type-var]
+
+
+def test_a_state_that_changes_while_a_plan_is_made_is_seen_once(
+    router: RoutingBase, module: Module, mail: Mail
+) -> None:
+    class Restless(MemoryStorage):
+        def get(self, key: str, sender: str) -> str:
+            self.states[self.key(key, sender)] = now = "WAIT" if super().get(key, sender) == "START" else "START"
+            return now
+
+    name = module(WAITING)
+    router.STATE_STORE = Restless()
+    router.load([name])
+    for _ in range(3):
+        assert len(router.plan(mail())) == 1
 
 
 def test_nolocking_lets_two_messages_of_one_sender_in(router: RoutingBase, module: Module, mail: Mail) -> None:
