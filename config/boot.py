@@ -18,10 +18,10 @@ settings.receiver = SMTPReceiver(**settings.receiver_config)
 
 settings.database = configure_database(settings.database_config, also_create=True)
 
-Router.STATE_STORE = SQLiteStorage("run/state.db")
 Router.defaults(**settings.router_defaults)
 Router.load(settings.handlers)
 Router.RELOAD = True
+Router.STATE_STORE = SQLiteStorage("run/state.db")
 Router.UNDELIVERABLE_QUEUE = queue.Queue("run/undeliverable")
 
 view.LOADER = view.templates("app/templates")

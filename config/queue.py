@@ -18,11 +18,11 @@ settings.receiver = QueueReceiver(settings.queue_config["queue"], settings.queue
 
 settings.database = configure_database(settings.database_config, also_create=False)
 
-Router.STATE_STORE = SQLiteStorage("run/state.db")
 Router.defaults(**settings.router_defaults)
 # NOTE: this is using a different handlers variable in settings
 Router.load(settings.queue_handlers)
 Router.RELOAD = True
+Router.STATE_STORE = SQLiteStorage("run/state.db")
 Router.UNDELIVERABLE_QUEUE = queue.Queue("run/undeliverable")
 
 view.LOADER = view.templates("app/templates")

@@ -67,9 +67,7 @@ class Shell:
         """`cp config/boot.py config/queue.py`, and the edits shown."""
         boot = (self.folder / "config/boot.py").read_text()
         first, last = boot.index("# where to listen for incoming messages"), boot.index("Router.RELOAD = True\n")
-        between = boot[first:last].splitlines()
-        kept = [line for line in between if line.startswith("Router.STATE_STORE")]
-        queue = boot[:first] + "\n".join(kept) + "\n" + QUEUE_LINES + boot[last:].partition("\n")[2]
+        queue = boot[:first] + QUEUE_LINES + boot[last:].partition("\n")[2]
         (self.folder / "config/queue.py").write_text(queue)
         with (self.folder / "config/settings.py").open("a") as settings:
             settings.write(SETTINGS_LINES)
