@@ -27,7 +27,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lamsonq.errors import Dead, Later, LeaseLost, SMTPError, outcome_of
+from lamsonq.errors import Dead, Later, LeaseLost, SMTPError, Undelivered, outcome_of
 from lamsonq.jobs import DONE, Done, Outcome, Put
 from lamsonq.mail import MailRequest
 from lamsonq.state import Conversation, Conversations, StateStorage
@@ -47,7 +47,7 @@ _current: contextvars.ContextVar[Attempt | None] = contextvars.ContextVar("lamso
 def current() -> Attempt | None:
     """The attempt that the calling code is part of, in a handler's own thread or task; None outside."""
     attempt = _current.get()
-    return attempt if attempt is not None and attempt.open else None
+    return attempt if attempt is not None and (attempt.open or attempt.given_up) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Stateful:
     store: StateStorage
     conversations: Conversations
     locked: bool
-    choose: Callable[[MailRequest, str], Call | None]
+    choose: Callable[[MailRequest, str], Call]
     """(message, job key) -> the call that the conversation's state asks for now."""
     next_states: Callable[[Call, MailRequest, object, Attempt], dict[Conversation, str]]
     """(call, message, what the function returned, attempt) -> the states to commit. Raises TypeError."""
@@ -96,6 +96,7 @@ class Attempt:
         self.message = message
         self.key = key
         self.open = True
+        self.given_up = False
         self.started: float | None = None
         """When the function began, by the monotonic clock; None while it waits for its conversation."""
         self.states: dict[Conversation, str] = {}
@@ -111,7 +112,9 @@ class Attempt:
         self._spawn: Spawn = _run_here
 
     def put(self, put: Put) -> None:
-        """Hold a job until this attempt succeeds."""
+        """Hold a job until this attempt succeeds. Raises LeaseLost when it was given up: what it does is dropped."""
+        if self.given_up:
+            raise LeaseLost(f"{self.call.name} took too long; this attempt was given up, and what it pushes is dropped")
         self._puts.append(put)
 
     @property
@@ -130,6 +133,7 @@ class Attempt:
         """Close the attempt from outside; False when it was settled already. Nothing is settled: the caller does."""
         if not self._close():
             return False
+        self.given_up = True
         if self._task is not None:
             self._task.get_loop().call_soon_threadsafe(self._task.cancel)
         stateful = self.call.stateful
@@ -140,14 +144,23 @@ class Attempt:
             self._leave()
         return True
 
-    def hung(self, seconds: float) -> Dead:
-        """What a function that did not return in time leaves behind: a reason with the stack of its thread."""
+    def hung(self, seconds: float) -> Later | Dead:
+        """What becomes of a function that did not return in time: dead, with the place where it was.
+
+        An `async def` function that only waits for its turn on the loop, because another one blocks that, is not at
+        fault: later, uncounted.
+        """
+        if self._awaited is not None and _handler_loop().is_blocked_by_another(self._task):
+            return Later("another async function blocks the event loop", counted=False)
         outcome = Dead(f"{self.call.name} did not return within {seconds:g} seconds")
         outcome.add_note(f"Where it was:\n{''.join(self._where())}")
         return outcome
 
     def _where(self) -> list[str]:
-        frame = sys._current_frames().get(self._thread or -1)
+        thread = self._thread
+        if self._task is not None and _handler_loop().runs(self._task):
+            thread = _handler_loop().thread.ident
+        frame = sys._current_frames().get(thread or -1)
         if frame is not None:
             return traceback.format_stack(frame)
         lines: list[str] = []
@@ -185,11 +198,15 @@ class Attempt:
             self._leave()
             return
         give_up_at = time.monotonic() + self._patience
-        while not stateful.conversations.lock(stateful.conversation):
-            if time.monotonic() >= give_up_at:
-                self._finish(Later("the conversation is busy in another process", time.time() + 1, counted=False))
-                return
-            time.sleep(0.005)
+        try:
+            while not stateful.conversations.lock(stateful.conversation):
+                if time.monotonic() >= give_up_at:
+                    self._finish(Later("the conversation is busy in another process", time.time() + 1, counted=False))
+                    return
+                time.sleep(0.005)
+        except OSError as error:  # no descriptor, no space: this machine is short of something just now
+            self._finish(_later_for(error))
+            return
         self._choose()
 
     def _choose(self) -> None:
@@ -202,9 +219,6 @@ class Attempt:
                 return
             except Exception as error:  # a state store that fails is a failure of this attempt
                 self._finish(_later_for(error))
-                return
-            if chosen is None:
-                self._finish(Later("the conversation moved on; routed anew", counted=False))
                 return
             same = chosen.stateful and chosen.stateful.conversation == stateful.conversation
             self.call = chosen
@@ -259,7 +273,7 @@ class Attempt:
         outcome = outcome_of(error)
         self.states.clear()
         stateful = self.call.stateful
-        if stateful is not None and not isinstance(error, Later | Dead | SMTPError):
+        if stateful is not None and not isinstance(error, Later | Dead | SMTPError | Undelivered):
             self.states[stateful.conversation] = "ERROR"
         if self.open and self.call.name is not None and not isinstance(error, Later | SMTPError):
             LOG.error("!!! ERROR handling %s: %s", self.call.name, outcome.reason, exc_info=error)
@@ -320,13 +334,26 @@ class _HandlerLoop:
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, name="lamsonq-async", daemon=True).start()
+        self.thread = threading.Thread(target=self.loop.run_forever, name="lamsonq-async", daemon=True)
+        self.thread.start()
+
+    def runs(self, task: asyncio.Task[Any] | None) -> bool:
+        """Whether this very task is executing now, not waiting."""
+        return task is not None and asyncio.current_task(self.loop) is task
+
+    def is_blocked_by_another(self, task: asyncio.Task[Any] | None) -> bool:
+        """Whether some other task executes, so that this one cannot."""
+        return asyncio.current_task(self.loop) not in (None, task)
 
     def run(self, attempt: Attempt, awaitable: Awaitable[Any], context: contextvars.Context) -> None:
         async def await_it() -> Any:
             return await awaitable
 
         def begin() -> None:
+            if not attempt.open:
+                if inspect.iscoroutine(awaitable):
+                    awaitable.close()
+                return
             task = self.loop.create_task(await_it(), context=context)
             attempt._task = task
             task.add_done_callback(attempt._async_done)

@@ -26,7 +26,7 @@ from lamsonq.attempt import Attempt, Call
 from lamsonq.errors import Dead, Later, SMTPError, Undelivered, reason_of
 from lamsonq.jobs import Done, Job, Outcome, Put
 from lamsonq.queue import job_of
-from lamsonq.routing import RoutingBase, key_of, publish
+from lamsonq.routing import RoutingBase, key_of, publish, unplanned
 
 LOG = logging.getLogger()
 """The root logger: the names before these lines are part of what users of Lamson grep for."""
@@ -100,10 +100,8 @@ class Committer:
     async def _route(self, message: mail.MailRequest) -> str:
         """Run what the routes ask for, and keep what fails."""
         calls = await self._in_pool(self.router.plan, message)
-        planned = {call.recipient for call in calls}
-        for recipient in message.route_to:
-            if recipient not in planned:
-                await self._in_pool(self._undeliverable, message.addressed(recipient))
+        for left in unplanned(message, calls):
+            await self._in_pool(self._undeliverable, left)
         failures: list[tuple[Call, Later | Dead]] = []
         for call in calls:
             run = _Run(self, call, message, self.router.attempt, None)
@@ -199,7 +197,7 @@ class _Run:
     def _begin(self) -> None:
         """In a thread of the pool."""
         try:
-            key = key_of(self._message, self.call) if self._key is None else self._key
+            key = key_of(self._message, self.call.recipient) if self._key is None else self._key
             attempt = self._make(self.call, self._message, key=key, settle=self._settle, patience=PATIENCE)
             self._begun = time.monotonic()
             self._attempt = attempt

@@ -10,22 +10,34 @@ code of the command that they end, and a message that says what to do.
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
 
 class Later(Exception):
-    """Try this again: at `at` (seconds since the epoch), or when the queue's back-off says so.
+    """Try this again: at `at` (seconds since the epoch, or a datetime), or when the queue's back-off says so.
 
-    `counted=False` gives the job back as if it had never been taken: no failure, no delivery.
+    `counted=False` gives the job back as if it had never been taken: no failure, no delivery. Raises TypeError or
+    ValueError for an `at` that is no moment.
     """
 
-    def __init__(self, reason: str = "", at: float | None = None, *, counted: bool = True) -> None:
+    def __init__(self, reason: str = "", at: float | datetime | None = None, *, counted: bool = True) -> None:
         super().__init__(reason)
         self.reason = reason
-        self.at = at
+        self.at = None if at is None else _moment(at)
         self.counted = counted
+
+
+def _moment(at: float | datetime) -> float:
+    seconds = at.timestamp() if isinstance(at, datetime) else at
+    if not isinstance(seconds, int | float):
+        raise TypeError(f"Later(at=...) takes seconds since the epoch or a datetime, not {at!r}")
+    if not math.isfinite(seconds):
+        raise ValueError(f"Later(at={seconds}) is no moment")
+    return seconds
 
 
 class Dead(Exception):

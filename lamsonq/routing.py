@@ -25,8 +25,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from lamsonq.address import canonical
 from lamsonq.attempt import ELSEWHERE_PATIENCE, Attempt, Call, Settle, Stateful, current
-from lamsonq.errors import Dead, Failure, Later, Undelivered, reason_of
+from lamsonq.errors import Dead, Failure, Later, Refusal, Undelivered, outcome_of, reason_of
 from lamsonq.jobs import Done, Job, Outcome, Put
 from lamsonq.mail import MailRequest
 from lamsonq.marks import (
@@ -156,6 +157,15 @@ class RoutingBase:
             self.queues.clear()
             self.table = Table()
 
+    def check(self) -> None:
+        """See whether the states can be read, before mail is taken. Raises Refusal."""
+        try:
+            self.STATE_STORE.get("", "")
+        except Refusal:
+            raise
+        except Exception as error:  # a store may be a user's own, over anything
+            raise Refusal(f"the states cannot be read: {reason_of(error)}") from error
+
     def clear_states(self) -> None:
         self.STATE_STORE.clear()
 
@@ -166,7 +176,7 @@ class RoutingBase:
             try:
                 with reread(self._names):
                     self.table = self._new_table()
-            except Exception as error:  # whatever a module's body raises: the old handlers go on
+            except (Exception, SystemExit) as error:  # whatever a module's body raises: the old handlers go on
                 if not self.LOG_EXCEPTIONS:
                     raise
                 LOG.error("ERROR RELOADING %r MODULE: %s", self._names, reason_of(error))
@@ -186,7 +196,7 @@ class RoutingBase:
 
     def takes(self, address: str) -> bool:
         """Whether any route's expression matches, whatever the states: for the answer at RCPT. Reads memory only."""
-        return any(True for _ in self.table.matches(address.lower()))
+        return any(True for _ in self.table.matches(canonical(address)))
 
     def plan(self, message: MailRequest) -> list[Call]:
         """The calls that this message asks for, recipient by recipient, in the order of the routes. Runs nothing."""
@@ -210,10 +220,24 @@ class RoutingBase:
                 else:
                     at = at if candidates else len(calls)
                     candidates.append((handler, route_, captures))
-        chosen = self._choose(table, message, recipient, candidates)
-        if chosen is not None:
-            calls.insert(at, chosen)
+        if candidates:
+            calls.insert(
+                at, self._choose(table, message, recipient, candidates) or self._nobody(message, candidates[0])
+            )
         return calls
+
+    def _nobody(self, message: MailRequest, candidate: Candidate) -> Call:
+        """Routes match, but no function is in state: a call that looks once more with the conversation's lock held, and
+        then says that the message is undeliverable."""
+        conversation = self._conversation(candidate[0].module, message)
+        stateful = None if conversation is None else self._stateful(conversation, locked=True)
+        return Call(self._keep_undeliverable, message.To, stateful=stateful)
+
+    def _keep_undeliverable(self, message: MailRequest) -> None:
+        queue = self.undeliverable(message)
+        if queue is None:
+            raise Dead(f"no function that takes {message.To} is in the sender's state")
+        queue.push(message)
 
     def _choose(
         self,
@@ -248,14 +272,17 @@ class RoutingBase:
         conversation = self._conversation(handler.module, message)
         stateful = None
         if conversation is not None:
-            locked = not handler.marks.nolocking
-            stateful = Stateful(
-                conversation, self.STATE_STORE, self._conversations, locked, self._rechoose, self._next_states
-            )
+            stateful = self._stateful(conversation, locked=not handler.marks.nolocking)
         return Call(handler.function, recipient, handler.name, captures, route_.expression, stateful)
 
-    def _rechoose(self, message: MailRequest, key: str) -> Call | None:
+    def _stateful(self, conversation: Conversation, *, locked: bool) -> Stateful:
+        return Stateful(conversation, self.STATE_STORE, self._conversations, locked, self._rechoose, self._next_states)
+
+    def _rechoose(self, message: MailRequest, key: str) -> Call:
         """What the recipient's conversation asks for now that its lock is held."""
+        return self._in_state_now(message, key) or Call(self._keep_undeliverable, message.To)
+
+    def _in_state_now(self, message: MailRequest, key: str) -> Call | None:
         table = self.table
         candidates = [
             (handler, route_, captures)
@@ -295,7 +322,7 @@ class RoutingBase:
         """A bound call, unless its conversation has moved on: then what that asks for. After a crash it has not."""
         if self._state(self.table, handler.module, message, key) == handler.state or self._in_error(call):
             return call
-        chosen = self._rechoose(message, key)
+        chosen = self._in_state_now(message, key)
         if chosen is None:
             raise Dead(f"the conversation has left {call.name}, and nothing else takes {message.To}")
         return chosen
@@ -389,14 +416,15 @@ class RoutingBase:
         """
         request = message if isinstance(message, MailRequest) else _request_of(message)
         calls = self.plan(request)
-        if not calls and (queue := self.undeliverable(request)) is not None:
-            queue.push(request)
+        for left in unplanned(request, calls):
+            queue = self.undeliverable(left)
+            if queue is not None:
+                queue.push(left)
         failures: list[Failure] = []
         for call in calls:
             outcome = self._run(call, request)
             if not isinstance(outcome, Done):
-                error = outcome.__cause__ if isinstance(outcome.__cause__, Exception) else outcome
-                failures.append(Failure(call.recipient, call.name, error))
+                failures.append(Failure(call.recipient, call.name, _error_of(outcome)))
         if failures:
             raise Undelivered(failures) from failures[0].error
 
@@ -415,7 +443,7 @@ class RoutingBase:
                 outcomes.append(outcome)
                 settled.set()
 
-        self.attempt(call, message, key=key_of(message, call), settle=settle, patience=10.0).start()
+        self.attempt(call, message, key=key_of(message, call.recipient), settle=settle, patience=10.0).start()
         settled.wait()
         return outcomes[0]
 
@@ -449,6 +477,20 @@ class RoutingBase:
                 self.reload()
 
 
+def _error_of(outcome: Later | Dead) -> Exception:
+    """What the function raised, if that says the same as the outcome does."""
+    cause = outcome.__cause__
+    return cause if isinstance(cause, Exception) and type(outcome_of(cause)) is type(outcome) else outcome
+
+
+def unplanned(message: MailRequest, calls: Sequence[Call]) -> list[MailRequest]:
+    """What a plan leaves: the message as a whole when it has no calls, else one for each recipient without any."""
+    if not calls:
+        return [message]
+    planned = {call.recipient for call in calls}
+    return [message.addressed(recipient) for recipient in message.route_to if recipient not in planned]
+
+
 def publish(puts: Iterable[Put]) -> None:
     """Put what an attempt left behind into its stores, where there is no job to settle it with.
 
@@ -466,9 +508,9 @@ def publish(puts: Iterable[Put]) -> None:
         of_one_store[0].store.put(of_one_store)
 
 
-def key_of(message: MailRequest, call: Call) -> str:
-    """What names an attempt that has no job: the same message, sent again, has the same key."""
-    digest = hashlib.sha256(repr((message.From, call.recipient, call.name)).encode("utf-8", "surrogatepass"))
+def key_of(message: MailRequest, recipient: str) -> str:
+    """What names an attempt that has no job: the same message to the same recipient, sent again, has the same key."""
+    digest = hashlib.sha256(repr((message.From, recipient)).encode("utf-8", "surrogatepass"))
     digest.update(message.to_bytes())
     return digest.hexdigest()
 

@@ -24,14 +24,17 @@ from concurrent.futures import ThreadPoolExecutor
 
 from lamsonq import mail
 from lamsonq.commit import LOG, Committer, trouble
-from lamsonq.errors import Refusal, SettingsError
+from lamsonq.errors import QueueError, Refusal, SettingsError
 from lamsonq.queue import Queue
 from lamsonq.routing import Router, RoutingBase
 from lamsonq.session import Session
-from lamsonq.worker import QueueReceiver
+from lamsonq.worker import TROUBLE_PAUSE, QueueReceiver
 
 BACKLOG = 1024
 """Connections that the kernel holds while we are busy."""
+
+ACCEPTED_AT_ONCE = 16
+"""Connections that are accepted in one turn of the event loop."""
 
 _ADVICE = {
     errno.EADDRINUSE: "stop what uses it, or take another port",
@@ -97,6 +100,7 @@ class SMTPReceiver:
             return
         if self.deliver is None:
             self._undeliverable_queue().count()
+            self.router.check()
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         try:
             self._socket = socket.create_server((self.host, self.port), family=family, backlog=BACKLOG)
@@ -163,10 +167,20 @@ class SMTPReceiver:
     def _work_off(self) -> None:
         assert self._undeliverable is not None
         try:
-            self._undeliverable.start()
+            while not self._begin_working_off(self._undeliverable):
+                time.sleep(TROUBLE_PAUSE)
         except Exception:  # whatever it is, nothing may be kept where nobody works: the process is replaced
             LOG.exception("Working off the undeliverable queue failed.")
             self._ask_to_be_replaced()
+
+    def _begin_working_off(self, worker: QueueReceiver) -> bool:
+        """False while the queue cannot be used: mail is answered 451 then, but answered."""
+        try:
+            worker.start()
+        except QueueError as error:
+            LOG.error("%s; trying on", error)
+            return self._deadline < float("inf")
+        return True
 
     def _ask_to_be_replaced(self) -> None:
         self._stuck = True
@@ -190,7 +204,10 @@ class SMTPReceiver:
         self._loop = loop = asyncio.get_running_loop()
         self._committer = Committer(loop, pool, self.router, self.deliver, self.timeout, self._ask_to_be_replaced)
         assert self._socket is not None
-        listener = await loop.create_server(lambda: Session(self, loop), sock=self._socket, backlog=BACKLOG)
+        # To asyncio this is how often it tries to accept in one turn: with no descriptor left, so many errors.
+        listener = await loop.create_server(lambda: Session(self, loop), sock=self._socket, backlog=ACCEPTED_AT_ONCE)
+        assert self._socket is not None
+        self._socket.listen(BACKLOG)
         self._listens.set()
         await self._stopping.wait()
         listener.close()

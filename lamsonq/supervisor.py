@@ -294,7 +294,7 @@ class Child:
             logging.error("The receiver failed.", exc_info=self.failure)
             self._say(answer_of(self.failure))
             return self.failure.exit_code if isinstance(self.failure, Refusal) else 1
-        return REPLACE if self.stuck else 0
+        return REPLACE if self.stuck or self.receiver.stuck else 0
 
 
 def answer_of(error: BaseException) -> bytes:

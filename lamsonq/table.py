@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -94,6 +95,8 @@ def _add(table: Table, module: str, function: Callable[..., Any], captures: Mapp
             f"{marks.routes[0].where}: {module}.{function.__name__} is routed, but the module holds another"
             f" {function.__name__}; give the two functions different names"
         )
+    if inspect.isgeneratorfunction(held) or inspect.isasyncgenfunction(held):
+        raise RouteError(f"{marks.routes[0].where}: {module}.{function.__name__} is a generator: nobody would run it")
     handler = Handler(held, module, marks_of(held))
     for mark in marks.routes:
         where = f"{mark.where}: @route({mark.format!r})"

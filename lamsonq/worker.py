@@ -16,19 +16,26 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from lamsonq.attempt import Attempt, Call, Spawn
-from lamsonq.errors import Dead, Later, LeaseLost, Undelivered, outcome_of, reason_of
+from lamsonq.errors import Dead, Failure, Later, LeaseLost, QueueError, SettingsError, Undelivered, reason_of
 from lamsonq.jobs import DONE, Done, Job, Outcome, Put
 from lamsonq.mail import MailRequest
 from lamsonq.queue import Queue, message_of
-from lamsonq.routing import Router, RoutingBase
+from lamsonq.routing import Router, RoutingBase, unplanned
 
 LOG = logging.getLogger()
 """The root logger, as the tutorial shows these lines."""
+
+RETRY_AFTER = 10.0
+"""Seconds after which a job comes again that could not be begun or settled, through no fault of its own."""
+
+TROUBLE_PAUSE = 1.0
+"""Seconds between two tries while the queue cannot be used."""
 
 IN_LINE = 100
 """How many claimed jobs may wait for their turn in a conversation or for an async function."""
@@ -80,12 +87,22 @@ class QueueReceiver:
         self._changed = threading.Condition()
         self._busy = 0
         self._running: dict[Attempt, Job] = {}
+        self._in_trouble = False
+        self._owed: deque[tuple[Job, str]] = deque()
 
     # -- the receiver's life -----------------------------------------------------------------------------------
 
     def bind(self) -> None:
-        """Make the queue's folders, so that a queue which cannot be written refuses the boot. Raises QueueError."""
+        """Make the queue's folders, so that what cannot be used refuses the boot. Raises Refusal."""
         self.queue.backend.release_stale()
+        if self.deliver is None:
+            self.router.check()
+            undeliverable = self.router.UNDELIVERABLE_QUEUE
+            if undeliverable is not None and undeliverable.backend is self.queue.backend and not self.bound:
+                raise SettingsError(
+                    f"this boot works {self.queue_dir} off, where undeliverable messages go: it would put them there"
+                    " for ever; set Router.UNDELIVERABLE_QUEUE = None in it"
+                )
 
     def listening(self) -> str:
         return f"working the queue {self.queue_dir}"
@@ -132,15 +149,15 @@ class QueueReceiver:
     # -- the fetcher -------------------------------------------------------------------------------------------
 
     def _work(self, pool: ThreadPoolExecutor, one_shot: bool) -> None:
-        backend = self.queue.backend
         idle = False
         while not self._stopping.is_set():
             self._give_up_the_late()
+            self._give_back_owed()
             free = self._free_slots()
-            if not free:
+            if not free or self._stopping.is_set():
                 continue
             quiet = self._quiet()
-            jobs = backend.reserve(free, 0 if one_shot or not idle else self._patience(), bound=self.bound)
+            jobs = self._reserve(free, 0 if one_shot or not idle else self._patience())
             for job in jobs:
                 self._submit(pool, job)
             if jobs:
@@ -155,6 +172,19 @@ class QueueReceiver:
             else:
                 idle = True
         self._drain()
+
+    def _reserve(self, free: int, wait: float) -> list[Job]:
+        """Take jobs; while the queue cannot be used, wait and say so once."""
+        try:
+            jobs = self.queue.backend.reserve(free, wait, bound=self.bound)
+        except QueueError as error:
+            if not self._in_trouble:
+                LOG.error("%s; trying on", error)
+            self._in_trouble = True
+            self._stopping.wait(TROUBLE_PAUSE)
+            return []
+        self._in_trouble = False
+        return jobs
 
     def _free_slots(self) -> int:
         """How many more may start now; waits for a while when none may."""
@@ -171,7 +201,7 @@ class QueueReceiver:
 
     def _patience(self) -> float:
         # While functions run, somebody must look at their clocks.
-        return min(self.sleep, 1.0) if self._running else self.sleep
+        return min(self.sleep, 1.0) if self._running or self._owed else self.sleep
 
     def _wait_for_change(self) -> None:
         with self._changed:
@@ -231,8 +261,15 @@ class QueueReceiver:
         LOG.debug("Pulled message with key: %r off", job.key)
         try:
             call, message = self._call_for(job, spawn)
-        except Exception as error:  # no call can be made of it: later or never, as the error says
-            failure = outcome_of(error)
+        except (Later, Dead) as outcome:
+            failure = outcome
+            spawn(lambda: self._settle_failure(job, None, failure))
+            call = None
+        except LeaseLost:
+            call = None
+        except Exception as error:  # a state store, a disk, a reload: not the job's fault
+            LOG.error("Job %s of %s cannot be begun: %s", job.key, self.queue_dir, reason_of(error))
+            failure = Later(f"it could not be begun: {reason_of(error)}", time.time() + RETRY_AFTER, counted=False)
             spawn(lambda: self._settle_failure(job, None, failure))
             call = None
         if call is None:
@@ -267,30 +304,31 @@ class QueueReceiver:
         if job.target is not None:
             return self.router.bound(job, message), message
         calls = self.router.plan(message)
-        if len(calls) == 1:
+        left = unplanned(message, calls)
+        if len(calls) == 1 and not left:
             return calls[0], message.addressed(calls[0].recipient)
         if any(call.stateful is not None for call in calls):
-            self._split(job, calls)  # at once: its conversation is to see the messages in order
-        elif calls:
-            spawn(lambda: self._split(job, calls))
+            self._split(job, calls, left)  # at once: its conversation is to see the messages in order
         else:
-            spawn(lambda: self._settle_unmatched(job, message))
+            spawn(lambda: self._split(job, calls, left))
         return None, message
 
-    def _split(self, job: Job, calls: list[Call]) -> None:
-        """Replace a job by one for each call of its plan (rule 2)."""
+    def _split(self, job: Job, calls: list[Call], left: list[MailRequest]) -> None:
+        """Replace a job by one for each call of its plan (rule 2), and one for each part that nothing takes."""
         store = self.queue.backend
-        self._settle_job(job, DONE, [Put(store, _bound(job, call, n)) for n, call in enumerate(calls, 1)])
-
-    def _settle_unmatched(self, job: Job, message: MailRequest) -> None:
-        undeliverable = self.router.undeliverable(message)
-        if undeliverable is None or undeliverable.backend is self.queue.backend:
-            self._settle_job(
-                job, Dead(f"no route takes {', '.join(message.route_to) or 'a message without recipient'}")
-            )
-            return
-        kept = replace(job, key=undeliverable.backend.new_key(), deliveries=0, claim="")
-        self._settle_job(job, DONE, [Put(undeliverable.backend, kept)])
+        puts = [Put(store, _bound(job, call, n)) for n, call in enumerate(calls, 1)]
+        for n, message in enumerate(left, len(calls) + 1):
+            undeliverable = self.router.undeliverable(message)
+            reason = f"no route takes {', '.join(message.route_to) or 'a message without recipient'}"
+            if undeliverable is not None:
+                kept = replace(_part(job, message, n), key=undeliverable.backend.new_key())
+                puts.append(Put(undeliverable.backend, kept))
+            elif calls:
+                puts.append(Put(store, _part(job, message, n), Dead(reason)))
+            else:
+                self._settle_job(job, Dead(reason))
+                return
+        self._settle_job(job, DONE, puts)
 
     def _settle(self, job: Job, call: Call, outcome: Outcome, puts: list[Put]) -> None:
         if isinstance(outcome, Done):
@@ -305,17 +343,23 @@ class QueueReceiver:
             return
         LOG.error("Job %s of %s failed: %s", job.key, self.queue_dir, reason_of(outcome))
         store = self.queue.backend
-        undelivered = outcome.__cause__
-        if isinstance(undelivered, Undelivered) and len(job.recipients) > 1:
-            kept = [_failed(_for_recipient(job, f.recipient, i)) for i, f in enumerate(undelivered.failures, 1)]
-            outcomes = [f.outcome() for f in undelivered.failures]
-            self._settle_job(job, DONE, [Put(store, k, o) for k, o in zip(kept, outcomes, strict=True)])
-        elif isinstance(undelivered, Undelivered):
-            self._settle_job(job, undelivered.failures[0].outcome() if undelivered.failures else outcome)
+        refused = outcome.__cause__ if call is not None and call.name is None else None
+        if isinstance(refused, Undelivered) and refused.failures:
+            self._keep_refused(job, refused.failures)
         elif call is not None and call.name is not None and job.target is None:
             self._settle_job(job, DONE, [Put(store, _failed(_bound(job, call, 1)), outcome)])
         else:
             self._settle_job(job, outcome)
+
+    def _keep_refused(self, job: Job, failures: Sequence[Failure]) -> None:
+        """Keep those for whom our own `deliver` has failed; the others have got the message."""
+        if len(job.recipients) == 1:
+            self._settle_job(job, failures[0].outcome())
+            return
+        kept = [_failed(_for_recipient(job, failure.recipient, n)) for n, failure in enumerate(failures, 1)]
+        store = self.queue.backend
+        puts = [Put(store, part, failure.outcome()) for part, failure in zip(kept, failures, strict=True)]
+        self._settle_job(job, DONE, puts)
 
     def _settle_job(self, job: Job, outcome: Outcome, puts: list[Put] | None = None) -> None:
         store = self.queue.backend
@@ -324,8 +368,19 @@ class QueueReceiver:
         except LeaseLost:
             raise
         except Exception as error:  # a full disk, most often: nothing was published, and giving back needs no space
-            LOG.error("job %s of %s could not be settled: %s", job.key, self.queue_dir, reason_of(error))
-            store.settle(job, Later(f"it could not be settled: {reason_of(error)}", time.time() + 10, counted=False))
+            LOG.error("Job %s of %s could not be settled: %s", job.key, self.queue_dir, reason_of(error))
+            self._owed.append((job, f"it could not be settled: {reason_of(error)}"))
+            store.wake()  # the fetcher tries to give it back
+
+    def _give_back_owed(self) -> None:
+        """Give back what could not be settled, uncounted; as often as it takes."""
+        for job, reason in [self._owed.popleft() for _ in range(len(self._owed))]:
+            try:
+                self.queue.backend.settle(job, Later(reason, time.time() + RETRY_AFTER, counted=False))
+            except LeaseLost:
+                pass
+            except Exception:  # still the same trouble, which was logged
+                self._owed.append((job, reason))
 
     def _forget(self, attempt: Attempt) -> None:
         with self._changed:
@@ -337,6 +392,12 @@ def _bound(job: Job, call: Call, number: int) -> Job:
     """The job that stands for one call of another job's plan."""
     child = _for_recipient(job, call.recipient, number)
     return replace(child, target=call.name, metadata={**job.metadata, "route": call.route})
+
+
+def _part(job: Job, message: MailRequest, number: int) -> Job:
+    """The job for those recipients of a job that nothing takes."""
+    recipients = tuple(r for r in job.recipients if r.lower() in message.route_to) or tuple(message.route_to)
+    return replace(_for_recipient(job, message.To, number), recipients=recipients)
 
 
 def _for_recipient(job: Job, recipient: str, number: int) -> Job:

@@ -6,8 +6,8 @@ Rules:
    put there is a job with defaults. What cannot be a job (a directory, a link, a newer version's file) is left alone.
 2. To claim is to rename the file into this process's folder; who comes second finds nothing. The delivery is counted
    in that rename. A dead process is recognised by its lock (maildir_claims.py), and its jobs go back.
-3. A job whose worker died runs with no other such job beside it: one that kills its worker takes each innocent
-   neighbour along at most once.
+3. A job whose worker died runs with no other such job beside it, and at its last chance with no other at all: what is
+   buried for killing its worker has done so alone.
 4. To settle is to rename or unlink the claimed file; who comes second gets LeaseLost. With puts: maildir_commit.py.
 5. A receiver that finds nothing sleeps until a file appears (maildir_arrivals.py); it does not look again.
 """
@@ -80,6 +80,8 @@ class Maildir:
         self._numbers = itertools.count(1)
         self._reap_at = 0.0
         self._suspect = ""
+        self._held: set[str] = set()  # our claims that are not settled
+        self._waits_for_quiet = False  # a job at its last chance is to run with no other beside it
         self._settler = Settler(self.folders)
 
     def forget(self) -> None:
@@ -169,11 +171,14 @@ class Maildir:
     def _take(self, n: int, bound: bool) -> list[Job]:
         self._arrivals.look()
         with self._lock:
+            if self._waits_for_quiet and self._held:
+                return []
+            self._waits_for_quiet = False
             if not self._suspect and self._arrivals.has_aside:
                 self._arrivals.take_back()
         jobs: list[Job] = []
         try:
-            while len(jobs) < n:
+            while len(jobs) < n and not self._waits_for_quiet:
                 entry = self._arrivals.next(bound, more=not jobs)
                 if entry is None:
                     break
@@ -189,7 +194,9 @@ class Maildir:
         name = parse_name(entry.name)
         if name is None or self._arrivals.is_left_alone(entry.name):
             return None
-        if name.deliveries and self._suspect:
+        last_chance = name.deliveries == DELIVERIES_MAX - 1
+        if name.deliveries and (self._suspect or (last_chance and self._held)):
+            self._waits_for_quiet = self._waits_for_quiet or last_chance
             self._arrivals.set_aside(entry)
             return None
         name = fitted(name)
@@ -207,8 +214,10 @@ class Maildir:
             self._put_back(path, entry)
             self._arrivals.look_again()
             raise
-        if job is not None and name.deliveries:
-            self._suspect = job.claim
+        if job is not None:
+            self._held.add(job.claim)
+            self._suspect = job.claim if name.deliveries else self._suspect
+            self._waits_for_quiet = last_chance
         return job
 
     def _rename_to_claim(self, source: str, claimed: str) -> str | None:
@@ -306,10 +315,10 @@ class Maildir:
 
     def _settled(self, job: Job) -> None:
         with self._lock:
-            if job.claim != self._suspect:
-                return
-            self._suspect = ""
-            if self._arrivals.has_aside:
+            self._held.discard(job.claim)
+            if job.claim == self._suspect:
+                self._suspect = ""
+            if self._arrivals.has_aside and not self._suspect:
                 self.wake()
 
     # -- dead workers ------------------------------------------------------------------------------------------
@@ -332,6 +341,7 @@ class Maildir:
         with self._lock:
             worker, self._worker = self._worker, None
             self._suspect = ""
+            self._held.clear()
         self._arrivals.close()
         if worker is not None:
             self._settler.give_back(worker.folder)

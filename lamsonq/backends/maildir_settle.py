@@ -116,7 +116,8 @@ class Settler:
             else:
                 LOG.warning("The worker of job %s has died; it is ready again in %s", name.key, self._folders.path)
                 self._folders.move(path, READY, name._replace(mark=0))
-        commits.sweep(self._folders, os.path.basename(folder), kept)
+        if not _has_strangers(folder):
+            commits.sweep(self._folders, os.path.basename(folder), kept)
         return len(claims)
 
     def give_back(self, folder: str) -> None:
@@ -169,6 +170,11 @@ def claims_in(folder: str) -> list[tuple[str, Name]]:
         paths = sorted(entry.path for entry in found if entry.is_file(follow_symlinks=False))
     names = ((path, parse_name(os.path.basename(path))) for path in paths)
     return [(path, name) for path, name in names if name is not None]
+
+
+def _has_strangers(folder: str) -> bool:
+    """Whether claims of a newer version lie there, which may need what is staged."""
+    return os.path.isdir(folder) and any(parse_name(name) is None for name in os.listdir(folder))
 
 
 def _token(committed: str, number: int) -> str:

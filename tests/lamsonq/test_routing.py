@@ -471,6 +471,82 @@ def test_a_message_that_nothing_takes_goes_to_the_undeliverable_queue(router: Ro
     assert kept.envelope.rcpt_tos == ("desk@example.com",)
 
 
+def test_of_several_recipients_those_that_nothing_takes_are_undeliverable(
+    router: RoutingBase, module: Module, mail: Mail
+) -> None:
+    router.UNDELIVERABLE_QUEUE = Queue("run/undeliverable")
+    name = module("@route('desk@example.com')\n@stateless\ndef START(message): CALLS.append(message.To)\n")
+    router.load([name])
+    router.deliver(mail(["desk@example.com", "typo@example.com"]))
+    assert calls_of(name) == ["desk@example.com"]
+    _, kept = router.UNDELIVERABLE_QUEUE.pop()
+    assert kept is not None
+    assert kept.route_to == ["typo@example.com"]
+
+
+def test_a_message_that_no_function_in_state_takes_is_undeliverable(
+    router: RoutingBase, module: Module, mail: Mail
+) -> None:
+    name = module("@route('desk@example.com')\ndef CONFIRM(message): CALLS.append(1)\n")
+    router.load([name])
+    with pytest.raises(Undelivered, match=r"no function that takes desk@example\.com is in the sender's state"):
+        router.deliver(mail())
+    router.UNDELIVERABLE_QUEUE = Queue("run/undeliverable")
+    router.deliver(mail())
+    assert router.UNDELIVERABLE_QUEUE.count() == 1
+    router.deliver(mail(sender=""))
+    assert router.UNDELIVERABLE_QUEUE.count() == 2
+    assert calls_of(name) == []
+
+
+def test_a_message_whose_push_failed_is_routed_again_by_the_state_that_it_found(
+    router: RoutingBase, module: Module, mail: Mail
+) -> None:
+    """The function that comes next has another address, so nothing in state takes the message when it comes again."""
+    name = module(
+        """
+        from lamsonq.queue import Queue
+        @route('join@example.com')
+        def START(message):
+            CALLS.append('START')
+            Queue('run/out').push(message)
+            return CONFIRM
+        @route('confirm@example.com')
+        def CONFIRM(message): CALLS.append('CONFIRM')
+        """
+    )
+    router.UNDELIVERABLE_QUEUE = Queue("run/undeliverable")
+    router.load([name])
+    Path("run").mkdir(exist_ok=True)
+    Path("run/out").write_text("no directory")
+    message = mail("join@example.com")
+    with pytest.raises(Undelivered, match="could not be kept"):
+        router.deliver(message)
+    Path("run/out").unlink()
+    router.deliver(message)
+    assert calls_of(name) == ["START", "START"]
+    assert Queue("run/out").count() == 1
+    assert router.UNDELIVERABLE_QUEUE.count() == 0
+
+
+def test_a_relay_that_is_down_is_no_error_of_the_conversation(router: RoutingBase, module: Module, mail: Mail) -> None:
+    name = module(
+        """
+        @route('desk@example.com')
+        def START(message): raise Undelivered([Failure('out@example.com', None, Later('the relay is down'))])
+        """
+    )
+    router.load([name])
+    with pytest.raises(Undelivered):
+        router.deliver(mail())
+    assert router.get_state(name, mail()) == "START"
+
+
+def test_a_generator_is_no_state_function(router: RoutingBase, module: Module) -> None:
+    with pytest.raises(RouteError, match="is a generator"):
+        router.load([module("@route('desk@example.com')\n@stateless\ndef START(message): yield 1\n")])
+
+
 def test_a_state_key_generator_says_which_conversation(router: RoutingBase, module: Module, mail: Mail) -> None:
     name = module(
         """
@@ -612,7 +688,13 @@ def test_reload_takes_what_changed(router: RoutingBase, module: Module, mail: Ma
 
 
 @pytest.mark.parametrize(
-    "broken", ["def START(:\n", "raise RuntimeError('boom')\n", "@route('(x)@h')\ndef START(m): ...\n"]
+    "broken",
+    [
+        "import sys; sys.exit(3)\n",
+        "def START(:\n",
+        "raise RuntimeError('boom')\n",
+        "@route('(x)@h')\ndef START(m): ...\n",
+    ],
 )
 def test_a_reload_that_fails_leaves_everything_as_it_was(
     router: RoutingBase, module: Module, mail: Mail, here: Path, broken: str
@@ -624,7 +706,7 @@ def test_a_reload_that_fails_leaves_everything_as_it_was(
     router.deliver(mail())
     assert calls_of(name) == ["old"]
     router.LOG_EXCEPTIONS = False
-    with pytest.raises((SyntaxError, RuntimeError, RouteError)):
+    with pytest.raises((SystemExit, SyntaxError, RuntimeError, RouteError)):
         router.reload()
 
 

@@ -7,14 +7,16 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from lamsonq.errors import Failure, Later, SMTPError, Undelivered
+from lamsonq.errors import Failure, Later, Refusal, SettingsError, SMTPError, Undelivered
 from lamsonq.mail import MailRequest
 from lamsonq.queue import Queue
 from lamsonq.routing import RoutingBase
+from lamsonq.state import MemoryStorage, SQLiteStorage
 from lamsonq.worker import QueueReceiver
 
 Mail = Callable[..., MailRequest]
@@ -202,6 +204,187 @@ def test_what_no_route_takes_is_a_dead_letter_or_undeliverable(router: RoutingBa
     assert len(router.UNDELIVERABLE_QUEUE) == 1
 
 
+def test_of_several_recipients_those_that_nothing_takes_are_kept(
+    router: RoutingBase, module: Module, mail: Mail, posts: Queue
+) -> None:
+    name = module("@route('desk@example.com')\n@stateless\ndef START(message): CALLS.append(message.To)\n")
+    router.load([name])
+    posts.push(mail(["desk@example.com", "typo@example.com"]))
+    work(router)
+    assert dead(posts) == [(None, "no route takes typo@example.com\n")]
+    router.UNDELIVERABLE_QUEUE = Queue("run/undeliverable")
+    posts.push(mail(["desk@example.com", "typo@example.com"]))
+    work(router)
+    _, kept = router.UNDELIVERABLE_QUEUE.pop()
+    assert kept is not None
+    assert kept.route_to == ["typo@example.com"]
+    assert calls_of(name) == ["desk@example.com"] * 2
+
+
+def test_a_job_that_cannot_be_begun_comes_again_uncounted(
+    router: RoutingBase, module: Module, mail: Mail, posts: Queue
+) -> None:
+    class Down(MemoryStorage):
+        down = False
+
+        def get(self, key: str, sender: str) -> str:
+            if self.down:
+                raise ConnectionError("the state server does not answer")
+            return super().get(key, sender)
+
+    router.STATE_STORE = store = Down()
+    router.load([module("@route('desk@example.com')\ndef START(message): CALLS.append(1)\n")])
+    posts.push(mail())
+    receiver = QueueReceiver("run/posts", router=router)
+    receiver.bind()
+    store.down = True
+    receiver.run_once()
+    (key,) = posts.backend.keys("delayed")
+    job = posts.backend.get(key)
+    assert job is not None
+    assert (job.attempts, job.deliveries, job.target) == (0, 0, None)
+    with pytest.raises(Refusal, match="the state server does not answer"):
+        QueueReceiver("run/posts", router=router).bind()
+
+
+def test_a_conversation_that_cannot_be_locked_is_free_again_later(
+    router: RoutingBase, module: Module, mail: Mail, posts: Queue, here: Path
+) -> None:
+    name = module("@route('desk@example.com')\ndef START(message): CALLS.append(1)\n")
+    router.STATE_STORE = SQLiteStorage("state.db")
+    router.load([name])
+    (here / "state.db-conversations").mkdir()
+    posts.push(mail())
+    work(router)
+    assert posts.backend.counts()["delayed"] == 1
+    (here / "state.db-conversations").rmdir()
+    posts.backend.kick(posts.backend.keys("delayed")[0])
+    work(router)
+    assert calls_of(name) == [1]
+
+
+def test_what_could_not_be_settled_is_given_back_as_soon_as_that_is_possible(
+    router: RoutingBase, module: Module, mail: Mail, posts: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lamsonq.worker.RETRY_AFTER", 0.0)
+    name = module("@route('desk@example.com')\n@stateless\ndef START(message): CALLS.append(1)\n")
+    router.load([name])
+    posts.push(mail())
+    settle, refusals = posts.backend.settle, [2]
+
+    def refused_twice(*arguments: object) -> None:
+        if refusals[0]:
+            refusals[0] -= 1
+            raise OSError("Read-only file system")
+        settle(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(posts.backend, "settle", refused_twice)
+    receiver = QueueReceiver(posts, 0.1, router=router)
+    thread = threading.Thread(target=receiver.start)
+    thread.start()
+    deadline = time.monotonic() + 10
+    while (len(calls_of(name)) < 2 or any(posts.backend.counts().values())) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    receiver.stop()
+    thread.join(10)
+    assert calls_of(name) == [1, 1]
+    assert sum(posts.backend.counts().values()) == 0
+
+
+def test_a_relay_that_is_down_leaves_the_job_bound_to_its_function(
+    router: RoutingBase, module: Module, mail: Mail, posts: Queue
+) -> None:
+    name = module(
+        """
+        @route('(who)@example.com', who='a|b')
+        @stateless
+        def START(message, who):
+            CALLS.append(message.To)
+            raise Undelivered([Failure('out@elsewhere.org', None, Later('the relay is down'))])
+        """
+    )
+    router.load([name])
+    posts.push(mail("a@example.com"))
+    work(router)
+    job = posts.backend.get(posts.backend.keys("delayed")[0])
+    assert job is not None
+    assert (job.target, job.recipients) == (f"{name}.START", ("a@example.com",))
+
+
+def test_async_functions_that_another_one_blocks_are_not_at_fault(
+    router: RoutingBase, module: Module, mail: Mail, posts: Queue
+) -> None:
+    name = module(
+        """
+        import threading
+        HERE, GO = threading.Event(), threading.Event()
+        @route('guilty@example.com')
+        @stateless
+        async def GUILTY(message):
+            HERE.set()
+            GO.wait(20)
+        @route('innocent@example.com')
+        @stateless
+        async def INNOCENT(message): CALLS.append(1)
+        """
+    )
+    router.load([name])
+    posts.push(mail("guilty@example.com"))
+    thread = threading.Thread(target=QueueReceiver("run/posts", router=router, timeout=0.5).start)
+    thread.start()
+    assert sys.modules[name].HERE.wait(5)
+    posts.push(mail("innocent@example.com"))
+    thread.join(10)  # it stops by itself, to be replaced
+    sys.modules[name].GO.set()
+    assert not thread.is_alive()
+    ((target, report),) = dead(posts)
+    assert target == f"{name}.GUILTY"
+    assert "GO.wait(20)" in report
+    assert calls_of(name) == []
+    assert posts.backend.counts()["ready"] == 1
+
+
+def test_what_a_hanging_handler_still_pushes_is_dropped(
+    router: RoutingBase, module: Module, mail: Mail, posts: Queue
+) -> None:
+    name = module(
+        """
+        import threading
+        from lamsonq.queue import Queue
+        GO, GONE = threading.Event(), threading.Event()
+        @route('desk@example.com')
+        @stateless
+        def START(message):
+            GO.wait(20)
+            try: Queue('run/out').push(message)
+            except LeaseLost: CALLS.append('dropped')
+            finally: GONE.set()
+        """
+    )
+    router.load([name])
+    posts.push(mail())
+    work(router, timeout=0.1)
+    sys.modules[name].GO.set()
+    assert sys.modules[name].GONE.wait(5)
+    assert calls_of(name) == ["dropped"]
+    assert Queue("run/out").count() == 0
+
+
+def test_a_boot_that_would_feed_its_own_queue_for_ever_is_refused(router: RoutingBase) -> None:
+    router.UNDELIVERABLE_QUEUE = Queue("run/undeliverable")
+    with pytest.raises(SettingsError, match="UNDELIVERABLE_QUEUE = None"):
+        QueueReceiver("run/undeliverable", router=router).bind()
+    QueueReceiver("run/undeliverable", router=router, bound=True).bind()
+
+
+@pytest.mark.parametrize("at", [float("nan"), float("inf"), "tomorrow"])
+def test_later_takes_only_moments(at: object) -> None:
+    with pytest.raises((TypeError, ValueError), match="at="):
+        Later("soon", at)  # type: ignore[arg-type]
+    moment = datetime(2026, 1, 1, tzinfo=UTC)
+    assert Later("soon", moment).at == moment.timestamp()
+
+
 def test_what_a_handler_pushes_leaves_with_its_success(
     router: RoutingBase, module: Module, mail: Mail, posts: Queue
 ) -> None:
@@ -301,8 +484,6 @@ def test_messages_of_one_sender_run_in_order_and_never_together(
 def test_a_conversation_that_another_process_has_is_put_back_uncounted(
     router: RoutingBase, module: Module, mail: Mail, posts: Queue
 ) -> None:
-    from lamsonq.state import SQLiteStorage
-
     name = module("@route('desk@example.com')\ndef START(message): CALLS.append(1)\n")
     router.STATE_STORE = SQLiteStorage("state.db")
     router.load([name])
