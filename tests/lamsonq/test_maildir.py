@@ -629,6 +629,53 @@ def test_one_suspect_runs_at_a_time(make: Callable[..., Maildir]) -> None:
     assert [job.key for job in other.reserve(10)] == [suspects[1]]
 
 
+def test_a_job_at_its_last_chance_runs_alone(make: Callable[..., Maildir]) -> None:
+    """So what is buried for killing its worker has done so, and no neighbour of it."""
+    one, two, three = make(), make(), make()
+    key = push(one)
+    for worker in (one, two):
+        take(worker)
+        die(worker)
+    fresh = [push(three), push(three)]
+    assert [job.key for job in three.reserve(10)] == [key]
+    assert three.reserve(10) == []
+    three.forget()  # it has killed its worker again
+    four = make()
+    assert [job.key for job in four.reserve(10)] == fresh
+    assert counts(four)[3] == 1
+
+
+def test_a_last_chance_waits_until_the_others_are_settled(make: Callable[..., Maildir]) -> None:
+    one, two, three = make(), make(), make()
+    push(three)
+    busy = take(three)
+    key = push(one)
+    for worker in (one, two):
+        take(worker)
+        die(worker)
+    three.release_stale()
+    late = push(three)
+    assert three.reserve(10) == []
+    three.settle(busy, DONE)
+    last = three.reserve(10)
+    assert [job.key for job in last] == [key]
+    three.settle(last[0], DONE)
+    assert [job.key for job in three.reserve(10)] == [late]
+
+
+def test_what_a_newer_versions_worker_has_staged_is_left_alone(make: Callable[..., Maildir], tmp_path: Path) -> None:
+    queue = make()
+    queue.folders.make()
+    claimed, held = Path(queue.folders.at("claimed", "77.aa")), Path(queue.folders.at("held"))
+    claimed.mkdir()
+    (claimed / "1.M1P1Q1.h,LQ=2b0c1").write_text("newer")
+    (held / "77.aa.1.0").write_text("staged")
+    Path(f"{claimed}.lock").touch()
+    queue.release_stale()
+    assert (held / "77.aa.1.0").read_text() == "staged"
+    assert (claimed / "1.M1P1Q1.h,LQ=2b0c1").exists()
+
+
 def test_a_sleeper_is_woken_for_the_next_suspect(make: Callable[..., Maildir]) -> None:
     one, other = make(), make()
     keys = [push(one) for _ in range(2)]
