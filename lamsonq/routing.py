@@ -392,7 +392,10 @@ class RoutingBase:
             queue = self.queues.get(module)
             if queue is not None and all(put.store is not queue.backend for put in attempt.puts):
                 attempt.put(Put(queue.backend, job_of(message, queue.backend.new_key())))
-        return {c: state for c, state in changes.items() if self.STATE_STORE.get(*c) != state}
+        store = self.STATE_STORE
+        # What changes nothing need not be written; but a job that has changed it before is to be forgotten.
+        again = {c for c in changes if store.found_by(*c, attempt.key) is not None}
+        return {c: state for c, state in changes.items() if c in again or store.get(*c) != state}
 
     # -- running a plan -----------------------------------------------------------------------------------------
 

@@ -831,6 +831,7 @@ def test_a_message_that_comes_again_after_a_crash_is_routed_by_the_state_that_it
     router.attempt(call, message, key="job-1", settle=lambda *_: None).start()
     router.attempt(router.plan(message)[0], message, key="job-2", settle=lambda *_: None).start()
     assert calls_of(name) == ["START", "CONFIRMED"]
+    assert router.STATE_STORE.found_by(*conversation, "job-1") is None, "it is settled: the same words again are new"
 
 
 def test_an_attempt_that_was_given_up_settles_nothing(router: RoutingBase, module: Module, mail: Mail) -> None:
