@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import hashlib
 import inspect
 import logging
 import os
@@ -23,7 +24,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -317,6 +318,30 @@ class Attempt:
             entered, self._entered = self._entered, None
         if entered is not None:
             entered.conversations.leave(entered.conversation)
+
+
+def publish(puts: Iterable[Put]) -> None:
+    """Put what an attempt left behind into its stores, where there is no job to settle it with.
+
+    Inside another attempt, it leaves with that one.
+    """
+    outer = current()
+    if outer is not None:
+        for put in puts:
+            outer.put(put)
+        return
+    by_store: dict[int, list[Put]] = {}
+    for put in puts:
+        by_store.setdefault(id(put.store), []).append(put)
+    for of_one_store in by_store.values():
+        of_one_store[0].store.put(of_one_store)
+
+
+def key_of(message: MailRequest, recipient: str) -> str:
+    """What names an attempt that has no job: the same message to the same recipient, sent again, has the same key."""
+    digest = hashlib.sha256(repr((message.From, recipient)).encode("utf-8", "surrogatepass"))
+    digest.update(message.to_bytes())
+    return digest.hexdigest()
 
 
 def _later_for(error: BaseException) -> Later:

@@ -22,11 +22,11 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from lamsonq import mail
-from lamsonq.attempt import Attempt, Call
+from lamsonq.attempt import Attempt, Call, key_of, publish
 from lamsonq.errors import Dead, Later, SMTPError, Undelivered, reason_of
 from lamsonq.jobs import Done, Job, Outcome, Put
 from lamsonq.queue import job_of
-from lamsonq.routing import RoutingBase, key_of, publish, unplanned
+from lamsonq.routing import RoutingBase, unplanned
 
 LOG = logging.getLogger()
 """The root logger: the names before these lines are part of what users of Lamson grep for."""

@@ -15,7 +15,6 @@ Rules:
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 import threading
@@ -26,7 +25,7 @@ from functools import partial
 from typing import Any
 
 from lamsonq.address import canonical
-from lamsonq.attempt import ELSEWHERE_PATIENCE, Attempt, Call, Settle, Stateful, current
+from lamsonq.attempt import ELSEWHERE_PATIENCE, Attempt, Call, Settle, Stateful, key_of, publish
 from lamsonq.errors import Dead, Failure, Later, Refusal, Undelivered, outcome_of, reason_of
 from lamsonq.jobs import Done, Job, Outcome, Put
 from lamsonq.mail import MailRequest
@@ -52,7 +51,6 @@ __all__ = [
     "RoutingBase",
     "StateStorage",
     "nolocking",
-    "publish",
     "route",
     "route_like",
     "state_key_generator",
@@ -492,30 +490,6 @@ def unplanned(message: MailRequest, calls: Sequence[Call]) -> list[MailRequest]:
         return [message]
     planned = {call.recipient for call in calls}
     return [message.addressed(recipient) for recipient in message.route_to if recipient not in planned]
-
-
-def publish(puts: Iterable[Put]) -> None:
-    """Put what an attempt left behind into its stores, where there is no job to settle it with.
-
-    Inside another attempt, it leaves with that one.
-    """
-    outer = current()
-    if outer is not None:
-        for put in puts:
-            outer.put(put)
-        return
-    by_store: dict[int, list[Put]] = {}
-    for put in puts:
-        by_store.setdefault(id(put.store), []).append(put)
-    for of_one_store in by_store.values():
-        of_one_store[0].store.put(of_one_store)
-
-
-def key_of(message: MailRequest, recipient: str) -> str:
-    """What names an attempt that has no job: the same message to the same recipient, sent again, has the same key."""
-    digest = hashlib.sha256(repr((message.From, recipient)).encode("utf-8", "surrogatepass"))
-    digest.update(message.to_bytes())
-    return digest.hexdigest()
 
 
 def _request_of(message: Any) -> MailRequest:
