@@ -26,7 +26,7 @@ from ssl import SSLContext, create_default_context
 
 from lamsonq import mail
 from lamsonq.errors import Dead, Failure, Later, SettingsError, Undelivered
-from lamsonq.transaction import Stale, Transaction, canonical, one_line
+from lamsonq.transaction import Stale, Transaction, for_the_wire, one_line
 
 IDLE_MAX = 30.0
 """Seconds for which a connection waits for the next message; servers close theirs after a few minutes."""
@@ -96,7 +96,7 @@ class Relay:
         if self._hand_over is not None:
             self._hand_over(_request(sender, recipients, data))
             return
-        failures = self._send(sender, recipients, canonical(data))
+        failures = self._send(sender, recipients, for_the_wire(data))
         if failures:
             raise Undelivered(failures)
 

@@ -3,8 +3,10 @@
 Rules:
 
 1. What goes out as an address was checked by our own grammar; smtplib's would rewrite it.
-2. Bytes are not rewritten. Only line ends become CRLF, and a line that begins with a dot gets another (RFC
-   5321 sections 2.3.8 and 4.5.2): nothing in a message can end it early and begin the next one.
+2. Bytes are not rewritten: a line that begins with a dot gets another (RFC 5321 section 4.5.2), and the last line its
+   end. A bare CR or LF, which RFC 5321 section 2.3.8 forbids, goes out as it came in (a server that minds refuses
+   it, and that is reported), with two exceptions: a message without any CRLF is in this system's form and gets them,
+   and one with a lone dot that a lax server could take for the end of data gets CRLF throughout.
 3. Each recipient's fate is noted as soon as it is known, so that a connection that breaks later takes only
    the undecided with it.
 """
@@ -23,7 +25,8 @@ FINAL_REPLY_FACTOR = 4
 
 _CHUNK = 1 << 16
 _BARE = re.compile(rb"\r(?!\n)|(?<!\r)\n")
-_DOT = re.compile(rb"^\.", re.MULTILINE)
+_DOT = re.compile(rb"(?:\A|(?<=\r\n))\.")
+_LONE_DOT = re.compile(rb"(?:\A|[\r\n])\.(?:[\r\n]|\Z)")
 
 
 class Stale(Exception):
@@ -32,7 +35,7 @@ class Stale(Exception):
 
 @dataclass(slots=True)
 class Transaction:
-    """A message (`data` as `canonical` makes it) on its way to its recipients; `timeout` in seconds for a
+    """A message (`data` as `for_the_wire` makes it) on its way to its recipients; `timeout` in seconds for a
     reply.
 
     `pending` are the recipients whose fate is open, `failures` those that were refused; who is in neither has
@@ -122,11 +125,15 @@ class Transaction:
         return reply
 
 
-def canonical(data: bytes) -> bytes:
-    """Every line ends with CRLF, also the last one, and no CR or LF stands alone."""
-    if not data.count(b"\r\n") == data.count(b"\r") == data.count(b"\n"):
+def for_the_wire(data: bytes) -> bytes:
+    """The message with every line end that rule 2 asks for; dots are not doubled yet."""
+    ends = data.count(b"\r\n")
+    bare = not ends == data.count(b"\r") == data.count(b"\n")
+    if bare and (not ends or _LONE_DOT.search(data)):
         data = _BARE.sub(b"\r\n", data)
-    return data if data.endswith(b"\r\n") or not data else data + b"\r\n"
+    if not data or data.endswith(b"\r\n"):
+        return data
+    return (data[:-1] if data.endswith((b"\r", b"\n")) else data) + b"\r\n"
 
 
 def one_line(text: bytes | str) -> str:

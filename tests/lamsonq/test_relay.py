@@ -16,7 +16,7 @@ import pytest
 from lamsonq.errors import Dead, Failure, Later, SettingsError, SMTPError, Undelivered, outcome_of
 from lamsonq.mail import Envelope, MailRequest, MailResponse
 from lamsonq.relay import Relay
-from lamsonq.transaction import canonical
+from lamsonq.transaction import for_the_wire
 
 MESSAGE = b"From: a@x.test\r\nTo: b@y.test\r\nSubject: hi\r\n\r\nbody\r\n"
 HANG_UP = "HANG UP"
@@ -234,6 +234,7 @@ def test_an_address_that_is_none_never_reaches_the_wire(server: Server, relay: R
         b"Subject: dots\r\n\r\n.\r\n..\r\n.a\r\nb.\r\n\r\n.\r\n",
         b"Subject: 8 bit\r\n\r\n\xff\xfe\x00 \xc3\xbc\r\n" + b"x" * 5000 + b"\r\n",
         b"Subject: big\r\n\r\n" + b".line\r\n" * 50_000,
+        b"Subject: bare\r\n\r\nLF\nCR\rLFCR\n\rdots\n.c\r\n..a\n.b\r\n",
     ],
 )
 def test_a_message_with_crlf_arrives_byte_for_byte(server: Server, relay: Relay, data: bytes) -> None:
@@ -258,14 +259,17 @@ def test_no_end_of_data_can_be_smuggled_in_a_message(server: Server, relay: Rela
     ("data", "wire"),
     [
         (b"a\nb", b"a\r\nb\r\n"),
-        (b"a\rb\r\n", b"a\r\nb\r\n"),
-        (b"a\r\r\nb\n\n", b"a\r\n\r\nb\r\n\r\n"),
+        (b"a\nb\n", b"a\r\nb\r\n"),
         (b"a\n\rb", b"a\r\n\r\nb\r\n"),
+        (b"a\rb\r\n", b"a\rb\r\n"),
+        (b"a\r\r\nb\nc", b"a\r\r\nb\nc\r\n"),
+        (b"a\r\nb\n", b"a\r\nb\r\n"),
+        (b"a\r\n.\nb\nc\r\n", b"a\r\n.\r\nb\r\nc\r\n"),
         (b"", b""),
     ],
 )
-def test_line_ends_become_crlf(data: bytes, wire: bytes) -> None:
-    assert canonical(data) == wire
+def test_line_ends_become_crlf_where_they_are_of_this_system_or_dangerous(data: bytes, wire: bytes) -> None:
+    assert for_the_wire(data) == wire
 
 
 def test_eight_bit_and_size_are_declared_where_they_are_offered(server: Server, relay: Relay) -> None:
