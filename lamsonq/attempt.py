@@ -8,8 +8,9 @@ Rules:
 2. `settle(outcome, puts)` is called exactly once, unless the attempt was given up from outside; then never, and
    whatever the function still does is dropped.
 3. What the function pushed waits in `puts` until it has returned, and is dropped when it raises.
-4. No thread waits: for its turn in a conversation and for an `async def` function an attempt lets its thread go, and
-   goes on in another that `spawn` finds for it.
+4. No thread waits for its turn in a conversation within this process, nor for an `async def` function: the attempt
+   lets its thread go, and goes on in another that `spawn` finds for it. For another process that has the conversation
+   a thread waits, up to `patience` seconds.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ LOG = logging.getLogger()
 
 Settle = Callable[[Outcome, list[Put]], None]
 Spawn = Callable[[Callable[[], None]], object]
+
+PATIENCE = 10.0
+"""Seconds that somebody who waits for the answer lets a message wait for its conversation."""
 
 ELSEWHERE_PATIENCE = 0.2
 """Seconds that an attempt waits for another process to leave the conversation."""

@@ -22,7 +22,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from lamsonq import mail
-from lamsonq.attempt import Attempt, Call, key_of, publish
+from lamsonq.attempt import PATIENCE, Attempt, Call, key_of, publish
 from lamsonq.errors import Dead, Later, SMTPError, Undelivered, reason_of
 from lamsonq.jobs import Done, Job, Outcome, Put
 from lamsonq.queue import job_of
@@ -30,9 +30,6 @@ from lamsonq.routing import RoutingBase, unplanned
 
 LOG = logging.getLogger()
 """The root logger: the names before these lines are part of what users of Lamson grep for."""
-
-PATIENCE = 10.0
-"""Seconds that a message waits for its turn in a conversation before the client is told to come again."""
 
 _T = TypeVar("_T")
 
@@ -101,7 +98,7 @@ class Committer:
         """Run what the routes ask for, and keep what fails."""
         calls = await self._in_pool(self.router.plan, message)
         for left in unplanned(message, calls):
-            await self._in_pool(self._undeliverable, left)
+            await self._in_pool(self.router.keep_undeliverable, left)
         failures: list[tuple[Call, Later | Dead]] = []
         for call in calls:
             run = _Run(self, call, message, self.router.attempt, None)
@@ -111,11 +108,6 @@ class Committer:
         if reply := _common_refusal(failures, len(calls)):
             return reply
         return _accepted(await self._in_pool(self._keep, message, failures))
-
-    def _undeliverable(self, message: mail.MailRequest) -> None:
-        queue = self.router.undeliverable(message)
-        if queue is not None:
-            queue.push(message)
 
     def _keep(self, message: mail.MailRequest, failures: Sequence[tuple[Call, Later | Dead]]) -> list[str]:
         """Keep each failed call as a job bound to its function; their keys. Raises what the store raises."""

@@ -95,6 +95,7 @@ class Failure:
     error: Exception
 
     def outcome(self) -> Later | Dead:
+        """Whether this call may be tried again."""
         return outcome_of(self.error)
 
 
@@ -158,11 +159,9 @@ class RouteError(UsageError):
 class QueueError(Refusal):
     """A queue that cannot be opened or written. `data` is what was to be queued, as Lamson has it."""
 
-    exit_code = 1
-
     def __init__(self, message: str, data: object = None) -> None:
         super().__init__(message)
-        self._message = message
+        self._message = message  # Lamson's name for it
         self.data = data
 
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from lamsonq.backends.maildir_files import STATES, Oversize, Unreadable, read_job
+from lamsonq.backends.maildir_files import STATES, Folders, Oversize, Unreadable, read_job
+from lamsonq.backends.maildir_index import Index
 from lamsonq.backends.maildir_names import is_deleted, parse_name
 from lamsonq.errors import Refusal
 
@@ -40,7 +40,8 @@ class QueueReport:
 
 @dataclass
 class Report:
-    """What was found under a directory; `missing` are the accepted Message-IDs that are nowhere."""
+    """What was found under a directory; `missing` are the accepted Message-IDs that are nowhere, and
+    `accounted` is how many of them were found."""
 
     queues: dict[str, QueueReport] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
@@ -89,8 +90,8 @@ def check(run: str | Path, accepted: Iterable[str] = (), handled: Iterable[str] 
 
 
 def counts(run: str | Path) -> dict[Path, dict[str, int]]:
-    """How many files each queue under `run` has in each state. Reads names only."""
-    return {path: dict.fromkeys((*STATES, "reserved"), 0) | Counter(s for s, _ in _files(path)) for path in queues(run)}
+    """How many jobs each queue under `run` has in each state. Reads names only."""
+    return {path: Index(Folders(str(path))).counts() for path in queues(run)}
 
 
 def queues(run: str | Path) -> Iterator[Path]:

@@ -4,7 +4,8 @@ Rules:
 
 1. What a handler pushes waits until the handler has returned, and is dropped when it raises; `now=True` acts at once,
    and may therefore repeat when the handler is tried again.
-2. A message in a queue keeps what came in: its bytes, and beside them the envelope that it came with.
+2. A message in a queue keeps what came in: its bytes, but for headers that a handler changed, and beside them the
+   envelope that it came with.
 3. A message of a handler has the one recipient that the handler was called for; a receiver's spool has all of them.
 
 The class has the methods of Lamson's, and works with any backend (lamsonq/backends/).
@@ -36,15 +37,21 @@ class Queue:
     Source: Lamson's and Salmon's `queue.Queue`.
     """
 
-    def __init__(self, queue_dir: str, safe: bool = False, pop_limit: int = 0, oversize_dir: str | None = None) -> None:
-        self.dir = os.fspath(queue_dir)
-        self.safe = safe
+    def __init__(
+        self,
+        queue_dir: str | os.PathLike[str],
+        safe: bool = False,  # noqa: ARG002 - Lamson's
+        pop_limit: int = 0,
+        oversize_dir: str | None = None,
+    ) -> None:
+        self.dir = os.fspath(queue_dir).removeprefix("maildir:")
         self.pop_limit = pop_limit
         self.oversize_dir = oversize_dir
         self.backend = open_backend(self.dir, pop_limit=pop_limit, oversize_dir=oversize_dir)
 
     def push(self, message: Pushable, now: bool = False) -> str:
-        """Queue a message; its key. Raises QueueError, whose `data` is the message; TypeError for what is none."""
+        """Queue a message; its key. Raises QueueError, whose `data` is the message; TypeError for what is none;
+        LeaseLost in a handler that has been given up because it took too long."""
         key = self.backend.new_key()
         put = Put(self.backend, job_of(message, key))
         running = attempt.current()
@@ -59,7 +66,10 @@ class Queue:
         return key
 
     def pop(self) -> tuple[str, MailRequest] | tuple[None, None]:
-        """Take the oldest ready message out of the queue: for scripts, because it is gone even if they fail then."""
+        """Take the oldest ready message out of the queue: for scripts, because it is gone even if they fail then.
+
+        (None, None) when none is ready. Raises QueueError.
+        """
         for job in self.backend.reserve(1):
             try:
                 message = message_of(job, self.dir)

@@ -25,7 +25,7 @@ from functools import partial
 from typing import Any
 
 from lamsonq.address import canonical
-from lamsonq.attempt import ELSEWHERE_PATIENCE, Attempt, Call, Settle, Stateful, key_of, publish
+from lamsonq.attempt import ELSEWHERE_PATIENCE, PATIENCE, Attempt, Call, Settle, Stateful, key_of, publish
 from lamsonq.errors import Dead, Failure, Later, Refusal, Undelivered, outcome_of, reason_of
 from lamsonq.jobs import Done, Job, Outcome, Put
 from lamsonq.mail import MailRequest
@@ -101,14 +101,17 @@ class RoutingBase:
 
     @property
     def REGISTERED(self) -> dict[str, tuple[re.Pattern[str], list[Callable[..., Any]]]]:
+        """Each resolved expression with its compiled form and its functions, as Lamson's."""
         return {e: (r.compiled, [h.function for h in r.handlers]) for e, r in self.table.routes.items()}
 
     @property
     def ORDER(self) -> list[str]:
+        """The resolved expressions in the order in which they are tried."""
         return list(self.table.routes)
 
     @property
     def HANDLERS(self) -> dict[str, StateKeyGenerator]:
+        """The loaded modules with their state key generators."""
         return {name: generator or _default_state_key for name, generator in self.table.modules.items()}
 
     def defaults(self, **captures: str) -> None:
@@ -127,6 +130,7 @@ class RoutingBase:
             before = list(self._names)
             for name in handlers:
                 load_handlers(name)
+                self._seen.setdefault(name, changed_at(name))
                 if name not in self._names:
                     self._names.append(name)
             try:
@@ -150,6 +154,7 @@ class RoutingBase:
     def clear_routes(self) -> None:
         """Forget all routes and captures; `load` brings modules back."""
         with self._lock:
+            self.DEFAULT_CAPTURES.clear()
             self._names.clear()
             self._direct.clear()
             self.queues.clear()
@@ -165,6 +170,7 @@ class RoutingBase:
             raise Refusal(f"the states cannot be read: {reason_of(error)}") from error
 
     def clear_states(self) -> None:
+        """Put every sender back to START."""
         self.STATE_STORE.clear()
 
     def reload(self) -> None:
@@ -229,13 +235,11 @@ class RoutingBase:
         then says that the message is undeliverable."""
         conversation = self._conversation(candidate[0].module, message)
         stateful = None if conversation is None else self._stateful(conversation, locked=True)
-        return Call(self._keep_undeliverable, message.To, stateful=stateful)
+        return Call(self._keep_or_die, message.To, stateful=stateful)
 
-    def _keep_undeliverable(self, message: MailRequest) -> None:
-        queue = self.undeliverable(message)
-        if queue is None:
+    def _keep_or_die(self, message: MailRequest) -> None:
+        if not self.keep_undeliverable(message):
             raise Dead(f"no function that takes {message.To} is in the sender's state")
-        queue.push(message)
 
     def _choose(
         self,
@@ -278,7 +282,7 @@ class RoutingBase:
 
     def _rechoose(self, message: MailRequest, key: str) -> Call:
         """What the recipient's conversation asks for now that its lock is held."""
-        return self._in_state_now(message, key) or Call(self._keep_undeliverable, message.To)
+        return self._in_state_now(message, key) or Call(self._keep_or_die, message.To)
 
     def _in_state_now(self, message: MailRequest, key: str) -> Call | None:
         table = self.table
@@ -331,6 +335,7 @@ class RoutingBase:
     # -- states -------------------------------------------------------------------------------------------------
 
     def state_key(self, module_name: str, message: Any) -> str:
+        """Which conversation of a module a message belongs to: what its generator says, else the module's name."""
         generator = self.table.modules.get(module_name) or _generator_of(module_name) or _default_state_key
         return generator(module_name, message)
 
@@ -346,9 +351,11 @@ class RoutingBase:
             self.STATE_STORE.set(*conversation, state_name)
 
     def in_state(self, func: Callable[..., Any], message: MailRequest) -> bool:
+        """Whether the sender's conversation is at this function."""
         return self._state(self.table, func.__module__, message) == func.__name__
 
     def in_error(self, func: Callable[..., Any], message: MailRequest) -> bool:
+        """Whether the last message of the sender to this function's module ended in a crash."""
         return self.get_state(func.__module__, message) == "ERROR"
 
     def _conversation(self, module_name: str, message: MailRequest) -> Conversation | None:
@@ -418,9 +425,7 @@ class RoutingBase:
         request = message if isinstance(message, MailRequest) else _request_of(message)
         calls = self.plan(request)
         for left in unplanned(request, calls):
-            queue = self.undeliverable(left)
-            if queue is not None:
-                queue.push(left)
+            self.keep_undeliverable(left)
         failures: list[Failure] = []
         for call in calls:
             outcome = self._run(call, request)
@@ -444,11 +449,18 @@ class RoutingBase:
                 outcomes.append(outcome)
                 settled.set()
 
-        self.attempt(call, message, key=key_of(message, call.recipient), settle=settle, patience=10.0).start()
+        self.attempt(call, message, key=key_of(message, call.recipient), settle=settle, patience=PATIENCE).start()
         settled.wait()
         return outcomes[0]
 
-    def undeliverable(self, message: MailRequest) -> Queue | None:
+    def keep_undeliverable(self, message: MailRequest) -> bool:
+        """Push what no route takes into the UNDELIVERABLE_QUEUE; False when there is none, and nothing is kept."""
+        queue = self.undeliverable_queue(message)
+        if queue is not None:
+            queue.push(message)
+        return queue is not None
+
+    def undeliverable_queue(self, message: MailRequest) -> Queue | None:
         """Say that no route takes a message; the queue that it belongs into, if there is one."""
         if self.UNDELIVERABLE_QUEUE is None:
             LOG.warning(
@@ -474,7 +486,7 @@ class RoutingBase:
             self._next_look = now + RELOAD_INTERVAL
             newest = {name: changed_at(name) for name in self._names}
             known, self._seen = self._seen, newest
-            if known and any(known.get(name, at) != at for name, at in newest.items()):
+            if any(known.get(name, at) != at for name, at in newest.items()):
                 self.reload()
 
 

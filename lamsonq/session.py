@@ -9,7 +9,8 @@ Rules:
 3. A client that closes its sending side early is still answered for everything that it has sent.
 
 Of aiosmtpd this uses the connection, the command loop and the state of a transaction; EHLO, MAIL, RCPT and DATA are
-our own. `_reader` (and its `_buffer`), `_writer` and `_timeout_handle` are the private names that are touched.
+our own. The private names that are touched: `_reader` (and its `_buffer`), `_writer`, `_timeout_handle`,
+`_reset_timeout` and `_timeout_cb`.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ Seconds = Annotated[float, msgspec.Meta(gt=0)]
 
 
 class QueueConfig(TypedDict):
-    """What `config/queue.py` gives its QueueReceiver: the queue, and the seconds between two looks into it."""
+    """What `config/queue.py` gives its QueueReceiver: the queue, and how often it says that it is idle (seconds)."""
 
     queue: str
     sleep: int
@@ -280,7 +280,18 @@ def boot(module: str = "config.boot") -> ModuleType:
     if not isinstance(settings, ModuleType):
         raise UsageError(f"{module} is no boot: it imports no module named settings")
     _hand_over(settings)
+    _booted[:] = [settings]
     return settings
+
+
+_booted: list[ModuleType] = []
+
+
+def booted() -> Any:
+    """The settings module of the boot that this process runs. Raises UsageError before there is one."""
+    if not _booted:
+        raise UsageError("no boot module has been run in this process: settings.boot('config.boot') does that")
+    return _booted[0]
 
 
 def use_project() -> None:

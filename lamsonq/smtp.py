@@ -46,9 +46,9 @@ _GOODBYE = "421 4.3.2 Service shutting down"
 class SMTPReceiver:
     """Listens on `host`:`port` and gives each message to the router; with `deliver=`, to that callable instead.
 
-    `workers` is how many functions run at once, `timeout` how many seconds one may take, `size_limit` how many
-    octets a message may have, `hostname` what it greets as (None: this host's name). Port 0 takes any free one;
-    `port` tells it after `bind`.
+    `workers` is how many functions run at once (and as many again for what is worked off), `timeout` how many seconds
+    one may take, `size_limit` how many octets a message may have, `hostname` what it greets as (None: this host's
+    name). Port 0 takes any free one; `port` tells it after `bind`.
 
     Source: Lamson's and Salmon's `server.SMTPReceiver`.
     """
@@ -130,7 +130,7 @@ class SMTPReceiver:
         LOG.info("SMTPReceiver started on %s:%d.", self.host, self.port)
         if self.deliver is None:
             self._undeliverable = QueueReceiver(
-                self._undeliverable_queue(), router=self.router, timeout=self.timeout, bound=True
+                self._undeliverable_queue(), workers=self.workers, router=self.router, timeout=self.timeout, bound=True
             )
             self._spawn(self._work_off)
 

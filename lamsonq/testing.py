@@ -1,7 +1,5 @@
 """For the tests of those who write handlers: conversations with the real router, and nothing running.
 
-    class TestPosting(RouterConversation): ...        or simply
-
     alice = RouterConversation("alice@example.com", "hello")
     alice.begin()
     alice.say("my.blog@osb.test.com", "the post", expect="Your post is up")
@@ -66,15 +64,16 @@ class TestConversation:
 
     __test__ = False  # for pytest: this is a tool, not a test
 
-    def __init__(self, relay_to_mail_server: Takes, From: str, Subject: str) -> None:
+    def __init__(self, relay_to_mail_server: Takes, From: str, Subject: str, router: RoutingBase = Router) -> None:
         self.relay = relay_to_mail_server
+        self.router = router
         self.From = From
         self.Subject = Subject
 
     def begin(self) -> None:
         """Start from nothing: no mail in run/queue, everybody in START."""
         clear_queue()
-        Router.clear_states()
+        self.router.clear_states()
 
     def deliver(self, To: str, From: str, Subject: str, Body: str) -> None:
         """Send one message."""
@@ -87,7 +86,7 @@ class TestConversation:
             return None
         found = delivered(expect)
         if not found:
-            if not Router.table.routes:
+            if not self.router.table.routes:
                 raise AssertionError("no handlers are loaded: boot the project, settings.boot('config.testing')")
             there = "\n---\n".join(map(str, _messages(queue()))) or "(nothing)"
             raise AssertionError(f"no message in {TEST_QUEUE} matches {expect!r}. There is:\n{there}")
@@ -100,7 +99,7 @@ class RouterConversation(TestConversation):
     __test__ = False
 
     def __init__(self, From: str, Subject: str, router: RoutingBase = Router) -> None:
-        super().__init__(router, From, Subject)
+        super().__init__(router, From, Subject, router)
 
     def deliver(self, To: str, From: str, Subject: str, Body: str) -> None:
         response = MailResponse(To=To, From=From, Subject=Subject, Body=Body)

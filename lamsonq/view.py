@@ -66,11 +66,15 @@ def respond(
     without a To answers the sender of `variables["message"]`. Raises UsageError when something is missing.
     """
     if isinstance(first, str):
+        if Body is not None:
+            raise UsageError("view.respond: a .msg has its own text; Body= goes with the form without a .msg")
         variables = second or {}
         response = _from_msg(first, variables)
         response.update(_filled(headers, variables))
     else:
         variables = first
+        if second is not None:
+            raise TypeError("view.respond: the variables come first and alone, or behind the name of a .msg")
         if Body is None and Html is None:
             raise UsageError("view.respond needs a template: Body=..., Html=..., or both")
         response = MailResponse(Body=Body and render(variables, Body))

@@ -13,6 +13,7 @@ Rules:
 from __future__ import annotations
 
 import logging
+import os
 import re
 import threading
 import time
@@ -44,18 +45,18 @@ IN_LINE = 100
 class QueueReceiver:
     """Works a queue off. Many may work on one queue, in threads, processes or both.
 
-    `queue_dir` names the queue (a folder or a URL) or is a Queue. `sleep` is how many seconds an empty queue is watched
-    before it is looked at anew. `size_limit` (bytes, 0 = none) and `oversize_dir` say what becomes of larger messages.
-    `workers` is how many functions run at once. `deliver` takes each message instead of the router, as in
-    `QueueReceiver("run/outbox", deliver=relay.deliver)`. `timeout` is how many seconds a function may take.
-    `bound=True` works only the jobs that are bound to a function.
+    `queue_dir` names the queue (a folder or a URL) or is a Queue. `sleep` is after how many seconds an idle receiver
+    says so in the log again: a file that appears wakes it at once. `size_limit` (bytes, 0 = none) and `oversize_dir`
+    say what becomes of larger messages. `workers` is how many functions run at once. `deliver` takes each message
+    instead of the router, as in `QueueReceiver("run/outbox", deliver=relay.deliver)`. `timeout` is how many seconds a
+    function may take. `bound=True` works only the jobs that are bound to a function.
 
     Source: Lamson's and Salmon's `server.QueueReceiver`.
     """
 
     def __init__(
         self,
-        queue_dir: str | Queue,
+        queue_dir: str | os.PathLike[str] | Queue,
         sleep: float = 10,
         size_limit: int = 0,
         oversize_dir: str | None = None,
@@ -68,8 +69,10 @@ class QueueReceiver:
     ) -> None:
         if workers < 1:
             raise ValueError(f"workers={workers}: a QueueReceiver needs at least one")
-        if isinstance(queue_dir, str):
+        if not isinstance(queue_dir, Queue):
             queue_dir = Queue(queue_dir, pop_limit=size_limit, oversize_dir=oversize_dir)
+        elif size_limit or oversize_dir:
+            raise TypeError("give pop_limit and oversize_dir to the Queue: this receiver gets one that is made already")
         self.queue = queue_dir
         self.queue_dir = queue_dir.dir
         self.sleep = sleep
@@ -120,7 +123,10 @@ class QueueReceiver:
             self._drained.set()
 
     def run_once(self) -> bool:
-        """Take one job and see it through, in this thread; False when none is ready. For loops of one's own."""
+        """Take one job and see it through, in this thread; False when none is ready. For loops of one's own.
+
+        A message that asks for several calls is only split into them; the next calls run those.
+        """
         jobs = self.queue.backend.reserve(1, bound=self.bound)
         for job in jobs:
             settled = threading.Event()
@@ -318,7 +324,7 @@ class QueueReceiver:
         store = self.queue.backend
         puts = [Put(store, _bound(job, call, n)) for n, call in enumerate(calls, 1)]
         for n, message in enumerate(left, len(calls) + 1):
-            undeliverable = self.router.undeliverable(message)
+            undeliverable = self.router.undeliverable_queue(message)
             reason = f"no route takes {', '.join(message.route_to) or 'a message without recipient'}"
             if undeliverable is not None:
                 kept = replace(_part(job, message, n), key=undeliverable.backend.new_key())

@@ -27,6 +27,7 @@ def open_backend(url: str, *, pop_limit: int = 0, oversize_dir: str | None = Non
 
     Raises BrokerError for a scheme that nothing serves.
     """
+    url = url.removeprefix("maildir:")
     match = _SCHEME.match(url)
     scheme = match[1] if match else "maildir"
     # A path means another directory after a chdir, so where we are is part of the question.

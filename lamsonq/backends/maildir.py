@@ -45,7 +45,7 @@ REAP_EVERY = 5.0
 
 def open_queue(url: str, *, pop_limit: int = 0, oversize_dir: str | None = None) -> Maildir:
     """The backend that a plain path names."""
-    return Maildir(url.removeprefix("maildir:"), pop_limit=pop_limit, oversize_dir=oversize_dir)
+    return Maildir(url, pop_limit=pop_limit, oversize_dir=oversize_dir)
 
 
 class Maildir:

@@ -8,6 +8,8 @@ Rules:
 
 1. A name begins with the key; fields follow, each behind a comma; `:2,` and flags end it. Fields of other programs are
    kept as they are. Ours is `LQ=`, a version, then letters with numbers; those that are zero are left out.
+   b: length of our line, d: deliveries, f: failures, t: due (ms since the epoch), o: has a target, e: a report lies
+   beside, k: mark of a claim, c: number of a commit.
 2. No `LQ=`: a stranger's file, and all of it is the message. A version that we do not know: left untouched.
 3. What must be known about a message stands in one line of ASCII JSON in front of it, and the *name* tells how long
    that line is. A header that looks like ours inside a message is only a header: nobody can forge a record by mail.

@@ -2,7 +2,8 @@
 
 Rules:
 
-1. `fate_of` decides, and is the only place that knows back-off and giving up; everything else moves files.
+1. `fate_of` decides for a job that is settled, `place_of` for one that is put; a killer of workers is buried where it
+   is found. Everything else moves files.
 2. A job that has been committed is never given back. What could not be published is tried again, by this process as
    long as it lives and then by whoever finds it.
 3. Counts: a settle sets the deliveries to zero, because the worker has lived; only what is given back uncounted keeps

@@ -25,9 +25,13 @@ if TYPE_CHECKING:
 @option("remove", "Delete a message.", metavar="KEY")
 @click.option("-keys", "--keys", "-list", "--list", "keys", is_flag=True, help="Print the keys, oldest first.")
 @click.option("-count", "--count", is_flag=True, help="Print how many messages there are.")
-@click.option("-clear", "--clear", is_flag=True, help="Delete all messages that are ready.")
-@click.option("-dead", "--dead", "state", flag_value="dead", help="With -keys and -count: the dead letters.")
-@click.option("-delayed", "--delayed", "state", flag_value="delayed", help="With -keys and -count: the delayed ones.")
+@click.option(
+    "-clear", "--clear", is_flag=True, help="Delete all messages that are ready, or all dead or delayed ones."
+)
+@click.option("-dead", "--dead", "state", flag_value="dead", help="With -keys, -count and -clear: the dead letters.")
+@click.option(
+    "-delayed", "--delayed", "state", flag_value="delayed", help="With -keys, -count and -clear: the delayed."
+)
 @option("report", "Print why a message failed, with tracebacks.", metavar="KEY")
 @option("kick", "Make a delayed or dead message ready again.", metavar="KEY")
 @json_option
@@ -41,6 +45,8 @@ def queue(path: str | None, name: str, state: str | None, as_json: bool, **wish:
     if len(wishes) != 1:
         what = "Give something to do." if not wishes else "Give one thing to do, not more."
         raise Refusal(f"{what}  Try lamsonq help -for queue to find out what.")
+    if state is not None and wishes[0] not in ("keys", "count", "clear"):
+        raise Refusal(f"-{state} goes with -keys, -count and -clear, not with -{wishes[0]}")
     name = path or name
     _look_for(name)
     opened = Queue(name)
@@ -106,8 +112,9 @@ def _count(queue: Queue, _: bool, state: str, as_json: bool) -> None:
             click.echo(f"  and besides: {', '.join(others)}")
 
 
-def _clear(queue: Queue, *_: Any) -> None:
-    queue.clear()
+def _clear(queue: Queue, _: bool, state: str, *__: Any) -> None:
+    for key in queue.backend.keys(state):
+        queue.backend.remove(key)
 
 
 def _report(queue: Queue, key: str, *_: Any) -> None:

@@ -2,8 +2,8 @@
 SMTP port this is an open relay."""
 
 import logging
-import sys
 
+from lamsonq import settings
 from lamsonq.handlers import log
 from lamsonq.mail import MailRequest
 from lamsonq.routing import route_like, stateless
@@ -16,4 +16,4 @@ LOG = logging.getLogger()
 def START(message: MailRequest, to: str, host: str) -> None:
     """Relay the message, with its own envelope, through `settings.relay` of the booted project."""
     LOG.debug("MESSAGE to %s@%s forwarded to the relay host.", to, host)
-    sys.modules["config.settings"].relay.deliver(message)
+    settings.booted().relay.deliver(message)

@@ -337,6 +337,15 @@ def test_count_names_what_is_not_ready_too(here: Path) -> None:
     assert shown[1:] == ["Queue run/posts contains 1 messages", "  and besides: 1 dead"]
 
 
+def test_clear_with_dead_deletes_the_dead_and_no_others(here: Path) -> None:
+    queue = Queue("run/posts")
+    store = queue.backend
+    store.put([Put(store, job_of(b"x", store.new_key()), Dead("no")), Put(store, job_of(b"y", store.new_key()))])
+    lamsonq("queue", "run/posts", "-dead", "-clear")
+    assert (store.counts()["ready"], store.counts()["dead"]) == (1, 0)
+    assert refused("queue", "run/posts", "-dead", "-pop").startswith("ERROR: -dead goes with")
+
+
 @pytest.mark.parametrize("spelling", ["-all", "--ALL", "--all", "-ALL", "---all"])
 def test_dashes_and_capitals_of_an_option_do_not_matter(spelling: str) -> None:
     assert parsed("stop", spelling, "run")["run"] == "run"

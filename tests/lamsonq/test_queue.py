@@ -32,6 +32,11 @@ def request(sender: str | None = "Joe@Example.org", recipients: tuple[str, ...] 
     return MailRequest(("127.0.0.1", 4242), sender, list(recipients), BODY, envelope=envelope)
 
 
+def test_a_maildir_may_be_named_by_its_scheme(here: Path) -> None:
+    assert Queue("maildir:run/posts").backend is Queue("run/posts").backend
+    assert Queue("maildir:run/posts").dir == "run/posts"
+
+
 def test_push_puts_a_file_into_new_and_gives_its_key(posts: Queue) -> None:
     key = posts.push(request())
     [name] = os.listdir("run/posts/new")

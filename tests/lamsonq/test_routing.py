@@ -717,7 +717,6 @@ def test_with_reload_on_a_changed_file_is_noticed(
     name = module("@route('desk@example.com')\ndef START(message): ...\n")
     router.load([name])
     router.RELOAD = True
-    assert len(router.plan(mail())) == 1
     path = here / f"{name}.py"
     path.write_text("from lamsonq.routing import *\n@route('sales@example.com')\ndef START(m): ...\n")
     os.utime(path, (time.time() + 5, time.time() + 5))
