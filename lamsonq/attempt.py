@@ -157,7 +157,7 @@ class Attempt:
         """
         if self._awaited is not None and _handler_loop().is_blocked_by_another(self._task):
             return Later("another async function blocks the event loop", counted=False)
-        outcome = Dead(f"{self.call.name} did not return within {seconds:g} seconds")
+        outcome = Dead(f"{self.call.name or 'deliver'} did not return within {seconds:g} seconds")
         outcome.add_note(f"Where it was:\n{''.join(self._where())}")
         return outcome
 
@@ -225,13 +225,20 @@ class Attempt:
             except Exception as error:  # a state store that fails is a failure of this attempt
                 self._finish(_later_for(error))
                 return
-            same = chosen.stateful and chosen.stateful.conversation == stateful.conversation
+            stay = self._may_run(chosen, stateful.conversation)
             self.call = chosen
-            if not same:
+            if not stay:
                 self._leave()
                 self._enter(_run_here)
                 return
         self._run()
+
+    def _may_run(self, chosen: Call, conversation: Conversation) -> bool:
+        """Whether what was chosen runs under the lock that we have, if any; else it has to enter its own."""
+        wanted = chosen.stateful
+        if wanted is None or wanted.conversation != conversation:
+            return False
+        return self._entered is not None or not wanted.locked or self._is_inside(conversation)
 
     def _run(self) -> None:
         if not self.open:
@@ -249,10 +256,19 @@ class Attempt:
         finally:
             self._thread = None
         if inspect.isawaitable(value):
-            self._awaited = value
-            _handler_loop().run(self, value, context)
+            self._await(value, context)
         else:
             self._returned(value)
+
+    def _await(self, value: Awaitable[Any], context: contextvars.Context) -> None:
+        loop = _handler_loop()
+        if threading.current_thread() is loop.thread:
+            if inspect.iscoroutine(value):
+                value.close()
+            self._raised(RuntimeError("an async function delivers to another: use await asyncio.to_thread(...)"))
+            return
+        self._awaited = value
+        loop.run(self, value, context)
 
     def _async_done(self, task: asyncio.Task[Any]) -> None:
         def judge() -> None:
@@ -376,7 +392,10 @@ class _HandlerLoop:
 
     def run(self, attempt: Attempt, awaitable: Awaitable[Any], context: contextvars.Context) -> None:
         async def await_it() -> Any:
-            return await awaitable
+            try:
+                return await awaitable
+            except (SystemExit, KeyboardInterrupt) as error:  # asyncio would end the loop, and all others with it
+                raise RuntimeError(f"an async function raised {error!r}") from error
 
         def begin() -> None:
             if not attempt.open:
@@ -397,6 +416,6 @@ _loops_lock = threading.Lock()
 def _handler_loop() -> _HandlerLoop:
     with _loops_lock:
         pid = os.getpid()  # a forked child has no thread of its parent's loop
-        if pid not in _loops:
+        if pid not in _loops or not _loops[pid].thread.is_alive():
             _loops[pid] = _HandlerLoop()
         return _loops[pid]

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 from lamsonq.address import canonical
@@ -436,7 +437,7 @@ class RoutingBase:
 
     def _run(self, call: Call, message: MailRequest) -> Outcome:
         outcomes: list[Outcome] = []
-        settled = threading.Event()
+        steps: SimpleQueue[Callable[[], object]] = SimpleQueue()
 
         def settle(outcome: Outcome, puts: list[Put]) -> None:
             try:
@@ -447,10 +448,13 @@ class RoutingBase:
                 raise
             finally:
                 outcomes.append(outcome)
-                settled.set()
+                steps.put(outcomes.copy)  # nothing to do, but to wake up
 
-        self.attempt(call, message, key=key_of(message, call.recipient), settle=settle, patience=PATIENCE).start()
-        settled.wait()
+        self.attempt(call, message, key=key_of(message, call.recipient), settle=settle, patience=PATIENCE).start(
+            steps.put
+        )
+        while not outcomes:
+            steps.get()()  # what has to go on after a wait goes on in this thread
         return outcomes[0]
 
     def keep_undeliverable(self, message: MailRequest) -> bool:

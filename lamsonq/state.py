@@ -214,11 +214,19 @@ class SQLiteStorage(StateStorage):
     def _write_batch(self, batch: list[_Write]) -> None:
         try:
             self._transaction(batch)
-        except Exception as error:  # one of them alone may be at fault, or the disk
+        except sqlite3.OperationalError as error:  # the file is locked, the disk full: the same for all
+            for write in batch:
+                write.error = error
+        except Exception as error:  # one of them alone may be at fault
             for write in batch:
                 write.error = error if len(batch) == 1 else self._alone(write)
-        for write in batch:
-            write.done = True
+        except BaseException:
+            for write in batch:
+                write.error = Refusal(f"writing to the state file {self.path} was interrupted")
+            raise
+        finally:
+            for write in batch:
+                write.done = True
 
     def _alone(self, write: _Write) -> BaseException | None:
         try:

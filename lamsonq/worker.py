@@ -12,6 +12,7 @@ Rules:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -21,6 +22,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from queue import Empty, SimpleQueue
 
 from lamsonq.attempt import Attempt, Call, Spawn
 from lamsonq.errors import Dead, Failure, Later, LeaseLost, QueueError, SettingsError, Undelivered, reason_of
@@ -128,11 +130,15 @@ class QueueReceiver:
         A message that asks for several calls is only split into them; the next calls run those.
         """
         jobs = self.queue.backend.reserve(1, bound=self.bound)
+        steps: SimpleQueue[Callable[[], None]] = SimpleQueue()
         for job in jobs:
-            settled = threading.Event()
-            self._begin(job, lambda function: function(), settled.set)
-            settled.wait(self.timeout)
-            self._give_up_the_late()
+            attempt = self._begin(job, steps.put)
+            while attempt in self._running or not steps.empty():
+                try:
+                    steps.get(timeout=0.2)()
+                except Empty:
+                    self._give_up_the_late()
+        self._give_back_owed()
         return bool(jobs)
 
     def stop(self, grace: float = 30.0) -> None:
@@ -163,7 +169,7 @@ class QueueReceiver:
             if not free or self._stopping.is_set():
                 continue
             quiet = self._quiet()
-            jobs = self._reserve(free, 0 if one_shot or not idle else self._patience())
+            jobs = self._reserve(free, 0 if not idle else self._patience()) if not one_shot else self._take(free)
             for job in jobs:
                 self._submit(pool, job)
             if jobs:
@@ -179,10 +185,13 @@ class QueueReceiver:
                 idle = True
         self._drain()
 
+    def _take(self, free: int, wait: float = 0.0) -> list[Job]:
+        return self.queue.backend.reserve(free, wait, bound=self.bound)
+
     def _reserve(self, free: int, wait: float) -> list[Job]:
         """Take jobs; while the queue cannot be used, wait and say so once."""
         try:
-            jobs = self.queue.backend.reserve(free, wait, bound=self.bound)
+            jobs = self._take(free, wait)
         except QueueError as error:
             if not self._in_trouble:
                 LOG.error("%s; trying on", error)
@@ -203,7 +212,7 @@ class QueueReceiver:
     def _quiet(self) -> bool:
         """Whether nothing is under way."""
         with self._changed:
-            return not self._busy and not self._running
+            return not self._busy and not self._running and not self._owed
 
     def _patience(self) -> float:
         # While functions run, somebody must look at their clocks.
@@ -211,7 +220,7 @@ class QueueReceiver:
 
     def _wait_for_change(self) -> None:
         with self._changed:
-            if self._busy or self._running:
+            if self._busy or self._running or self._owed:
                 self._changed.wait(0.1)
 
     def _submit(self, pool: ThreadPoolExecutor, job: Job) -> None:
@@ -220,7 +229,7 @@ class QueueReceiver:
                 self._busy += 1
             pool.submit(self._in_thread, function)
 
-        self._begin(job, spawn, _nothing)
+        self._begin(job, spawn)
 
     def _in_thread(self, function: Callable[[], None]) -> None:
         try:
@@ -236,8 +245,9 @@ class QueueReceiver:
         """Wait for what runs; after the grace, and for what hangs, go without it."""
         while True:
             self._give_up_the_late()
+            self._give_back_owed()
             with self._changed:
-                if not self._running:
+                if not self._running and not self._owed:
                     return
                 if time.monotonic() >= (self._give_back_at or 0):
                     break
@@ -258,11 +268,12 @@ class QueueReceiver:
     def _settle_instead(self, attempt: Attempt, job: Job, outcome: Outcome) -> None:
         if attempt.give_up():
             self._forget(attempt)
-            self._settle(job, attempt.call, outcome, [])
+            with contextlib.suppress(LeaseLost):  # somebody has taken it away: then there is nothing to settle
+                self._settle(job, attempt.call, outcome, [])
 
     # -- one job -----------------------------------------------------------------------------------------------
 
-    def _begin(self, job: Job, spawn: Spawn, finished: Callable[[], None]) -> None:
+    def _begin(self, job: Job, spawn: Spawn) -> Attempt | None:
         """Find out what a claimed job asks for, and start it. In the fetching thread: that keeps the order."""
         LOG.debug("Pulled message with key: %r off", job.key)
         try:
@@ -279,8 +290,7 @@ class QueueReceiver:
             spawn(lambda: self._settle_failure(job, None, failure))
             call = None
         if call is None:
-            finished()
-            return
+            return None
         holder: list[Attempt] = []
 
         def settle(outcome: Outcome, puts: list[Put]) -> None:
@@ -288,13 +298,13 @@ class QueueReceiver:
                 self._settle(job, holder[0].call, outcome, puts)
             finally:
                 self._forget(holder[0])
-                finished()
 
         attempt = Attempt(call, message, key=job.key, settle=settle)
         holder.append(attempt)
         with self._changed:
             self._running[attempt] = job
         attempt.start(spawn, here=False)
+        return attempt
 
     def _call_for(self, job: Job, spawn: Spawn) -> tuple[Call | None, MailRequest]:
         """The one call that this job asks for; None when it is dealt with without one."""
@@ -419,7 +429,3 @@ def _derived_key(key: str, number: int) -> str:
     """A key beside its parent's in the order of the queue, that only this parent can make."""
     derived, found = re.subn(r"^(\d+\.M\d+P\d+Q\d+(?:R\d+)*)", rf"\1R{number}", key, count=1)
     return derived if found else f"{key}.R{number}"
-
-
-def _nothing() -> None:
-    pass

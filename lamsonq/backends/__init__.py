@@ -42,17 +42,17 @@ def _open(scheme: str, url: str, _place: str, pop_limit: int, oversize_dir: str 
 
 
 def _opener(scheme: str, url: str) -> Callable[..., Backend]:
+    own = _own()
+    if scheme in own:
+        return own[scheme]
     for entry in entry_points(group=GROUP, name=scheme):
         opener: Callable[..., Backend] = entry.load()
         return opener
-    opener_here = _own().get(scheme)
-    if opener_here is None:
-        known = sorted({*_own(), *(entry.name for entry in entry_points(group=GROUP))})
-        raise BrokerError(
-            f"no queue backend serves {scheme}: (asked for {url!r}); installed are {', '.join(known)}. "
-            f"A directory of that name is written ./{url}"
-        )
-    return opener_here
+    known = sorted({*own, *(entry.name for entry in entry_points(group=GROUP))})
+    raise BrokerError(
+        f"no queue backend serves {scheme}: (asked for {url!r}); installed are {', '.join(known)}. "
+        f"A directory of that name is written ./{url}"
+    )
 
 
 def _own() -> dict[str, Callable[..., Backend]]:

@@ -6,8 +6,8 @@ Rules:
    put there is a job with defaults. What cannot be a job (a directory, a link, a newer version's file) is left alone.
 2. To claim is to rename the file into this process's folder; who comes second finds nothing. The delivery is counted
    in that rename. A dead process is recognised by its lock (maildir_claims.py), and its jobs go back.
-3. A job whose worker died runs with no other such job beside it, and at its last chance with no other at all: what is
-   buried for killing its worker has done so alone.
+3. A job whose worker died runs with no other such job of this queue beside it, and at its last chance with no other at
+   all: of the jobs of one queue, what is buried for killing its worker has done so alone.
 4. To settle is to rename or unlink the claimed file; who comes second gets LeaseLost. With puts: maildir_commit.py.
 5. A receiver that finds nothing sleeps until a file appears (maildir_arrivals.py); it does not look again.
 """
@@ -318,7 +318,7 @@ class Maildir:
             self._held.discard(job.claim)
             if job.claim == self._suspect:
                 self._suspect = ""
-            if self._arrivals.has_aside and not self._suspect:
+            if (self._arrivals.has_aside or self._waits_for_quiet) and not self._suspect:
                 self.wake()
 
     # -- dead workers ------------------------------------------------------------------------------------------

@@ -645,6 +645,25 @@ def test_a_job_at_its_last_chance_runs_alone(make: Callable[..., Maildir]) -> No
     assert counts(four)[3] == 1
 
 
+def test_a_sleeper_is_woken_when_a_last_chance_is_over(make: Callable[..., Maildir]) -> None:
+    one, two, three = make(), make(), make()
+    push(one)
+    for worker in (one, two):
+        take(worker)
+        die(worker)
+    last = take(three)
+    key = push(three)
+    timer = threading.Timer(0.05, three.settle, [last, DONE])
+    timer.start()
+    begun = time.monotonic()
+    found: list[Job] = []
+    while not found and time.monotonic() < begun + 10:
+        found = three.reserve(1, wait=10)
+    timer.join()
+    assert [job.key for job in found] == [key]
+    assert time.monotonic() - begun < 4
+
+
 def test_a_last_chance_waits_until_the_others_are_settled(make: Callable[..., Maildir]) -> None:
     one, two, three = make(), make(), make()
     push(three)

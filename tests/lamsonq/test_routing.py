@@ -592,6 +592,40 @@ def test_async_functions_are_state_functions_too(router: RoutingBase, module: Mo
         router.deliver(mail())
 
 
+def test_an_async_function_that_exits_fails_alone(router: RoutingBase, module: Module, mail: Mail) -> None:
+    name = module(
+        """
+        @route('(how)@example.com', how='exit|go')
+        @stateless
+        async def START(message, how):
+            if how == 'exit': raise SystemExit(3)
+            CALLS.append(how)
+        """
+    )
+    router.load([name])
+    with pytest.raises(Undelivered, match=r"SystemExit\(3\)"):
+        router.deliver(mail("exit@example.com"))
+    router.deliver(mail("go@example.com"))
+    assert calls_of(name) == ["go"]
+
+
+def test_an_async_function_that_waits_for_another_is_told_so(router: RoutingBase, module: Module, mail: Mail) -> None:
+    name = module(
+        """
+        ROUTER = []
+        @route('(who)@example.com', who='outer|inner')
+        @stateless
+        async def START(message, who):
+            from lamsonq.mail import MailRequest
+            if who == 'outer': ROUTER[0].deliver(MailRequest('inside', message.From, 'inner@example.com', message.Data))
+        """
+    )
+    router.load([name])
+    sys.modules[name].ROUTER.append(router)
+    with pytest.raises(Undelivered, match=r"asyncio\.to_thread"):
+        router.deliver(mail("outer@example.com"))
+
+
 def test_deliver_may_be_called_on_an_event_loop(router: RoutingBase, module: Module, mail: Mail) -> None:
     name = module("@route('desk@example.com')\nasync def START(message): CALLS.append(1)\n")
     router.load([name])
@@ -643,6 +677,56 @@ def test_a_state_that_changes_while_a_plan_is_made_is_seen_once(
     router.load([name])
     for _ in range(3):
         assert len(router.plan(mail())) == 1
+
+
+def test_who_waited_in_line_goes_on_in_his_own_thread(router: RoutingBase, module: Module, mail: Mail) -> None:
+    name = module(
+        """
+        import threading, time
+        @route('desk@example.com')
+        def START(message):
+            time.sleep(0.01)
+            CALLS.append((message.body().strip(), threading.current_thread().name))
+        """
+    )
+    router.load([name])
+    threads = [threading.Thread(target=router.deliver, args=[mail(body=str(n))], name=str(n)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(map(str, calls_of(name))) == sorted(str((str(n), str(n))) for n in range(8))
+
+
+def test_nolocking_does_not_lead_around_the_lock_of_another_function(
+    router: RoutingBase, module: Module, mail: Mail
+) -> None:
+    name = module(
+        """
+        import threading
+        ALONE = threading.Lock()
+        @route('desk@example.com')
+        @nolocking
+        def START(message): ...
+        @route('desk@example.com')
+        def NEXT(message):
+            assert ALONE.acquire(blocking=False)
+            CALLS.append(1)
+            threading.Event().wait(0.02)
+            ALONE.release()
+        """
+    )
+    router.load([name])
+    planned = [(mail(), router.plan(mail())[0]) for _ in range(4)]
+    router.set_state(name, mail(), "NEXT")
+    attempts = [router.attempt(call, m, key=str(n), settle=lambda *_: None) for n, (m, call) in enumerate(planned)]
+    threads = [threading.Thread(target=attempt.start) for attempt in attempts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert calls_of(name) == [1, 1, 1, 1]
+    assert router.get_state(name, mail()) == "NEXT", "nobody has failed"
 
 
 def test_nolocking_lets_two_messages_of_one_sender_in(router: RoutingBase, module: Module, mail: Mail) -> None:
