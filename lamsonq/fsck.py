@@ -20,6 +20,8 @@ from lamsonq.backends.maildir_files import STATES, Folders, Oversize, Unreadable
 from lamsonq.backends.maildir_index import Index
 from lamsonq.backends.maildir_names import is_deleted, parse_name
 from lamsonq.errors import Refusal
+from lamsonq.jobs import Job
+from lamsonq.queue import message_of
 
 _MESSAGE_ID = re.compile(rb"^message-id:\s*(\S+)", re.IGNORECASE | re.MULTILINE)
 _HEADER_END = re.compile(rb"\r?\n\r?\n")
@@ -69,7 +71,10 @@ class Report:
 
 
 def check(run: str | Path, accepted: Iterable[str] = (), handled: Iterable[str] = ()) -> Report:
-    """Look at every file of every maildir queue under `run`; Message-IDs are written as in the header.
+    """Look at every file of every maildir queue under `run`.
+
+    `accepted` and `handled` are Message-IDs as in the header, or a Message-ID, a space and a recipient in lower case:
+    of a message to several, one may be lost.
 
     Raises Refusal when `run` is no directory.
     """
@@ -141,13 +146,13 @@ def _count(folder: Path) -> int:
 
 
 def _look(queue: Path, state: str, file: Path, report: QueueReport) -> set[str]:
-    """Check one file and count it; the Message-IDs in it."""
+    """Check one file and count it; the Message-IDs in it, alone and with each recipient."""
     name = parse_name(file.name)
     trouble = "a newer version of lamsonq has written it" if name is None else name.trouble
-    body = b""
+    job = None
     if name is not None and not trouble:
         try:
-            body = read_job(str(file), name).body
+            job = read_job(str(file), name)
         except FileNotFoundError:
             return set()  # taken while we looked: it is where it went
         except (ValueError, Unreadable, Oversize, OSError) as error:
@@ -155,5 +160,11 @@ def _look(queue: Path, state: str, file: Path, report: QueueReport) -> set[str]:
     if trouble:
         report.broken[str(file.relative_to(queue))] = trouble
     setattr(report, state, getattr(report, state) + 1)
-    header = _HEADER_END.split(body, maxsplit=1)[0]
-    return {found.decode("utf-8", "surrogateescape") for found in _MESSAGE_ID.findall(header)}
+    return set() if job is None else _ledger_lines(job)
+
+
+def _ledger_lines(job: Job) -> set[str]:
+    header = _HEADER_END.split(job.body, maxsplit=1)[0]
+    ids = {found.decode("utf-8", "surrogateescape") for found in _MESSAGE_ID.findall(header)}
+    recipients = message_of(job, "").route_to
+    return ids | {f"{message_id} {recipient}" for message_id in ids for recipient in recipients}

@@ -233,7 +233,7 @@ def send(sender: str, to: str, subject: str, body: str, attach: str | None, port
 
 @declare()
 @click.argument("run", default="run", metavar="[DIR]")
-@option("accepted", "A file of Message-IDs, one a line, that were answered with 250.", metavar="FILE")
+@option("accepted", "A file of Message-IDs (or `ID recipient`), one a line, that were answered 250.", metavar="FILE")
 @option("handled", "A file of Message-IDs, one a line, that were handled.", metavar="FILE")
 @json_option
 @click.pass_context

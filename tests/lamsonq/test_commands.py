@@ -19,6 +19,7 @@ from click.testing import CliRunner
 from lamsonq import commands, pidfile
 from lamsonq.errors import Dead
 from lamsonq.jobs import Put
+from lamsonq.mail import MailRequest
 from lamsonq.queue import Queue, job_of
 
 ROOT = str(Path(commands.__file__).parents[2])
@@ -454,6 +455,13 @@ def test_send_wants_sender_recipient_subject_and_body(here: Path) -> None:
 
 
 # ---- fsck ------------------------------------------------------------------------------------------------------
+
+
+def test_fsck_misses_one_of_several_recipients(posts: Queue) -> None:
+    posts.push(MailRequest("here", "s@x.org", ["a@x.org", "B@x.org"], b"Message-ID: <1@x>\r\n\r\nhello"))
+    Path("accepted").write_text("<1@x> a@x.org\n<1@x> b@x.org\n<1@x> lost@x.org\n")
+    shown = lamsonq("fsck", "--accepted", "accepted", code=1).stdout
+    assert re.findall("missing: (.*)", shown) == ["<1@x> lost@x.org"]
 
 
 def test_fsck_accounts_for_every_accepted_message(posts: Queue) -> None:
