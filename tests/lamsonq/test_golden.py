@@ -51,7 +51,10 @@ def send(port: int, data: bytes) -> None:
 @pytest.fixture
 def ports(here: Path) -> Iterator[tuple[int, int]]:
     """Two servers: one that spools, and the one that is relayed to."""
-    receivers = [SMTPReceiver("127.0.0.1", 0, deliver=Queue(name).push) for name in ("run/in", "run/relayed")]
+    receivers = [
+        SMTPReceiver("127.0.0.1", 0, deliver=Queue(name).push, router=RoutingBase())
+        for name in ("run/in", "run/relayed")
+    ]
     for receiver in receivers:
         receiver.start()
     yield receivers[0].port, receivers[1].port
