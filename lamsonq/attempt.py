@@ -29,7 +29,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lamsonq.errors import Dead, Later, LeaseLost, SMTPError, Undelivered, outcome_of
+from lamsonq.errors import Dead, Later, LeaseLost, SMTPError, Undelivered, outcome_of, reason_of
 from lamsonq.jobs import DONE, Done, Outcome, Put
 from lamsonq.mail import MailRequest
 from lamsonq.state import Conversation, Conversations, StateStorage
@@ -208,7 +208,7 @@ class Attempt:
                 if time.monotonic() >= give_up_at:
                     self._finish(Later("the conversation is busy in another process", time.time() + 1, counted=False))
                     return
-                time.sleep(0.005)
+                time.sleep(0.005)  # fcntl(2) has no wait with a time limit
         except OSError as error:  # no descriptor, no space: this machine is short of something just now
             self._finish(_later_for(error))
             return
@@ -357,9 +357,30 @@ def publish(puts: Iterable[Put]) -> None:
         of_one_store[0].store.put(of_one_store)
 
 
-def key_of(message: MailRequest, recipient: str) -> str:
-    """What names an attempt that has no job: the same message to the same recipient, sent again, has the same key."""
-    digest = hashlib.sha256(repr((message.From, recipient)).encode("utf-8", "surrogatepass"))
+def publishing(tell: Callable[[Outcome, list[Put]], object], failed: type[Later] = Later) -> Settle:
+    """The settle of an attempt that has no job: publish, then `tell`; what could not be kept makes it a `failed`."""
+
+    def settle(outcome: Outcome, puts: list[Put]) -> None:
+        try:
+            publish(puts)
+        except Exception as error:  # any store: what was not kept was not done
+            outcome = failed(f"what the handler pushed could not be kept: {reason_of(error)}")
+            outcome.__cause__ = error
+            raise
+        finally:
+            tell(outcome, puts)
+
+    return settle
+
+
+def key_of(message: MailRequest, call: Call) -> str:
+    """What names an attempt that has no job: the same message to the same recipient, sent again, has the same key.
+
+    "" for a call without a conversation, which nothing has to be remembered of.
+    """
+    if call.stateful is None:
+        return ""
+    digest = hashlib.sha256(repr((message.From, call.recipient)).encode("utf-8", "surrogatepass"))
     digest.update(message.to_bytes())
     return digest.hexdigest()
 

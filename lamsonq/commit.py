@@ -22,7 +22,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from lamsonq import mail
-from lamsonq.attempt import PATIENCE, Attempt, Call, key_of, publish
+from lamsonq.attempt import PATIENCE, Attempt, Call, key_of, publishing
 from lamsonq.errors import Dead, Later, SMTPError, Undelivered, reason_of
 from lamsonq.jobs import Done, Job, Outcome, Put
 from lamsonq.queue import job_of
@@ -81,7 +81,7 @@ class Committer:
 
     async def _hand_over(self, message: mail.MailRequest, deliver: Callable[[mail.MailRequest], object]) -> str:
         """Give the message to `deliver=`: nothing is kept here, so what fails is refused."""
-        run = _Run(self, Call(deliver, message.To), message, Attempt, "")
+        run = _Run(self, Call(deliver, message.To), message, Attempt)
         outcome = await run.outcome()
         if isinstance(outcome, Done):
             return _accepted(run.keys)
@@ -101,7 +101,7 @@ class Committer:
             await self._in_pool(self.router.keep_undeliverable, left)
         failures: list[tuple[Call, Later | Dead]] = []
         for call in calls:
-            run = _Run(self, call, message, self.router.attempt, None)
+            run = _Run(self, call, message, self.router.attempt)
             outcome = await run.outcome()
             if not isinstance(outcome, Done):
                 failures.append((run.call, outcome))
@@ -141,8 +141,7 @@ class Committer:
 class _Run:
     """One call under way, as the event loop sees it.
 
-    `make` is Attempt or what makes one; `key` names the attempt, or else the message's content does: the same
-    message, sent again after a crash, has the same key.
+    `make` is Attempt or what makes one.
     """
 
     def __init__(
@@ -151,14 +150,12 @@ class _Run:
         call: Call,
         message: mail.MailRequest,
         make: Callable[..., Attempt],
-        key: str | None,
     ) -> None:
         self.call = call
         self.keys: list[str] = []
         self._committer = committer
         self._message = message
         self._make = make
-        self._key = key
         self._attempt: Attempt | None = None
         self._begun = 0.0
         self._settled: asyncio.Future[Outcome] = committer.loop.create_future()
@@ -189,8 +186,9 @@ class _Run:
     def _begin(self) -> None:
         """In a thread of the pool."""
         try:
-            key = key_of(self._message, self.call.recipient) if self._key is None else self._key
-            attempt = self._make(self.call, self._message, key=key, settle=self._settle, patience=PATIENCE)
+            key = key_of(self._message, self.call)
+            settle = publishing(self._tell, failed=_Unkept)
+            attempt = self._make(self.call, self._message, key=key, settle=settle, patience=PATIENCE)
             self._begun = time.monotonic()
             self._attempt = attempt
             attempt.start(self._spawn)
@@ -198,18 +196,9 @@ class _Run:
             LOG.exception("%s could not be run", self.call.name)
             self._tell(_Unkept(reason_of(error)))
 
-    def _settle(self, outcome: Outcome, puts: list[Put]) -> None:
-        try:
-            publish(puts)
-            self.keys = [put.job.key for put in puts]
-        except Exception as error:  # any store: what was not kept was not done
-            outcome = _Unkept(f"what {self.call.name} pushed could not be kept: {reason_of(error)}")
-            outcome.__cause__ = error
-            raise
-        finally:
-            self._tell(outcome)
+    def _tell(self, outcome: Outcome, puts: Sequence[Put] = ()) -> None:
+        self.keys = [put.job.key for put in puts]
 
-    def _tell(self, outcome: Outcome) -> None:
         def settle() -> None:
             if not self._settled.done():
                 self._settled.set_result(outcome)

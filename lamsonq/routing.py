@@ -26,7 +26,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from lamsonq.address import canonical
-from lamsonq.attempt import ELSEWHERE_PATIENCE, PATIENCE, Attempt, Call, Settle, Stateful, key_of, publish
+from lamsonq.attempt import ELSEWHERE_PATIENCE, PATIENCE, Attempt, Call, Settle, Stateful, key_of, publishing
 from lamsonq.errors import Dead, Failure, Later, Refusal, Undelivered, outcome_of, reason_of
 from lamsonq.jobs import Done, Job, Outcome, Put
 from lamsonq.mail import MailRequest
@@ -439,20 +439,12 @@ class RoutingBase:
         outcomes: list[Outcome] = []
         steps: SimpleQueue[Callable[[], object]] = SimpleQueue()
 
-        def settle(outcome: Outcome, puts: list[Put]) -> None:
-            try:
-                publish(puts)
-            except Exception as error:  # any store: what was not kept was not done
-                outcome = Later(f"what {call.name} pushed could not be kept: {reason_of(error)}")
-                outcome.__cause__ = error
-                raise
-            finally:
-                outcomes.append(outcome)
-                steps.put(outcomes.copy)  # nothing to do, but to wake up
+        def tell(outcome: Outcome, _puts: list[Put]) -> None:
+            outcomes.append(outcome)
+            steps.put(outcomes.copy)  # nothing to do, but to wake up
 
-        self.attempt(call, message, key=key_of(message, call.recipient), settle=settle, patience=PATIENCE).start(
-            steps.put
-        )
+        key = key_of(message, call)
+        self.attempt(call, message, key=key, settle=publishing(tell), patience=PATIENCE).start(steps.put)
         while not outcomes:
             steps.get()()  # what has to go on after a wait goes on in this thread
         return outcomes[0]

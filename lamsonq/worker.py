@@ -44,6 +44,10 @@ IN_LINE = 100
 """How many claimed jobs may wait for their turn in a conversation or for an async function."""
 
 
+class _Owed(Exception):
+    """A job could not be settled; the fetcher gives it back as soon as that is possible."""
+
+
 class QueueReceiver:
     """Works a queue off. Many may work on one queue, in threads, processes or both.
 
@@ -234,6 +238,8 @@ class QueueReceiver:
     def _in_thread(self, function: Callable[[], None]) -> None:
         try:
             function()
+        except (LeaseLost, _Owed):  # dealt with where it was raised
+            pass
         except Exception:  # a thread of the pool must live on, whatever happens
             LOG.exception("Exception while working the queue %s", self.queue_dir)
         finally:
@@ -268,7 +274,7 @@ class QueueReceiver:
     def _settle_instead(self, attempt: Attempt, job: Job, outcome: Outcome) -> None:
         if attempt.give_up():
             self._forget(attempt)
-            with contextlib.suppress(LeaseLost):  # somebody has taken it away: then there is nothing to settle
+            with contextlib.suppress(LeaseLost, _Owed):  # taken away, so nothing is to be settled; or given back later
                 self._settle(job, attempt.call, outcome, [])
 
     # -- one job -----------------------------------------------------------------------------------------------
@@ -282,7 +288,7 @@ class QueueReceiver:
             failure = outcome
             spawn(lambda: self._settle_failure(job, None, failure))
             call = None
-        except LeaseLost:
+        except (LeaseLost, _Owed):
             call = None
         except Exception as error:  # a state store, a disk, a reload: not the job's fault
             LOG.error("Job %s of %s cannot be begun: %s", job.key, self.queue_dir, reason_of(error))
@@ -378,6 +384,7 @@ class QueueReceiver:
         self._settle_job(job, DONE, puts)
 
     def _settle_job(self, job: Job, outcome: Outcome, puts: list[Put] | None = None) -> None:
+        """Raises LeaseLost, and _Owed: then the job comes again, and has to be routed as it was this time."""
         store = self.queue.backend
         try:
             store.settle(job, outcome, puts or [])
@@ -387,6 +394,7 @@ class QueueReceiver:
             LOG.error("Job %s of %s could not be settled: %s", job.key, self.queue_dir, reason_of(error))
             self._owed.append((job, f"it could not be settled: {reason_of(error)}"))
             store.wake()  # the fetcher tries to give it back
+            raise _Owed(job.key) from error
 
     def _give_back_owed(self) -> None:
         """Give back what could not be settled, uncounted; as often as it takes."""

@@ -291,6 +291,38 @@ def test_what_could_not_be_settled_is_given_back_as_soon_as_that_is_possible(
     assert sum(posts.backend.counts().values()) == 0
 
 
+def test_a_job_that_could_not_be_settled_is_routed_again_by_the_state_that_it_found(
+    router: RoutingBase, module: Module, mail: Mail, posts: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lamsonq.worker.RETRY_AFTER", 0.0)
+    name = module(
+        """
+        @route('desk@example.com')
+        def START(message):
+            CALLS.append('START')
+            return CONFIRM
+        @route('desk@example.com')
+        def CONFIRM(message): CALLS.append('CONFIRM')
+        """
+    )
+    router.load([name])
+    posts.push(mail())
+    settle, refusals = posts.backend.settle, [1]
+
+    def refused_once(*arguments: object) -> None:
+        if refusals[0]:
+            refusals[0] -= 1
+            raise OSError("No space left on device")
+        settle(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(posts.backend, "settle", refused_once)
+    QueueReceiver(posts, router=router).start(one_shot=True)
+    assert calls_of(name) == ["START", "START"]
+    posts.push(mail())
+    QueueReceiver(posts, router=router).start(one_shot=True)
+    assert calls_of(name) == ["START", "START", "CONFIRM"]
+
+
 def test_a_relay_that_is_down_leaves_the_job_bound_to_its_function(
     router: RoutingBase, module: Module, mail: Mail, posts: Queue
 ) -> None:
