@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
-import os
 import socket
 import threading
 import time
@@ -24,22 +22,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 from lamsonq import mail
 from lamsonq.commit import LOG, Committer, trouble
-from lamsonq.errors import QueueError, Refusal, SettingsError
+from lamsonq.errors import QueueError, SettingsError
 from lamsonq.queue import Queue
 from lamsonq.routing import Router, RoutingBase
 from lamsonq.session import Session
+from lamsonq.sockets import BACKLOG, listen
 from lamsonq.worker import TROUBLE_PAUSE, QueueReceiver
-
-BACKLOG = 1024
-"""Connections that the kernel holds while we are busy."""
 
 ACCEPTED_AT_ONCE = 16
 """Connections that are accepted in one turn of the event loop."""
 
-_ADVICE = {
-    errno.EADDRINUSE: "stop what uses it, or take another port",
-    errno.EACCES: "a port below 1024 takes root: start as root, or take another port",
-}
 _GOODBYE = "421 4.3.2 Service shutting down"
 
 
@@ -101,17 +93,7 @@ class SMTPReceiver:
         if self.deliver is None:
             self._undeliverable_queue().count()
             self.router.check()
-        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
-        try:
-            self._socket = socket.create_server((self.host, self.port), family=family, backlog=BACKLOG)
-        except OSError as error:
-            raise Refusal(
-                f"cannot listen on {self.host}:{self.port}: {_reason(error)};"
-                f" {_ADVICE.get(error.errno or 0, 'change receiver.host')}"
-            ) from error
-        # Sessions inherit it. asyncio sets it only on sockets that name TCP as their protocol, which create_server's do
-        # not: a reply of several lines would wait for the client's delayed acknowledgement, some 40 ms.
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket = listen(self.host, self.port)
         self.port = self._socket.getsockname()[1]
 
     def listening(self) -> str:
@@ -248,10 +230,3 @@ class SMTPReceiver:
         self._commits.add(task)
         task.add_done_callback(self._commits.discard)
         return task
-
-
-def _reason(error: OSError) -> str:
-    """The system's words, without what socket.create_server adds to them."""
-    if error.errno is None or error.errno < 0:  # getaddrinfo numbers its errors on its own
-        return str(error.strerror or error)
-    return os.strerror(error.errno)

@@ -8,7 +8,7 @@ import lamsonq
 
 PACKAGE = Path(lamsonq.__file__).parent
 LAYERS = [
-    "errors address headers mime marks",
+    "errors address headers mime marks sockets",
     "mail response jobs modules table settings state transaction pidfile",
     "backends attempt queue relay view deferred",
     "routing",
