@@ -1,4 +1,4 @@
-"""Mail on its way out: `Relay` hands messages to a smarthost over SMTP.
+"""Mail on its way out: `Relay` hands messages to a mail server over SMTP or LMTP.
 
 Rules:
 
@@ -9,48 +9,62 @@ Rules:
    the way there (connection, TLS, login, time-out) is a `Later`, because the message is not at fault.
 3. Connections are kept for the next message. One that died while it waited is replaced, once, before the
    server has accepted anything of this message; never afterwards.
+4. Without a host each recipient's own mail servers get the message, one transaction per domain. The next one is asked
+   (RFC 5321 section 5.1) when a server cannot be reached, does not greet with 220 or breaks TLS; and when, before the
+   final dot is sent, the connection is lost or nobody was taken and somebody was put off (4xx). A 5xx to MAIL, RCPT or
+   DATA is final. Once the final dot is sent no other server is asked: what is unclear then is a `Later`.
+5. Other people's mail servers get TLS where they offer it, of any certificate (RFC 7435: better than none), and none
+   where their handshake fails. `starttls` there means a certificate for the server's name, or nothing is sent.
+6. A password goes only through TLS or to this machine itself, unless `clear_login` says that the network is trusted.
 """
 
 from __future__ import annotations
 
+import functools
+import ipaddress
 import logging
-import os
 import smtplib
-import socket
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from email.message import Message
-from ssl import SSLContext, create_default_context
+from ssl import CERT_NONE, PROTOCOL_TLS_CLIENT, SSLCertVerificationError, SSLContext, create_default_context
+from typing import TYPE_CHECKING
 
 from lamsonq import mail
-from lamsonq.errors import Dead, Failure, Later, SettingsError, Undelivered
+from lamsonq.connection import Client, HandshakeError, Pool, Server, own_name
+from lamsonq.errors import Dead, Failure, Later, SettingsError, SMTPError, Undelivered
+from lamsonq.mx import MailServers
 from lamsonq.transaction import Stale, Transaction, for_the_wire, one_line
 
-IDLE_MAX = 30.0
-"""Seconds for which a connection waits for the next message; servers close theirs after a few minutes."""
+if TYPE_CHECKING:
+    import dns.resolver
 
-POOL_MAX = 10
-"""How many connections wait for the next message."""
+OPENING_FACTOR = 3
+"""So many time-outs may pass before a server of a domain is ready for MAIL; then no other one is tried."""
+
+RECIPIENTS_MAX = 100
+"""Recipients of one transaction: so many every server takes (RFC 5321 section 4.5.3.1.8)."""
+
+LOG = logging.getLogger()
 
 Deliverable = mail.MailRequest | mail.MailResponse | Message | bytes | str
-
-
-@dataclass(frozen=True, slots=True)
-class _Idle:
-    client: smtplib.SMTP
-    since: float
-    pid: int
 
 
 class Relay:
     """Gives messages to the mail server at `host`:`port`; with `deliver=`, to that callable instead.
 
+    Without a host (None or "") each recipient's own mail servers get them, found in the DNS by `resolver` (a
+    `dns.resolver.Resolver`; None: the system's), on `port`. `lmtp` speaks LMTP (RFC 2033); a host that begins with
+    "/" is a unix socket, and speaks it too.
+
     `ssl` speaks TLS from the start, `starttls` upgrades; both check the server's certificate against the
-    system's authorities, or against the `SSLContext` that is given in place of True. `debug` above 0 prints
-    the session to stderr. `timeout` is in seconds, for connecting and for each reply. Raises TypeError for
-    `ssl` together with `starttls`, and SettingsError without a host.
+    system's authorities, or against the `SSLContext` that is given in place of True. `clear_login` lets username and
+    password go without TLS to another machine. `debug` above 0 prints the session to stderr, the login included.
+    `timeout` is in seconds, for connecting and for each reply.
+
+    Raises TypeError for `ssl` together with `starttls` or LMTP, and SettingsError for what else cannot work.
+
+    Source: Salmon's Relay and its lmtp; Lamson's Relay(host=None).
     """
 
     def __init__(
@@ -62,14 +76,13 @@ class Relay:
         ssl: bool | SSLContext = False,
         starttls: bool | SSLContext = False,
         debug: int = 0,
+        lmtp: bool = False,
         *,
         deliver: Callable[[mail.MailRequest], object] | None = None,
         timeout: float = 30.0,
+        resolver: dns.resolver.Resolver | None = None,
+        clear_login: bool = False,
     ) -> None:
-        if ssl and starttls:
-            raise TypeError("Relay takes ssl or starttls, not both: ssl is TLS from the first byte")
-        if not host and deliver is None:
-            raise SettingsError("Relay has no host: name the server that takes your mail, host='127.0.0.1'")
         self.hostname = host or ""
         self.port = port
         self.username = username
@@ -77,12 +90,56 @@ class Relay:
         self.ssl = ssl
         self.starttls = starttls
         self.debug = debug
+        self.lmtp = lmtp or self.hostname.startswith("/")
         self.timeout = timeout
         self._hand_over = deliver
-        self._idle: deque[_Idle] = deque()
+        self._pool = Pool()
+        self._check_host()
+        self._check_encryption()
+        self._check_login(clear_login)
+        self._finder = None if host or deliver else self._mail_servers(resolver)
+
+    def _check_host(self) -> None:
+        try:
+            self.hostname.encode("idna")  # as the system's resolver does, in the middle of a delivery
+        except UnicodeError as error:
+            if not self.hostname.startswith("/"):
+                raise SettingsError(f"Relay: {self.hostname!r} is no name of a host") from error
+
+    def _check_encryption(self) -> None:
+        if self.ssl and self.starttls:
+            raise TypeError("Relay takes ssl or starttls, not both: ssl is TLS from the first byte")
+        if self.ssl and self.lmtp:
+            raise TypeError("Relay takes ssl or lmtp, not both: LMTP has only starttls")
+        if self.starttls and self.hostname.startswith("/"):
+            raise SettingsError(f"Relay: starttls is of no use on the unix socket {self.hostname}")
+
+    def _check_login(self, clear_login: bool) -> None:
+        if (self.username is None) != (self.password is None):
+            given, missing = ("username", "password") if self.password is None else ("password", "username")
+            raise SettingsError(f"Relay has a {given} and no {missing}: give both, or neither")
+        if self.username is not None and not (
+            self.ssl or self.starttls or clear_login or not self.hostname or _is_this_machine(self.hostname)
+        ):
+            raise SettingsError(
+                f"Relay would send the password to {self.hostname} unencrypted: "
+                "starttls=True or ssl=True, or clear_login=True in a network that you trust"
+            )
+
+    def _mail_servers(self, resolver: dns.resolver.Resolver | None) -> MailServers:
+        for name in ("ssl", "lmtp", "username"):
+            if getattr(self, name):
+                raise SettingsError(f"Relay has {name}, which is for one server, and no host: name it, host='...'")
+        if self.port != 25:
+            LOG.warning("Relay without a host and port %d: the world's mail servers listen on port 25.", self.port)
+        if not own_name():
+            LOG.warning("Relay without a host: this machine's name has no domain; many mail servers will refuse it.")
+        return MailServers(self.port, resolver)
 
     def __repr__(self) -> str:
-        return f"<Relay to ({self.hostname}:{self.port})>"
+        if self.hostname.startswith("/"):
+            return f"<Relay to ({self.hostname})>"
+        return f"<Relay to ({self.hostname or 'the mail servers of each domain'}:{self.port})>"
 
     def deliver(self, message: Deliverable, To: str | Iterable[str] | None = None, From: str | None = None) -> None:
         """Send a message to `To` from `From`, or else to and from whom its envelope names.
@@ -105,101 +162,144 @@ class Relay:
         self.deliver(mail.MailResponse(To=To, From=From, Subject=Subject, Body=Body))
 
     def reply(self, original: mail.MailRequest, From: str, Subject: str, Body: str) -> None:
-        """Answer a message, in its thread. The null sender gets no answer (RFC 5321 section 4.5.5)."""
-        if not original.From:
-            logging.info("Not replying to a message from the null sender to %r.", original.To)
+        """Answer a message, in its thread, under this very subject.
+
+        No person wrote the answer, and it says so: `Auto-Submitted: auto-replied` (RFC 3834 section 5). Neither the
+        null sender (RFC 5321 section 4.5.5) nor another program's answer gets one: they would go on for ever. Whether a
+        list or other bulk mail (`original.is_automatic`) is answered is up to the caller.
+        """
+        submitted = (original["auto-submitted"] or "").partition(";")[0].strip().lower()
+        if not original.From or submitted == "auto-replied":
+            why = "an automatic reply" if original.From else "the null sender"
+            logging.info("Not replying to a message from %s to %r.", why, original.To)
             return
         response = mail.MailResponse(To=original.From, From=From, Subject=Subject, Body=Body)
+        response["Auto-Submitted"] = "auto-replied"
         response.in_reply_to(original)
         self.deliver(response)
+
+    def resolve_relay_host(self, To: str) -> list[str]:
+        """The names of the hosts that a message to this address goes to, the best first.
+
+        Raises Later when the DNS does not answer, SMTPError when the domain takes no mail, Dead for what is no address.
+        """
+        if self._finder is None:
+            return [self.hostname]
+        address = mail.bare_address(To)
+        if not address:
+            raise Dead(f"not an address: {To!r}")
+        return self._finder.names(_domain(address))
 
     def configure_relay(self, hostname: str) -> smtplib.SMTP:
         """A new connection to `hostname`, greeted, encrypted and logged in as this relay is configured.
 
         Raises OSError or smtplib.SMTPException.
         """
-        # smtplib would ask the DNS for our name unless it is given one; the right one is known once
-        # connected.
-        if self.ssl:
-            client: smtplib.SMTP = smtplib.SMTP_SSL(
-                hostname, self.port, "localhost", timeout=self.timeout, context=_context(self.ssl)
-            )
-        else:
-            client = smtplib.SMTP(hostname, self.port, "localhost", timeout=self.timeout)
-        try:
-            client.set_debuglevel(self.debug)
-            client.local_hostname = _own_name(client)
-            client.ehlo_or_helo_if_needed()
-            if self.starttls:
-                client.starttls(context=_context(self.starttls))
-                client.ehlo_or_helo_if_needed()
-            if self.username is not None and self.password is not None:
-                client.login(self.username, self.password)
-        except BaseException:
-            client.close()
-            raise
-        return client
+        return self._connect(Server(hostname, self.port), None)
 
     def close(self) -> None:
         """Say goodbye on the connections that wait. The relay can be used again afterwards."""
-        while (client := self._take()) is not None:
-            _quit(client)
+        self._pool.close()
 
     def _send(self, sender: str, recipients: Sequence[str], data: bytes) -> list[Failure]:
-        """One message to one server; what failed, per recipient."""
+        """One message to everybody; what failed, per recipient."""
         if sender and not mail.is_path_address(sender):
             return [Failure(to, None, Dead(f"not an address to send from: {sender!r}")) for to in recipients]
         good = [to for to in recipients if mail.is_path_address(to)]
         failures = [Failure(to, None, Dead(f"not an address: {to!r}")) for to in recipients if to not in good]
-        if good:
-            transaction = Transaction(sender, good, data, self.timeout)
-            try:
-                self._transfer(transaction)
-            except (OSError, smtplib.SMTPException) as error:
-                later = Later(f"relay {self.hostname}:{self.port}: {_trouble(error)}")
-                later.__cause__ = error
-                transaction.refuse_pending(later)
+        for servers, group in self._routes(good):
+            transaction = Transaction(sender, group, data, self.timeout, self.lmtp)
+            if self._finder is not None:
+                transaction.spelled = self._finder.spelled
+            self._transfer(servers, transaction)
             failures += transaction.failures
         return failures
 
-    def _transfer(self, transaction: Transaction) -> None:
-        kept = self._take()
-        if kept is not None:
-            try:
-                return self._run(kept, transaction, kept=True)
-            except Stale:
-                pass  # what else waits is probably dead as well: a fresh one decides
-        return self._run(self.configure_relay(self.hostname), transaction, kept=False)
+    def _routes(self, recipients: Sequence[str]) -> Iterator[tuple[Iterable[Server], list[str]]]:
+        """The recipients of one transaction each, and the servers that may take it."""
+        domains: dict[str, list[str]] = {}
+        for recipient in recipients:
+            domains.setdefault("" if self._finder is None else _domain(recipient), []).append(recipient)
+        for domain, group in domains.items():
+            for start in range(0, len(group), RECIPIENTS_MAX):
+                servers = [Server(self.hostname, self.port)] if self._finder is None else self._finder.servers(domain)
+                yield servers, group[start : start + RECIPIENTS_MAX]
 
-    def _run(self, client: smtplib.SMTP, transaction: Transaction, *, kept: bool) -> None:
+    def _transfer(self, servers: Iterable[Server], transaction: Transaction) -> None:
+        """Rule 4: one server after the other, until one has decided."""
+        until = time.monotonic() + OPENING_FACTOR * self.timeout
+        try:
+            for server in servers:
+                if not transaction.reopen():
+                    return
+                self._try(server, transaction, until)
+                if time.monotonic() > until:
+                    return
+        except (Later, SMTPError) as error:  # the DNS has found none
+            transaction.refuse_pending(error)
+
+    def _try(self, server: Server, transaction: Transaction, until: float) -> None:
+        try:
+            kept = self._pool.take(server)
+            if kept is not None:
+                try:
+                    return self._run(kept, transaction, kept=True)
+                except Stale:
+                    pass  # what else waits is probably dead as well: a fresh one decides
+            return self._run(self._connect(server, until), transaction, kept=False)
+        except (OSError, smtplib.SMTPException) as error:
+            later = Later(f"relay {server}: {_trouble(error)}")
+            later.__cause__ = error
+            transaction.refuse_pending(later)
+
+    def _run(self, client: Client, transaction: Transaction, *, kept: bool) -> None:
         usable = False
         try:
             transaction.run(client, kept=kept)
-            usable = transaction.clean or _reset(client)
+            usable = transaction.clean or client.forget()
         finally:
             if usable:
-                self._keep(client)
+                self._pool.keep(client)
             else:
                 client.close()
 
-    def _take(self) -> smtplib.SMTP | None:
-        """A connection that waits and is fresh enough, if there is one. A deque needs no lock, so a fork
-        cannot leave one locked."""
-        while self._idle:
-            try:
-                idle = self._idle.pop()
-            except IndexError:  # another thread took it
-                break
-            if idle.pid == os.getpid() and time.monotonic() - idle.since < IDLE_MAX:
-                return idle.client
-            idle.client.close()  # a forked child closes its copy only: the parent's connection lives on
-        return None
+    def _connect(self, server: Server, until: float | None) -> Client:
+        """A connection that is ready for MAIL."""
+        if self._finder is None or self.starttls:
+            return self._open(server, until, _context(self.starttls))
+        try:
+            return self._open(server, until, _unverified())
+        except HandshakeError as error:
+            LOG.info("relay %s: %s; sending without TLS.", server, _trouble(error))
+            return self._open(server, until, None)
 
-    def _keep(self, client: smtplib.SMTP) -> None:
-        if len(self._idle) < POOL_MAX:
-            self._idle.append(_Idle(client, time.monotonic(), os.getpid()))
-        else:
-            _quit(client)
+    def _open(self, server: Server, until: float | None, starttls: SSLContext | None) -> Client:
+        client = Client(server, self.timeout, self.debug, lmtp=self.lmtp, until=until)
+        try:
+            client.open(_context(self.ssl))
+            client.hello()
+            if starttls is not None:
+                self._upgrade(client, starttls)
+            if self._finder is not None and client.greets_as() == client.local_hostname.lower():
+                raise SMTPError(554, f"5.4.6 {server} is this host itself, which has no route for it")
+            if self.username is not None and self.password is not None:
+                client.log_in(self.username, self.password)
+        except BaseException:
+            client.close()
+            raise
+        client.until = None
+        return client
+
+    def _upgrade(self, client: Client, context: SSLContext) -> None:
+        """TLS; where it is not a must, only if the server has it."""
+        if self.starttls:
+            return client.upgrade(context)
+        if client.has_extn("starttls"):
+            try:
+                return client.upgrade(context)
+            except smtplib.SMTPResponseException as error:
+                LOG.info("relay %s: %s; sending without TLS.", client.server, _trouble(error))
+        return None
 
 
 def _envelope(message: Deliverable, To: str | Iterable[str] | None, From: str | None) -> tuple[str, list[str], bytes]:
@@ -241,45 +341,50 @@ def _request(sender: str, recipients: Sequence[str], data: bytes) -> mail.MailRe
     return mail.MailRequest(None, sender, list(recipients), data, envelope=envelope)
 
 
-def _trouble(error: Exception) -> str:
+def _domain(address: str) -> str:
+    return address.rpartition("@")[2].lower()
+
+
+def _trouble(error: BaseException) -> str:
+    """What happened, in a few words."""
+    if isinstance(error, HandshakeError) and error.__cause__ is not None:
+        return f"TLS: {_trouble(error.__cause__)}"
+    if isinstance(error, SSLCertVerificationError):
+        return f"its certificate is not accepted: {one_line(error.verify_message)}"
     if isinstance(error, ConnectionRefusedError):
         return "connection refused"
-    # smtplib hides a time-out behind "connection unexpectedly closed".
+    # smtplib hides a time-out behind "Server not connected".
     if isinstance(error, TimeoutError) or isinstance(error.__context__, TimeoutError):
         return "timed out"
-    if isinstance(error, smtplib.SMTPServerDisconnected):
-        return "connection lost"
+    if isinstance(error, smtplib.SMTPAuthenticationError):
+        return f"the login was refused: {error.smtp_code} {one_line(error.smtp_error)}"
     if isinstance(error, smtplib.SMTPResponseException):
         return f"{error.smtp_code} {one_line(error.smtp_error)}"
+    if isinstance(error, smtplib.SMTPServerDisconnected | ConnectionError):
+        return "connection lost"
     return one_line(str(error)) or type(error).__name__
 
 
-def _context(given: bool | SSLContext) -> SSLContext:
-    return given if isinstance(given, SSLContext) else create_default_context()
+def _context(given: bool | SSLContext) -> SSLContext | None:
+    return given if isinstance(given, SSLContext) else _verified() if given else None
 
 
-def _own_name(client: smtplib.SMTP) -> str:
-    """How we greet (RFC 5321 section 4.1.4): the host's full name, else the address that we come from."""
-    name = socket.gethostname()
-    if "." in name or client.sock is None:
-        return name
-    address = str(client.sock.getsockname()[0])
-    return f"[IPv6:{address}]" if ":" in address else f"[{address}]"
+@functools.cache
+def _verified() -> SSLContext:
+    """The system's authorities; read once, because that takes longer than a message."""
+    return create_default_context()
 
 
-def _reset(client: smtplib.SMTP) -> bool:
-    """Forget the transaction (RFC 5321 section 4.1.1.5); False when the connection is of no more use."""
+@functools.cache
+def _unverified() -> SSLContext:
+    context = SSLContext(PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = CERT_NONE
+    return context
+
+
+def _is_this_machine(host: str) -> bool:
     try:
-        return client.rset()[0] == 250
-    except (OSError, smtplib.SMTPException):
-        return False
-
-
-def _quit(client: smtplib.SMTP) -> None:
-    """Say goodbye without waiting for the answer."""
-    try:
-        client.putcmd("QUIT")
-    except (OSError, smtplib.SMTPException):
-        pass  # it is gone already
-    finally:
-        client.close()
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.startswith("/") or host.lower() == "localhost"

@@ -23,6 +23,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from ssl import SSLContext, SSLError, create_default_context
 from types import ModuleType
 from typing import Annotated, Any, TypedDict, TypeVar, get_origin, get_type_hints
 
@@ -48,10 +49,11 @@ class QueueConfig(TypedDict):
 
 
 class ReceiverConfig(TypedDict):
-    """The arguments of SMTPReceiver; times in seconds, `size_limit` in octets."""
+    """The arguments of SMTPReceiver and LMTPReceiver; times in seconds, `size_limit` in octets."""
 
     host: str
     port: int
+    socket: str | None
     workers: int
     timeout: float
     size_limit: int
@@ -64,16 +66,22 @@ class RelayConfig(TypedDict):
     port: int
     username: str | None
     password: str | None
-    ssl: bool
-    starttls: bool
+    ssl: bool | SSLContext
+    starttls: bool | SSLContext
+    lmtp: bool
+    clear_login: bool
     timeout: float
 
 
 class ReceiverTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """`[receiver]`: where mail comes in. `workers` are threads, `timeout` is for one call of a handler."""
+    """`[receiver]`: where mail comes in. With `socket`, the path of a unix socket, there instead of at host and port.
+
+    `workers` are threads, `timeout` is for one call of a handler.
+    """
 
     host: str = "127.0.0.1"
     port: Port = 8823
+    socket: str | None = None
     workers: Count = 10
     timeout: Seconds = 300.0
     size_limit: Bytes = 32 * 1024 * 1024
@@ -82,6 +90,7 @@ class ReceiverTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         return ReceiverConfig(
             host=self.host,
             port=self.port,
+            socket=self.socket,
             workers=self.workers,
             timeout=self.timeout,
             size_limit=self.size_limit,
@@ -89,28 +98,48 @@ class ReceiverTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class RelayTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """`[relay]`: the server that takes what we send."""
+    """`[relay]`: the server that takes what we send; an empty `host`: the mail servers of each recipient's domain.
+
+    `ca_file` holds the certificates (PEM) of the authorities that `ssl` or `starttls` trusts, instead of the system's.
+    """
 
     host: str = "127.0.0.1"
-    port: Port = 8825
+    port: Port = 25
     username: str | None = None
     password: str | None = None
     password_file: str | None = None
     ssl: bool = False
     starttls: bool = False
+    ca_file: str | None = None
+    lmtp: bool = False
+    clear_login: bool = False
     timeout: Seconds = 30.0
 
     def config(self) -> RelayConfig:
-        """Raises SettingsError when `password_file` cannot be read."""
+        """Raises SettingsError when `password_file` or `ca_file` cannot be read."""
+        trusting = self._private_authority()
         return RelayConfig(
             host=self.host,
             port=self.port,
             username=self.username,
             password=_secret("relay.password", self.password, self.password_file),
-            ssl=self.ssl,
-            starttls=self.starttls,
+            ssl=self.ssl and (trusting or True),
+            starttls=self.starttls and (trusting or True),
+            lmtp=self.lmtp,
+            clear_login=self.clear_login,
             timeout=self.timeout,
         )
+
+    def _private_authority(self) -> SSLContext | None:
+        if self.ca_file is None:
+            return None
+        if not (self.ssl or self.starttls):
+            raise SettingsError("relay.ca_file is given, and nothing is encrypted: starttls = true, or ssl = true")
+        try:
+            return create_default_context(cafile=self.ca_file)
+        except OSError as error:  # SSLError is one
+            why = error.strerror if error.filename or not isinstance(error, SSLError) else "it holds no certificate"
+            raise SettingsError(f"relay.ca_file: cannot use {self.ca_file}: {why}") from error
 
 
 class DatabaseTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):

@@ -1,4 +1,4 @@
-"""One MAIL, RCPT..., DATA as a client (RFC 5321 section 3.3), recipient by recipient.
+"""One MAIL, RCPT..., DATA as a client (RFC 5321 section 3.3; RFC 2033 for LMTP), recipient by recipient.
 
 Rules:
 
@@ -8,16 +8,19 @@ Rules:
    it, and that is reported), with two exceptions: a message without any CRLF is in this system's form and gets them,
    and one with a lone dot that a lax server could take for the end of data gets CRLF throughout.
 3. Each recipient's fate is noted as soon as it is known, so that a connection that breaks later takes only
-   the undecided with it.
+   the undecided with it. LMTP answers for each recipient by itself, and what it answers counts.
+4. Until the final dot is sent, another server may be asked for those who were put off; from then on nobody may,
+   because the message may have arrived (RFC 1047).
 """
 
 from __future__ import annotations
 
 import re
 import smtplib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from lamsonq.connection import Client
 from lamsonq.errors import Failure, Later, SMTPError
 
 FINAL_REPLY_FACTOR = 4
@@ -33,25 +36,33 @@ class Stale(Exception):
     """A kept connection that the server has given up: nothing of the message was accepted on it."""
 
 
+def _as_it_is(address: str) -> str:
+    return address
+
+
 @dataclass(slots=True)
 class Transaction:
     """A message (`data` as `for_the_wire` makes it) on its way to its recipients; `timeout` in seconds for a
-    reply.
+    reply. `lmtp` expects a reply for each recipient; `spelled` gives an address as it goes over the wire.
 
     `pending` are the recipients whose fate is open, `failures` those that were refused; who is in neither has
-    got the message. `clean` says that the server needs no RSET afterwards.
+    got the message. `clean` says that the server needs no RSET afterwards, `handed_over` that the final dot was sent.
     """
 
     sender: str
     pending: list[str]
     data: bytes
     timeout: float
+    lmtp: bool = False
+    spelled: Callable[[str], str] = _as_it_is
     failures: list[Failure] = field(default_factory=list)
     clean: bool = False
+    handed_over: bool = False
 
-    def run(self, client: smtplib.SMTP, *, kept: bool) -> None:
-        """Hand the message over. Raises Stale when a kept connection was dead from the start, and what
-        smtplib raises when a connection breaks later."""
+    def run(self, client: Client, *, kept: bool) -> None:
+        """Hand the message over. Raises Stale when a kept connection was dead from the start, and OSError or
+        smtplib.SMTPException when a connection breaks later."""
+        self.clean = False
         utf8 = client.has_extn("smtputf8")
         if not utf8:
             self._refuse_non_ascii()
@@ -59,7 +70,7 @@ class Transaction:
             client.command_encoding = "utf-8" if utf8 else "ascii"
             self._mail(client, kept)
         for recipient in list(self.pending):
-            code, text = client.docmd("RCPT", f"TO:<{recipient}>")
+            code, text = client.docmd("RCPT", f"TO:<{self.spelled(recipient)}>")
             if code not in (250, 251):
                 self._refuse([recipient], _refusal(code, text))
         if self.pending:
@@ -69,6 +80,15 @@ class Transaction:
         """Nobody else gets it, for this reason."""
         self._refuse(list(self.pending), error)
 
+    def reopen(self) -> bool:
+        """Take up again those who were put off, for another server; False when there are none, or rule 4 forbids it."""
+        if self.handed_over:
+            return False
+        put_off = [failure for failure in self.failures if isinstance(failure.outcome(), Later)]
+        self.failures = [failure for failure in self.failures if failure not in put_off]
+        self.pending += [failure.recipient for failure in put_off]
+        return bool(self.pending)
+
     def _refuse(self, recipients: Sequence[str], error: Exception) -> None:
         self.failures += [Failure(recipient, None, error) for recipient in recipients]
         self.pending = [to for to in self.pending if to not in recipients]
@@ -77,13 +97,13 @@ class Transaction:
         # RFC 6531 section 3.2: such a message cannot go to a server without the extension; the code is RFC
         # 6531's.
         for address in (self.sender, *self.pending):
-            if not address.isascii():
+            if not self.spelled(address).isascii():
                 error = SMTPError(553, f"5.6.7 the relay does not offer SMTPUTF8, which {address} needs")
                 self._refuse(self.pending if address is self.sender else [address], error)
 
-    def _mail(self, client: smtplib.SMTP, kept: bool) -> None:
+    def _mail(self, client: Client, kept: bool) -> None:
         try:
-            code, text = client.docmd("MAIL", f"FROM:<{self.sender}>{self._options(client)}")
+            code, text = client.docmd("MAIL", f"FROM:<{self.spelled(self.sender)}>{self._options(client)}")
         except (OSError, smtplib.SMTPServerDisconnected):
             if kept:
                 raise Stale from None
@@ -93,36 +113,41 @@ class Transaction:
         if code != 250:
             self.refuse_pending(_refusal(code, text))
 
-    def _options(self, client: smtplib.SMTP) -> str:
+    def _options(self, client: Client) -> str:
         options = f" SIZE={len(self.data)}" if client.has_extn("size") else ""
         # A server without 8BITMIME gets the bytes as they are: it may well take them, and encoding them anew
         # would break signatures (RFC 6152 section 3 leaves only that or a bounce).
         if not self.data.isascii() and client.has_extn("8bitmime"):
             options += " BODY=8BITMIME"
-        if not "".join([self.sender, *self.pending]).isascii():
+        if not all(self.spelled(address).isascii() for address in (self.sender, *self.pending)):
             options += " SMTPUTF8"
         return options
 
-    def _content(self, client: smtplib.SMTP) -> None:
+    def _content(self, client: Client) -> None:
         code, text = client.docmd("DATA")
-        if code == 354:
-            wire = _DOT.sub(b"..", self.data) + b".\r\n"
-            for start in range(0, len(wire), _CHUNK):  # the socket's time-out is for one send, not for 30 MB
-                client.send(wire[start : start + _CHUNK])
-            code, text = self._final_reply(client)
-            self.clean = code == 250
-        if self.clean:
-            self.pending = []
-        else:
-            self.refuse_pending(_refusal(code, text))
+        if code != 354:
+            return self.refuse_pending(_refusal(code, text))
+        wire = _DOT.sub(b"..", self.data) + b".\r\n"
+        for start in range(0, len(wire), _CHUNK):  # the socket's time-out is for one send, not for 30 MB
+            self.handed_over = start + _CHUNK >= len(wire)
+            client.send(wire[start : start + _CHUNK])
+        if not self.lmtp:
+            self._settle(list(self.pending), *self._final_reply(client))
+            return None
+        for recipient in list(self.pending):  # RFC 2033 section 4.2: in the order of the RCPTs that were taken
+            self._settle([recipient], *self._final_reply(client))
+        self.clean = True
+        return None
 
-    def _final_reply(self, client: smtplib.SMTP) -> tuple[int, bytes]:
-        if client.sock is None:
-            raise smtplib.SMTPServerDisconnected("connection closed")
-        client.sock.settimeout(self.timeout * FINAL_REPLY_FACTOR)
-        reply = client.getreply()
-        client.sock.settimeout(self.timeout)
-        return reply
+    def _settle(self, recipients: Sequence[str], code: int, text: bytes) -> None:
+        self.clean = code == 250
+        if self.clean:
+            self.pending = [to for to in self.pending if to not in recipients]
+        else:
+            self._refuse(recipients, _refusal(code, text))
+
+    def _final_reply(self, client: Client) -> tuple[int, bytes]:
+        return client.getreply(self.timeout * FINAL_REPLY_FACTOR)
 
 
 def for_the_wire(data: bytes) -> bytes:

@@ -2,115 +2,39 @@
 
 from __future__ import annotations
 
+import base64
+import grp
+import hmac
 import os
+import pwd
 import shutil
 import socket
 import ssl
 import subprocess
+import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+import trustme
 
+from lamsonq.connection import own_name
 from lamsonq.errors import Dead, Failure, Later, SettingsError, SMTPError, Undelivered, outcome_of
+from lamsonq.lmtp import LMTPReceiver
 from lamsonq.mail import Envelope, MailRequest, MailResponse
+from lamsonq.queue import Queue
 from lamsonq.relay import Relay
+from lamsonq.routing import RoutingBase, stateless
+from lamsonq.settings import RelayTable
 from lamsonq.transaction import for_the_wire
 
+from .servers import HANG_UP, Server
+
 MESSAGE = b"From: a@x.test\r\nTo: b@y.test\r\nSubject: hi\r\n\r\nbody\r\n"
-HANG_UP = "HANG UP"
-
-
-class Server:
-    """An SMTP server in threads. `answers` maps the beginning of a command to its reply, or to a list of replies of
-    which the last one stays; "." answers the message. HANG_UP closes the connection, "" says nothing."""
-
-    def __init__(self, answers: dict[str, str | list[str]] | None = None, tls: ssl.SSLContext | None = None) -> None:
-        self.answers = answers or {}
-        self.tls = tls
-        self.offers = ["fake.test", "SIZE 1000000", "8BITMIME", "SMTPUTF8"]
-        self.commands: list[str] = []
-        self.messages: list[bytes] = []
-        self.connections: list[socket.socket] = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def close(self) -> None:
-        self._listener.close()
-        self.hang_up()
-
-    def hang_up(self) -> None:
-        for connection in self.connections:
-            try:
-                connection.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
-            connection.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return
-            self.connections.append(connection)
-            threading.Thread(target=self._talk, args=(connection,), daemon=True).start()
-
-    def _answer(self, command: str, default: str) -> str:
-        for beginning, reply in self.answers.items():
-            if command.upper().startswith(beginning):
-                if isinstance(reply, str):
-                    return reply
-                return reply.pop(0) if len(reply) > 1 else reply[0]
-        return default
-
-    def _talk(self, connection: socket.socket) -> None:
-        try:
-            self._session(connection)
-        except OSError:
-            pass
-
-    def _session(self, connection: socket.socket) -> None:
-        connection.sendall(self._answer("GREETING", "220 fake.test").encode() + b"\r\n")
-        lines = connection.makefile("rb")
-        while line := lines.readline():
-            command = line.decode().rstrip("\r\n")
-            self.commands.append(command)
-            reply = self._answer(command, self._default(command))
-            if reply == HANG_UP:
-                connection.shutdown(socket.SHUT_RDWR)
-                return
-            connection.sendall(reply.encode() + b"\r\n")
-            if reply.startswith("354"):
-                self._data(connection, lines.readline)
-            if command.upper() == "STARTTLS" and reply.startswith("220") and self.tls is not None:
-                connection = self.tls.wrap_socket(connection, server_side=True)
-                self.connections.append(connection)
-                lines = connection.makefile("rb")
-
-    def _default(self, command: str) -> str:
-        verb = command.upper()
-        if verb.startswith("EHLO"):
-            return "\r\n".join([f"250-{offer}" for offer in self.offers] + ["250 HELP"])
-        return "354 go on" if verb == "DATA" else "235 ok" if verb.startswith("AUTH") else "250 ok"
-
-    def _data(self, connection: socket.socket, readline: Callable[[], bytes]) -> None:
-        wire = b""
-        while (line := readline()) != b".\r\n":
-            if not line:
-                return
-            wire += line
-        self.messages.append(wire)
-        reply = self._answer(".", "250 taken")
-        if reply == HANG_UP:
-            connection.shutdown(socket.SHUT_RDWR)
-        elif reply:
-            connection.sendall(reply.encode() + b"\r\n")
-
-    def said(self, verb: str) -> list[str]:
-        return [command for command in self.commands if command.upper().startswith(verb)]
 
 
 @pytest.fixture
@@ -191,6 +115,8 @@ def test_a_reply_goes_to_the_sender_and_into_the_thread(server: Server, relay: R
     assert server.said("RCPT") == ["RCPT TO:<a@x.test>"]
     assert b"In-Reply-To: <1@x.test>\r\n" in server.messages[0]
     assert b"References: <1@x.test>\r\n" in server.messages[0]
+    assert b"Subject: Re: hi\r\n" in server.messages[0]
+    assert b"Auto-Submitted: auto-replied\r\n" in server.messages[0]
 
 
 def test_the_null_sender_gets_no_reply(server: Server, relay: Relay, caplog: pytest.LogCaptureFixture) -> None:
@@ -198,6 +124,17 @@ def test_the_null_sender_gets_no_reply(server: Server, relay: Relay, caplog: pyt
         relay.reply(received(""), "b@y.test", "Re: hi", "yes")
     assert "null sender" in caplog.text
     assert server.commands == []
+
+
+def test_an_automatic_reply_gets_no_reply_but_other_automatic_mail_does(
+    server: Server, relay: Relay, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        relay.reply(received(data=b"Auto-Submitted: Auto-Replied; x=y\r\n" + MESSAGE), "b@y.test", "Re: hi", "yes")
+    assert "an automatic reply" in caplog.text
+    assert server.commands == []
+    relay.reply(received(data=b"Auto-Submitted: auto-generated\r\n" + MESSAGE), "b@y.test", "Re: hi", "yes")
+    assert len(server.messages) == 1
 
 
 def test_a_message_without_a_recipient_is_not_silently_dropped(relay: Relay) -> None:
@@ -404,6 +341,22 @@ def test_a_connection_that_the_server_has_given_notice_on_is_replaced(server: Se
     assert len(server.connections) == 2
 
 
+@pytest.mark.parametrize("end", ["250 taken\r\n421 4.4.2 one is enough\r\n" + HANG_UP, "250 taken\r\n" + HANG_UP])
+def test_a_server_that_ends_the_session_after_each_message_gets_all_messages(
+    server: Server, relay: Relay, end: str
+) -> None:
+    server.answers = {".": end}
+    for _ in range(3):
+        relay.deliver(received())
+    assert (len(server.messages), len(server.connections)) == (3, 3)
+
+
+def test_more_recipients_than_a_server_must_take_go_in_several_transactions(server: Server, relay: Relay) -> None:
+    relay.deliver(received("a@x.test", *(f"{n}@y.test" for n in range(250))))
+    assert len(server.said("RCPT")) == 250
+    assert len(server.messages) == 3
+
+
 def test_a_connection_that_dies_after_mail_is_not_tried_again(server: Server, relay: Relay) -> None:
     server.answers = {"RCPT": ["250 ok", HANG_UP]}
     relay.deliver(received())
@@ -414,7 +367,7 @@ def test_a_connection_that_dies_after_mail_is_not_tried_again(server: Server, re
 def test_a_connection_that_waited_too_long_is_not_used(
     server: Server, relay: Relay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lamsonq.relay.IDLE_MAX", 0.0)
+    monkeypatch.setattr("lamsonq.connection.IDLE_MAX", 0.0)
     relay.deliver(received())
     relay.deliver(received())
     assert len(server.connections) == 2
@@ -457,57 +410,113 @@ def test_threads_share_a_relay(server: Server, relay: Relay) -> None:
     assert len(server.connections) <= 8
 
 
-# -- encryption and login -----------------------------------------------------------------------------------------
+# -- encryption ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if shutil.which("openssl") is None:
-        pytest.skip("no openssl command to make a certificate with")
-    pem = tmp_path_factory.mktemp("tls") / "both.pem"
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=127.0.0.1"
-    subprocess.run(
-        [*command.split(), "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(pem), "-out", f"{pem}.crt"],
-        check=True,
-        capture_output=True,
-    )
-    pem.write_bytes(pem.read_bytes() + Path(f"{pem}.crt").read_bytes())
-    return pem
+def authority() -> trustme.CA:
+    return trustme.CA()
 
 
 @pytest.fixture
-def tls_server(certificate: Path) -> Iterator[Server]:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate)
-    server = Server(tls=context)
-    server.offers += ["STARTTLS", "AUTH PLAIN"]
-    server.answers = {"STARTTLS": "220 go"}
-    yield server
-    server.close()
+def trusting(authority: trustme.CA) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    return context
 
 
-def test_starttls_and_login(tls_server: Server, certificate: Path) -> None:
-    trusting = ssl.create_default_context(cafile=str(certificate))
-    relay = Relay("127.0.0.1", tls_server.port, "joe", "secret", starttls=trusting, timeout=5)
+TlsServer = Callable[..., Server]
+
+
+@pytest.fixture
+def tls_server(authority: trustme.CA) -> Iterator[TlsServer]:
+    """`tls_server()` offers STARTTLS and AUTH, with a certificate of the authority for 127.0.0.1."""
+    running: list[Server] = []
+
+    def start(*, implicit: bool = False, name: str = "127.0.0.1", ca: trustme.CA = authority, **how: Any) -> Server:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        ca.issue_cert(name, **how).configure_cert(context)
+        running.append(Server({"STARTTLS": "220 go"}, tls=context, implicit=implicit))
+        running[-1].offers += ["AUTH PLAIN LOGIN"] if implicit else ["STARTTLS", "AUTH PLAIN"]
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.close()
+
+
+def test_starttls_and_login(tls_server: TlsServer, trusting: ssl.SSLContext) -> None:
+    server = tls_server()
+    relay = Relay("127.0.0.1", server.port, "joe", "secret", starttls=trusting, timeout=5)
     relay.deliver(received())
     relay.close()
-    verbs = [command.split()[0].upper() for command in tls_server.commands]
+    verbs = [command.split()[0].upper() for command in server.commands]
     assert verbs[:4] == ["EHLO", "STARTTLS", "EHLO", "AUTH"]
-    assert len(tls_server.messages) == 1
+    assert len(server.messages) == 1
 
 
-def test_an_unknown_certificate_is_not_trusted(tls_server: Server) -> None:
-    relay = Relay("127.0.0.1", tls_server.port, "joe", "secret", starttls=True, timeout=5)
-    error = failures_of(relay, received())["b@y.test"]
+def test_tls_from_the_first_byte_and_login(tls_server: TlsServer, trusting: ssl.SSLContext) -> None:
+    server = tls_server(implicit=True)
+    relay = Relay("127.0.0.1", server.port, "joe", "secret", ssl=trusting, timeout=5)
+    relay.deliver(received())
+    relay.close()
+    assert [command.split()[0].upper() for command in server.commands[:2]] == ["EHLO", "AUTH"]
+    assert len(server.messages) == 1
+
+
+LONG_AGO = datetime(2001, 1, 1, tzinfo=UTC)
+
+
+@pytest.mark.parametrize("implicit", [False, True])
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ({"name": "another.test"}, "IP address mismatch"),
+        ({"not_before": LONG_AGO, "not_after": LONG_AGO + timedelta(days=9)}, "certificate has expired"),
+        ({"ca": trustme.CA()}, "unable to get local issuer certificate"),
+    ],
+    ids=["wrong name", "expired", "unknown authority"],
+)
+def test_a_certificate_that_proves_nothing_gets_neither_password_nor_mail(
+    tls_server: TlsServer, trusting: ssl.SSLContext, implicit: bool, how: dict[str, Any], reason: str
+) -> None:
+    server = tls_server(implicit=implicit, **how)
+    tls: Any = {"ssl" if implicit else "starttls": trusting}
+    error = failures_of(Relay("127.0.0.1", server.port, "joe", "secret", timeout=5, **tls), received())["b@y.test"]
     assert isinstance(error, Later)
-    assert "certificate" in str(error).lower()
-    assert tls_server.said("AUTH") == tls_server.said("MAIL") == []
+    assert "its certificate is not accepted: " in str(error)
+    assert reason in str(error)
+    assert server.said("AUTH") == server.said("MAIL") == []
+
+
+@pytest.mark.parametrize("implicit", [False, True])
+def test_certificates_are_checked_unless_the_caller_brings_a_context(tls_server: TlsServer, implicit: bool) -> None:
+    server = tls_server(implicit=implicit)
+    tls: Any = {"ssl" if implicit else "starttls": True}
+    error = failures_of(Relay("127.0.0.1", server.port, timeout=5, **tls), received())["b@y.test"]
+    assert "its certificate is not accepted: " in str(error)
+    assert server.said("MAIL") == []
 
 
 def test_without_the_starttls_that_was_asked_for_nothing_is_sent(server: Server) -> None:
     relay = Relay("127.0.0.1", server.port, "joe", "secret", starttls=True, timeout=5)
+    error = failures_of(relay, received())["b@y.test"]
+    assert isinstance(error, Later)
+    assert "does not offer the STARTTLS" in str(error)
+    assert server.said("AUTH") == server.said("MAIL") == []
+
+
+def test_what_is_said_before_the_handshake_does_not_count_behind_it(
+    tls_server: TlsServer, trusting: ssl.SSLContext
+) -> None:
+    server = tls_server()
+    server.answers = {"STARTTLS": "220 go\r\n250-evil.test\r\n250 AUTH LOGIN"}
+    relay = Relay("127.0.0.1", server.port, "joe", "secret", starttls=trusting, timeout=5)
     assert isinstance(failures_of(relay, received())["b@y.test"], Later)
     assert server.said("AUTH") == server.said("MAIL") == []
+
+
+# -- login --------------------------------------------------------------------------------------------------------
 
 
 def test_a_refused_login_keeps_the_mail_for_later(server: Server) -> None:
@@ -516,8 +525,285 @@ def test_a_refused_login_keeps_the_mail_for_later(server: Server) -> None:
     relay = Relay("127.0.0.1", server.port, "joe", "secret", timeout=5)
     error = failures_of(relay, received())["b@y.test"]
     assert isinstance(error, Later)
-    assert "535 5.7.8 wrong" in str(error)
+    assert "the login was refused: 535 5.7.8 wrong" in str(error)
     assert "secret" not in str(error)
+    assert server.said("MAIL") == []
+
+
+def base64_of(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()
+
+
+CHALLENGE = "<1896.697170952@postoffice.test>"
+DIGEST = hmac.new("pässword".encode(), CHALLENGE.encode(), "md5").hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("offer", "answers", "said"),
+    [
+        ("AUTH PLAIN LOGIN", {}, ["AUTH PLAIN " + base64_of("\0joe\0pässword")]),
+        (
+            "AUTH LOGIN",
+            {"AUTH LOGIN": "334 VXNlcm5hbWU6", base64_of("joe").upper(): "334 UGFzc3dvcmQ6"},
+            ["AUTH LOGIN", base64_of("joe"), base64_of("pässword")],
+        ),
+        (
+            "AUTH CRAM-MD5 PLAIN",
+            {"AUTH CRAM": "334 " + base64_of(CHALLENGE), base64_of("joe ")[:4].upper(): "235 ok"},
+            ["AUTH CRAM-MD5", base64_of(f"joe {DIGEST}")],
+        ),
+        (
+            "AUTH CRAM-MD5 PLAIN",
+            {"AUTH CRAM": "334 A", "*": "501 given up"},
+            ["AUTH CRAM-MD5", "*", "AUTH PLAIN " + base64_of("\0joe\0pässword")],
+        ),
+    ],
+    ids=["PLAIN", "LOGIN", "CRAM-MD5", "PLAIN after a broken CRAM-MD5"],
+)
+def test_a_login_is_by_what_the_server_offers(
+    server: Server, offer: str, answers: dict[str, str | list[str]], said: list[str]
+) -> None:
+    server.offers += [offer]
+    server.answers = answers
+    if offer == "AUTH LOGIN":
+        server.answers[base64_of("pässword").upper()] = "235 ok"
+    relay = Relay("127.0.0.1", server.port, "joe", "pässword", timeout=5)
+    relay.deliver(received())
+    relay.close()
+    assert server.commands[1 : 1 + len(said)] == said
+    assert len(server.messages) == 1
+
+
+@pytest.mark.parametrize("offer", ["AUTH GSSAPI", "HELP"])
+def test_a_server_that_offers_no_login_that_we_know_keeps_the_mail_for_later(server: Server, offer: str) -> None:
+    server.offers += [offer]
+    error = failures_of(Relay("127.0.0.1", server.port, "joe", "secret", timeout=5), received())["b@y.test"]
+    assert isinstance(error, Later)
+    assert "no way to log in" in str(error)
+
+
+@pytest.mark.parametrize("host", ["mail.test", "192.0.2.1", "2001:db8::1"])
+def test_a_password_that_would_cross_the_network_in_clear_is_refused_when_the_relay_is_built(host: str) -> None:
+    with pytest.raises(SettingsError, match=r"unencrypted: starttls=True .* clear_login=True"):
+        Relay(host, 587, "joe", "secret")
+    Relay(host, 587, "joe", "secret", starttls=True)
+    Relay(host, 465, "joe", "secret", ssl=True)
+    Relay(host, 587, "joe", "secret", clear_login=True)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.0.1", "::1", "localhost", "/run/lmtp"])
+def test_a_password_for_this_machine_needs_no_encryption(host: str) -> None:
+    Relay(host, 587, "joe", "secret")
+
+
+def test_half_a_login_is_refused_when_the_relay_is_built() -> None:
+    with pytest.raises(SettingsError, match="a username and no password"):
+        Relay("127.0.0.1", username="joe")
+    with pytest.raises(SettingsError, match="a password and no username"):
+        Relay("127.0.0.1", password="secret")
+
+
+# -- LMTP ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lmtp(server: Server) -> Iterator[Relay]:
+    relay = Relay("127.0.0.1", server.port, lmtp=True, timeout=5)
+    yield relay
+    relay.close()
+
+
+def test_lmtp_has_a_reply_for_each_recipient_that_was_taken(server: Server, lmtp: Relay) -> None:
+    server.answers = {
+        "RCPT TO:<C@": "550 5.1.1 who?",
+        ".": "250 2.0.0 kept\r\n452-4.2.2 full\r\n452 4.2.2 box\r\n250 2.0.0 kept\r\n554 5.6.0 no",
+    }
+    errors = failures_of(lmtp, received("a@x.test", *(f"{name}@y.test" for name in "bcdef")))
+    assert {to: str(error) for to, error in errors.items()} == {
+        "c@y.test": "550 5.1.1 who?",
+        "d@y.test": "452 4.2.2 full 4.2.2 box",
+        "f@y.test": "554 5.6.0 no",
+    }
+    assert server.said("LHLO")
+    assert server.said("EHLO") == []
+    server.answers = {}
+    lmtp.deliver(received())  # on the same connection, whose replies are all read
+    assert (len(server.messages), len(server.connections)) == (2, 1)
+    assert server.said("RSET") == []
+
+
+def test_an_lmtp_server_that_breaks_off_leaves_only_the_unanswered_for_later(server: Server, lmtp: Relay) -> None:
+    server.answers = {".": f"250 2.0.0 kept\r\n550 5.2.2 full\r\n{HANG_UP}"}
+    errors = failures_of(lmtp, received("a@x.test", "b@y.test", "c@y.test", "d@y.test"))
+    assert [(to, type(error)) for to, error in errors.items()] == [("c@y.test", SMTPError), ("d@y.test", Later)]
+
+
+def test_an_lmtp_server_is_not_greeted_as_an_smtp_server(server: Server, lmtp: Relay) -> None:
+    server.answers = {"LHLO": "500 5.5.1 what?"}
+    assert isinstance(failures_of(lmtp, received())["b@y.test"], Later)
+    assert [command.split()[0].upper() for command in server.commands] == ["LHLO"]
+
+
+def test_a_path_is_a_unix_socket_that_speaks_lmtp(tmp_path: Path) -> None:
+    path = str(tmp_path / "lmtp")
+    server = Server(path=path)
+    relay = Relay(path, timeout=5)
+    relay.deliver(received())
+    assert server.said("LHLO") == [f"lhlo {own_name() or 'localhost'}"]
+    assert len(server.messages) == 1
+    assert repr(relay) == f"<Relay to ({path})>"
+    relay.close()
+    server.close()
+
+
+def test_a_unix_socket_that_is_not_there_means_later(tmp_path: Path) -> None:
+    error = failures_of(Relay(str(tmp_path / "lmtp")), received())["b@y.test"]
+    assert isinstance(error, Later)
+    assert str(tmp_path / "lmtp") in str(error)
+
+
+def test_lmtp_takes_starttls_and_no_ssl(tls_server: TlsServer, trusting: ssl.SSLContext) -> None:
+    with pytest.raises(TypeError, match="not both"):
+        Relay("127.0.0.1", ssl=True, lmtp=True)
+    with pytest.raises(SettingsError, match="unix socket"):
+        Relay("/run/lmtp", starttls=True)
+    server = tls_server()
+    relay = Relay("127.0.0.1", server.port, starttls=trusting, lmtp=True, timeout=5)
+    relay.deliver(received())
+    relay.close()
+    assert [command.split()[0].upper() for command in server.commands[:3]] == ["LHLO", "STARTTLS", "LHLO"]
+
+
+def test_our_own_lmtp_receiver_and_relay_agree_about_each_recipient(router: RoutingBase, here: Path) -> None:
+    taken: list[str] = []
+
+    @stateless
+    def START(message: MailRequest) -> None:
+        if message.To == "c@y.test":
+            raise SMTPError(550, "5.2.1 c has left")
+        taken.append(message.To)
+
+    router.register_route("[a-z]+@y.test", START)
+    router.UNDELIVERABLE_QUEUE = Queue("run/undeliverable")
+    receiver = LMTPReceiver("127.0.0.1", 0, router=router)
+    receiver.start()
+    relay = Relay("127.0.0.1", receiver.port, lmtp=True, timeout=10)
+    try:
+        errors = failures_of(relay, received("a@x.test", "b@y.test", "c@y.test", "d@y.test", "e@nowhere.test"))
+        relay.deliver(received("a@x.test", "f@y.test"))
+    finally:
+        relay.close()
+        receiver.stop()
+        receiver.join()
+    assert {to: str(error)[:9] for to, error in errors.items()} == {
+        "e@nowhere.test": "550 5.1.1",
+        "c@y.test": "550 5.2.1",
+    }
+    assert sorted(taken) == ["b@y.test", "d@y.test", "f@y.test"]
+
+
+DOVECOT = """
+protocols = lmtp
+base_dir = {here}/base
+state_dir = {here}/state
+log_path = {here}/log
+ssl = no
+mail_location = maildir:{here}/mail/%n
+postmaster_address = postmaster@y.test
+default_login_user = {user}
+default_internal_user = {user}
+default_internal_group = {group}
+service lmtp {{
+  user = {user}
+  chroot =
+  unix_listener {here}/lmtp {{
+    mode = 0600
+  }}
+}}
+service anvil {{
+  chroot =
+}}
+service stats {{
+  chroot =
+}}
+passdb {{
+  driver = passwd-file
+  args = {here}/users
+}}
+userdb {{
+  driver = passwd-file
+  args = {here}/users
+}}
+"""
+
+
+@pytest.fixture
+def dovecot(tmp_path: Path) -> Iterator[Path]:
+    """A dovecot that takes mail for b@y.test and c@y.test over LMTP; the folder that it lives in."""
+    if not (Path("/usr/sbin/dovecot").exists() and Path("/usr/lib/dovecot/lmtp").exists()):
+        message = "dovecot-lmtpd is not installed"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+    here = Path(tempfile.mkdtemp(prefix="lq", dir="/tmp"))  # the path of a unix socket has 107 octets
+    user, group = pwd.getpwuid(os.getuid()).pw_name, grp.getgrgid(os.getgid()).gr_name
+    owner, owners = (os.getuid(), os.getgid()) if os.getuid() else (65534, 65534)  # mail is never root's
+    (here / "users").write_text("".join(f"{name}@y.test::{owner}:{owners}::{here}::\n" for name in "bc"))
+    (here / "mail").mkdir()
+    for path in (here, here / "users", here / "mail"):
+        os.chown(path, owner, owners)
+    config = here / "dovecot.conf"
+    config.write_text(DOVECOT.format(here=here, user=user, group=group))
+    process = subprocess.Popen(["/usr/sbin/dovecot", "-F", "-c", str(config)])
+    for _ in range(100):
+        if (here / "lmtp").exists() or process.poll() is not None:
+            break
+        time.sleep(0.05)
+    yield here
+    process.terminate()
+    process.wait(20)
+    shutil.rmtree(here, ignore_errors=True)
+
+
+def test_dovecot_takes_mail_over_lmtp_and_refuses_whom_it_does_not_know(dovecot: Path) -> None:
+    relay = Relay(str(dovecot / "lmtp"), timeout=10)
+    errors = failures_of(relay, received("a@x.test", "b@y.test", "nobody@y.test", "c@y.test"))
+    assert [(to, error.code) for to, error in errors.items() if isinstance(error, SMTPError)] == [
+        ("nobody@y.test", 550)
+    ]
+    relay.deliver(received("", "c@y.test", data=MESSAGE + b".\r\n..dots\r\n"))
+    relay.close()
+    kept = {name: [path.read_bytes() for path in (dovecot / "mail" / name / "new").iterdir()] for name in "bc"}
+    assert (len(kept["b"]), len(kept["c"])) == (1, 2)
+    assert any(text.replace(b"\r\n", b"\n").endswith(b"\nbody\n.\n..dots\n") for text in kept["c"])
+
+
+# -- a server that wears us down ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("endless", ["250-x\r\n" * 5000, "250-" + "x" * 100_000], ids=["lines", "line"])
+def test_a_reply_that_does_not_end_means_later(server: Server, endless: str) -> None:
+    server.answers = {"EHLO": endless}
+    error = failures_of(Relay("127.0.0.1", server.port, timeout=5), received())["b@y.test"]
+    assert isinstance(error, Later)
+    assert "does not end" in str(error)
+
+
+def test_a_reply_that_drips_times_out_as_a_whole() -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def drip() -> None:
+        connection, _ = listener.accept()
+        try:
+            while True:
+                connection.sendall(b"220-\r\n")
+                time.sleep(0.02)
+        except OSError:
+            pass
+
+    threading.Thread(target=drip, daemon=True).start()
+    port = listener.getsockname()[1]
+    error = failures_of(Relay("127.0.0.1", port, timeout=0.3), received())["b@y.test"]
+    assert str(error) == f"relay 127.0.0.1:{port}: timed out"
+    listener.close()
 
 
 # -- the object ---------------------------------------------------------------------------------------------------
@@ -546,9 +832,47 @@ def test_ssl_and_starttls_exclude_each_other() -> None:
         Relay(ssl=True, starttls=True)
 
 
-def test_a_relay_needs_a_host() -> None:
-    with pytest.raises(SettingsError, match="host"):
-        Relay(host=None)
+def test_a_host_that_is_no_name_is_refused_when_the_relay_is_built() -> None:
+    with pytest.raises(SettingsError, match="no name of a host"):
+        Relay("mail..test")
+
+
+# -- its settings -------------------------------------------------------------------------------------------------
+
+
+def test_the_settings_are_the_arguments() -> None:
+    relay = Relay(**RelayTable(host="mail.test", username="joe", password="x", starttls=True).config())
+    assert (relay.hostname, relay.port, relay.username, relay.starttls, relay.lmtp) == (
+        "mail.test",
+        25,
+        "joe",
+        True,
+        False,
+    )
+    assert Relay(**RelayTable(host="/run/lmtp").config()).lmtp
+    assert "mail servers of each domain" in repr(Relay(**RelayTable(host="").config()))
+
+
+def test_a_private_authority_is_a_setting(tls_server: TlsServer, authority: trustme.CA, tmp_path: Path) -> None:
+    pem = tmp_path / "ca.pem"
+    authority.cert_pem.write_to_path(str(pem))
+    server = tls_server()
+    table = RelayTable(port=server.port, starttls=True, ca_file=str(pem), timeout=5.0)
+    relay = Relay(**table.config())
+    relay.deliver(received())
+    relay.close()
+    assert len(server.messages) == 1
+
+
+def test_a_private_authority_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.pem"
+    empty.write_text("")
+    with pytest.raises(SettingsError, match=r"relay\.ca_file: cannot use nowhere: No such file"):
+        RelayTable(starttls=True, ca_file="nowhere").config()
+    with pytest.raises(SettingsError, match=r"relay\.ca_file: cannot use .*: it holds no certificate"):
+        RelayTable(ssl=True, ca_file=str(empty)).config()
+    with pytest.raises(SettingsError, match="nothing is encrypted"):
+        RelayTable(ca_file=str(empty)).config()
 
 
 def test_a_relay_says_where_it_goes() -> None:
