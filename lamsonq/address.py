@@ -133,10 +133,14 @@ def canonical(address: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Mailbox:
-    """One element of an address header: the display name as written, and the address ("" when there is none)."""
+    """One element of an address header: the display name as written, and the address ("" when there is none).
+
+    `path` is what stands in the place of the address, whether it is one or not.
+    """
 
     name: str
     address: str
+    path: str = ""
 
 
 def bare_address(text: str) -> str:
@@ -200,12 +204,12 @@ class _Element:
         path = "".join(self.path).strip()
         if self.angle == "":
             name, path = "", name
-        if self.broken or self.angle == "<":
-            path = ""
-        if path.startswith("@"):
-            path = path.partition(":")[2]  # a source route, RFC 5322 section 4.4
+        # a source route, RFC 5322 section 4.4
+        address = path.partition(":")[2] if path.startswith("@") else path
+        if self.broken or self.angle == "<" or not is_path_address(address):
+            address = ""
         if name or path:
-            yield Mailbox(name, path if is_path_address(path) else "")
+            yield Mailbox(name, address, path)
 
 
 _BROKEN = frozenset('")[]\\')

@@ -29,10 +29,12 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lamsonq import logs
 from lamsonq.errors import Dead, Later, LeaseLost, SMTPError, Undelivered, outcome_of, reason_of
 from lamsonq.jobs import DONE, Done, Outcome, Put
 from lamsonq.mail import MailRequest
 from lamsonq.state import Conversation, Conversations, StateStorage
+from lamsonq.tally import TALLY
 
 LOG = logging.getLogger()
 """The root logger: the names before these lines are part of what users of Lamson grep for."""
@@ -104,9 +106,12 @@ class Attempt:
         self.given_up = False
         self.started: float | None = None
         """When the function began, by the monotonic clock; None while it waits for its conversation."""
+        self.about = logs.current().for_call(call.name, call.recipient)
+        """What every line says that is logged on the way."""
         self.states: dict[Conversation, str] = {}
         self._outer = current()
         self._puts: list[Put] = []
+        self._afterwards: list[Callable[[], object]] = []
         self._settle = settle
         self._patience = patience
         self._once = threading.Lock()
@@ -122,6 +127,13 @@ class Attempt:
             raise LeaseLost(f"{self.call.name} took too long; this attempt was given up, and what it pushes is dropped")
         self._puts.append(put)
 
+    def afterwards(self, act: Callable[[], object]) -> None:
+        """Do this when the attempt has succeeded and is settled, or, inside another attempt, when that one has.
+
+        For tidying up what the attempt has used: when the process dies before it, it is not done.
+        """
+        self._afterwards.append(act)
+
     @property
     def puts(self) -> list[Put]:
         return list(self._puts)
@@ -131,8 +143,10 @@ class Attempt:
 
         With `here=False` this thread only gets in line: who starts attempts one by one keeps their order.
         """
-        self._spawn = spawn or _run_here
-        self._enter(_run_here if here else self._spawn)
+        threads = spawn or _run_here
+        self._spawn = lambda function: threads(logs.within(self.about, function))
+        with logs.about(self.about):
+            self._enter(_run_here if here else self._spawn)
 
     def give_up(self) -> bool:
         """Close the attempt from outside; False when it was settled already. Nothing is settled: the caller does."""
@@ -227,6 +241,7 @@ class Attempt:
                 return
             stay = self._may_run(chosen, stateful.conversation)
             self.call = chosen
+            self.about.handler, self.about.recipient = chosen.name or "", chosen.recipient
             if not stay:
                 self._leave()
                 self._enter(_run_here)
@@ -307,16 +322,30 @@ class Attempt:
         try:
             outcome = self._commit_states(outcome)
             self._settle(outcome, self._puts if isinstance(outcome, Done) else [])
+            if self._outer is None and (isinstance(outcome, Done | Dead) or outcome.counted):
+                TALLY.count(isinstance(outcome, Done))
             if self.states and self.call.stateful is not None:
                 self.call.stateful.store.forget(self.states, self.key)
             if isinstance(outcome, Done) and self.call.name is not None:
                 LOG.debug("Message to %s was handled by %s", self.call.recipient, self.call.name)
+            if isinstance(outcome, Done):
+                self._tidy_up()
         except LeaseLost:
             LOG.warning("job %s was taken away while it was handled; this attempt's result is dropped", self.key)
         except Exception:  # the settler has answered for itself; a thread of the pool must live on
             LOG.exception("job %s could not be settled", self.key)
         finally:
             self._leave()
+
+    def _tidy_up(self) -> None:
+        if self._outer is not None and self._outer.open:
+            self._outer._afterwards += self._afterwards
+            return
+        for act in self._afterwards:
+            try:
+                act()
+            except Exception:  # any code: the message is dealt with all the same
+                LOG.exception("after %s had succeeded", self.call.name)
 
     def _commit_states(self, outcome: Outcome) -> Outcome:
         if not self.states or self.call.stateful is None:

@@ -7,6 +7,9 @@ Rules:
 2. Calls run in the threads of a pool, one after another; the event loop only waits for them. A call has a time limit
    in its function, and another one in the line for its conversation.
 3. A reply never carries the text of an exception, only what a handler chose to say by SMTPError, Later or Dead.
+4. A reply answers for a group of the message's recipients: over SMTP for all of them, over LMTP for one. What fails
+   for one group is said or kept for that group alone, and its reply does not wait for the groups behind it. Every
+   call runs once, whoever asks for its outcome.
 """
 
 from __future__ import annotations
@@ -16,22 +19,29 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from lamsonq import mail
+from lamsonq import logs, mail
+from lamsonq.address import canonical
 from lamsonq.attempt import PATIENCE, Attempt, Call, key_of, publishing
-from lamsonq.errors import Dead, Later, SMTPError, Undelivered, reason_of
+from lamsonq.backends.maildir_names import new_key as new_id
+from lamsonq.errors import Dead, Failure, Later, SMTPError, Undelivered, outcome_of, reason_of
 from lamsonq.jobs import Done, Job, Outcome, Put
-from lamsonq.queue import job_of
+from lamsonq.queue import job_of, new_key
 from lamsonq.routing import RoutingBase, unplanned
 
 LOG = logging.getLogger()
 """The root logger: the names before these lines are part of what users of Lamson grep for."""
 
 _T = TypeVar("_T")
+
+Group = tuple[str, ...]
+"""The recipients that one reply answers for, as routes see them: all of a message's, or one."""
+
+_Answer = Callable[[Group], Awaitable[str]]
 
 
 class _Unkept(Later):
@@ -61,42 +71,90 @@ class Committer:
         self.on_hang = on_hang
         self.running: set[_Run] = set()
 
-    async def commit(self, envelope: mail.Envelope, content: bytes) -> str:
-        """Take a message; the reply. Raises nothing but what cancels it."""
+    async def commit(
+        self,
+        envelope: mail.Envelope,
+        content: bytes,
+        groups: Sequence[Group],
+        replies: Sequence[asyncio.Future[str]],
+    ) -> None:
+        """Take a message, and set the reply to each group as soon as it is known, one after another.
+
+        A group that is named twice gets the same reply twice. Raises nothing but what cancels it.
+        """
+        with logs.about(logs.received(new_id())):
+            await self._commit(envelope, content, groups, replies)
+
+    async def _commit(
+        self,
+        envelope: mail.Envelope,
+        content: bytes,
+        groups: Sequence[Group],
+        replies: Sequence[asyncio.Future[str]],
+    ) -> None:
         try:
-            message = mail.MailRequest(envelope.peer, envelope.mail_from, envelope.rcpt_tos, content, envelope=envelope)
-            LOG.debug(
-                "Message received from Peer: %r, From: %r, to To %r.", message.Peer, message.From, message.route_to
-            )
-            if self.deliver is None:
-                return await self._route(message)
-            return await self._hand_over(message, self.deliver)
+            answer = await self._take(envelope, content)
         except Exception as error:  # whatever it is, nothing was promised: the client keeps the message
-            return trouble(error)
+            answer = _always(trouble(error))
+        known: dict[Group, str] = {}
+        for group, reply in zip(groups, replies, strict=True):
+            if group not in known:
+                known[group] = await _answered(answer, group)
+            if not reply.done():  # else its client has gone: it was cancelled
+                reply.set_result(known[group])
+
+    async def _take(self, envelope: mail.Envelope, content: bytes) -> _Answer:
+        """Begin with a message: what answers for each group of its recipients."""
+        message = mail.MailRequest(envelope.peer, envelope.mail_from, envelope.rcpt_tos, content, envelope=envelope)
+        LOG.debug("Message received from Peer: %r, From: %r, to To %r.", message.Peer, message.From, message.route_to)
+        if self.deliver is None:
+            return await self._route(message)
+        return await self._hand_over(message, self.deliver)
 
     def give_up(self) -> None:
         """Drop whatever the calls that still run will come to. Their clients were told nothing, and come again."""
         for run in list(self.running):
             run.give_up()
 
-    async def _hand_over(self, message: mail.MailRequest, deliver: Callable[[mail.MailRequest], object]) -> str:
+    async def _hand_over(self, message: mail.MailRequest, deliver: Callable[[mail.MailRequest], object]) -> _Answer:
         """Give the message to `deliver=`: nothing is kept here, so what fails is refused."""
         run = _Run(self, Call(deliver, message.To), message, Attempt)
         outcome = await run.outcome()
-        if isinstance(outcome, Done):
-            return _accepted(run.keys)
-        LOG.error(
-            "Exception while processing message from Peer: %r, From: %r, to To %r.",
-            message.Peer,
-            message.From,
-            message.route_to,
-            exc_info=outcome,
-        )
-        return _refusal(outcome)
+        if not isinstance(outcome, Done):
+            LOG.error(
+                "Exception while processing message from Peer: %r, From: %r, to To %r.",
+                message.Peer,
+                message.From,
+                message.route_to,
+                exc_info=outcome,
+            )
+        # What it pushed for those that it does not name is not kept: then nobody has got the message.
+        failures = None if run.pushed else _shares(outcome, message.route_to)
 
-    async def _route(self, message: mail.MailRequest) -> str:
-        """Run what the routes ask for, and keep what fails."""
-        calls = await self._in_pool(self.router.plan, message)
+        async def answer(group: Group) -> str:
+            if isinstance(outcome, Done):
+                return _accepted(run.keys)
+            if failures is None:
+                return _refusal(outcome)
+            own = [failure for recipient in group for failure in failures.get(recipient, ())]
+            return _refusal(outcome_of(Undelivered(own))) if own else _accepted(())
+
+        return answer
+
+    async def _route(self, message: mail.MailRequest) -> _Answer:
+        """Plan what the routes ask for; it is run for one group after another."""
+        calls: dict[str, list[Call]] = {}
+        for call in await self._in_pool(self.router.plan, message):
+            calls.setdefault(call.recipient, []).append(call)
+
+        async def answer(group: Group) -> str:
+            part = message if len(group) > 1 else message.addressed(group[0])
+            return await self._run_or_keep(part, [call for recipient in group for call in calls.get(recipient, ())])
+
+        return answer
+
+    async def _run_or_keep(self, message: mail.MailRequest, calls: Sequence[Call]) -> str:
+        """Run these calls, and keep what fails."""
         for left in unplanned(message, calls):
             await self._in_pool(self.router.keep_undeliverable, left)
         failures: list[tuple[Call, Later | Dead]] = []
@@ -115,7 +173,7 @@ class Committer:
         if not failures or queue is None:
             return []
         store = queue.backend
-        puts = [Put(store, _bound(message, call, store.new_key()), outcome) for call, outcome in failures]
+        puts = [Put(store, _bound(message, call, new_key(store)), outcome) for call, outcome in failures]
         store.put(puts)
         keys = [put.job.key for put in puts]
         for key, (_, outcome) in zip(keys, failures, strict=True):
@@ -135,7 +193,7 @@ class Committer:
             except (KeyboardInterrupt, SystemExit, StopIteration) as error:  # would end or confuse the loop
                 raise RuntimeError(repr(error)) from error
 
-        return await self.loop.run_in_executor(self.pool, run)
+        return await self.loop.run_in_executor(self.pool, logs.within(logs.current(), run))
 
 
 class _Run:
@@ -158,6 +216,7 @@ class _Run:
         self._make = make
         self._attempt: Attempt | None = None
         self._begun = 0.0
+        self._about = logs.current()
         self._settled: asyncio.Future[Outcome] = committer.loop.create_future()
 
     async def outcome(self) -> Outcome:
@@ -175,13 +234,18 @@ class _Run:
             if self._attempt is not None:
                 self.call = self._attempt.call
 
+    @property
+    def pushed(self) -> bool:
+        """Whether the function pushed anything, which is lost when it fails."""
+        return self._attempt is not None and bool(self._attempt.puts)
+
     def give_up(self) -> None:
         if self._attempt is not None:
             self._attempt.give_up()
 
     def _spawn(self, function: Callable[[], None]) -> None:
         with contextlib.suppress(RuntimeError):  # the receiver has stopped: nobody waits for this any more
-            self._committer.pool.submit(function)
+            self._committer.pool.submit(logs.within(self._about, function))
 
     def _begin(self) -> None:
         """In a thread of the pool."""
@@ -233,8 +297,33 @@ class _Run:
 def trouble(error: BaseException) -> str:
     """Log an error that the client must not see; the reply names the log line."""
     mark = secrets.token_hex(6)
-    LOG.error("SMTP session error %s", mark, exc_info=error)
+    LOG.error("Session error %s", mark, exc_info=error)
     return f"451 4.3.0 Internal error {mark}, please try again later"
+
+
+async def _answered(answer: _Answer, group: Group) -> str:
+    try:
+        return await answer(group)
+    except Exception as error:  # nothing was promised to this group
+        return trouble(error)
+
+
+def _always(reply: str) -> _Answer:
+    async def answer(_group: Group) -> str:
+        return reply
+
+    return answer
+
+
+def _shares(outcome: Outcome, recipients: Sequence[str]) -> dict[str, list[Failure]] | None:
+    """Who of these failed and why, if `deliver=` has named them; None when the outcome is everybody's."""
+    cause = outcome.__cause__ if isinstance(outcome, Later | Dead) else None
+    if not isinstance(cause, Undelivered) or str(outcome) != str(outcome_of(cause)):
+        return None  # a handler's own words, for the message as a whole
+    shares: dict[str, list[Failure]] = {}
+    for failure in cause.failures:
+        shares.setdefault(canonical(failure.recipient), []).append(failure)
+    return shares if shares and shares.keys() <= set(recipients) else None
 
 
 def _bound(message: mail.MailRequest, call: Call, key: str) -> Job:

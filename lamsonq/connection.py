@@ -137,7 +137,17 @@ class Client(smtplib.SMTP):
         self.does_esmtp = False
 
     def log_in(self, username: str, password: str) -> None:
-        """AUTH (RFC 4954) with CRAM-MD5, PLAIN or LOGIN. smtplib's own takes ASCII passwords only."""
+        """AUTH (RFC 4954) with CRAM-MD5, PLAIN or LOGIN. smtplib's own takes ASCII passwords only.
+
+        Debugging does not show it: a terminal or a log is no place for a password.
+        """
+        debug, self.debuglevel = self.debuglevel, 0
+        try:
+            self._log_in(username, password)
+        finally:
+            self.debuglevel = debug
+
+    def _log_in(self, username: str, password: str) -> None:
         offered = self.esmtp_features.get("auth", "").upper().split()
         code, text = 0, b""
         for mechanism in _MECHANISMS:

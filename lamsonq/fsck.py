@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from lamsonq.queue import message_of
 
 _MESSAGE_ID = re.compile(rb"^message-id:\s*(\S+)", re.IGNORECASE | re.MULTILINE)
 _HEADER_END = re.compile(rb"\r?\n\r?\n")
+_SECONDS = re.compile(r"([0-9]{9,11})\.")
 
 
 @dataclass
@@ -97,6 +99,23 @@ def check(run: str | Path, accepted: Iterable[str] = (), handled: Iterable[str] 
 def counts(run: str | Path) -> dict[Path, dict[str, int]]:
     """How many jobs each queue under `run` has in each state. Reads names only."""
     return {path: Index(Folders(str(path))).counts() for path in queues(run)}
+
+
+def oldest(queue: Path, now: float) -> float | None:
+    """How long the oldest ready job of a queue has waited, in seconds; None when there is none. Reads names only."""
+    index = Index(Folders(str(queue)))
+    born = [_born(index, key) for key in index.keys("ready")]
+    return round(max(0.0, now - min(born)), 1) if born else None
+
+
+def _born(index: Index, key: str) -> float:
+    """When a job came: its key says so, and where another program has chosen that, its file."""
+    if number := _SECONDS.match(key):
+        return float(number[1])
+    try:
+        return os.stat((index.find(key) or ("", key))[1]).st_mtime
+    except OSError:  # taken while we looked
+        return time.time()
 
 
 def queues(run: str | Path) -> Iterator[Path]:

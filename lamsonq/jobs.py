@@ -20,6 +20,7 @@ Rules, which every backend keeps:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -127,3 +128,9 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Give up this process's claims and watches. Idempotent."""
+
+
+def derived_key(key: str, number: int) -> str:
+    """A key beside its parent's in the order of the queue, that only this parent can make."""
+    derived, found = re.subn(r"^(\d+\.M\d+P\d+Q\d+(?:R\d+)*)", rf"\1R{number}", key, count=1)
+    return derived if found else f"{key}.R{number}"

@@ -21,6 +21,7 @@ from email.message import Message
 from functools import cached_property
 
 from lamsonq.address import addresses_in, bare_address, canonical, is_path_address, parse_path
+from lamsonq.bounce import BounceAnalyzer, detect_if_likely
 from lamsonq.headers import Field, HeaderBlock, check_name, check_value, shown, undecoded, written
 from lamsonq.mime import Part, Tree, leaves, main_text, parse
 from lamsonq.response import Attachment, MailResponse
@@ -100,7 +101,7 @@ class MailRequest:
         self.From = self._header_sender() if sender is None else _sender(sender)
         self.route_to = _recipients(recipients or self.envelope.rcpt_tos) or self._addresses_of(ROUTABLE_TO_HEADER)
         self.To = self.route_to[0] if self.route_to else ""
-        self.bounce: float | None = None
+        self.bounce: BounceAnalyzer | None = None
 
     def _header_sender(self) -> str:
         path = self["return-path"]
@@ -253,18 +254,15 @@ class MailRequest:
     # What kind of message it is.
 
     def is_bounce(self, threshold: float = 0.3) -> bool:
-        """Whether this looks like a report that a message could not be delivered.
+        """Whether this says that a message of ours could not be delivered, surer than `threshold` (0.0 to 1.0).
 
-        `bounce` is then how sure that is, 0.0 to 1.0: a delivery report (RFC 3464) is certain, the null sender and a
-        mail system's own addresses with the headers of a report are likely.
+        `bounce` is then the BounceAnalyzer that tells of whom and why. Ordinary mail is not parsed for it.
+
+        Source: Lamson's `MailRequest.is_bounce`.
         """
-        kind = (self["content-type"] or "").lower()
-        report = kind.startswith("multipart/report") and re.search(r'report-type\s*=\s*"?delivery-status', kind)
-        daemon = self.From.partition("@")[0] in ("mailer-daemon", "postmaster")
-        traces = any(name in self for name in ("x-failed-recipients", "final-recipient", "reporting-mta"))
-        marks = [(report, 1.0), (self.From == "", 0.5), (daemon, 0.2), (daemon and traces, 0.4)]
-        self.bounce = min(1.0, sum(weight for found, weight in marks if found))
-        return self.bounce > threshold
+        if self.bounce is None:
+            self.bounce = detect_if_likely(self)
+        return self.bounce.probable(threshold)
 
     @property
     def is_automatic(self) -> bool:

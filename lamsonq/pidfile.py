@@ -7,7 +7,7 @@ Rules:
 2. A pid is signalled only while the file that names it is locked, and never a pid below 2.
 3. A file that is no pid file (a link, other content) is left alone: its user chose a wrong name.
 4. The pid is written into a fresh file before anybody could take it for an old one: a stale file is removed first,
-   under its own lock. The lock does not pass into forked children.
+   under its own lock. The lock does not pass into forked children, but a fresh image of the same process keeps it.
 """
 
 from __future__ import annotations
@@ -35,6 +35,15 @@ class PidFile:
         self.path = path
         self._fd = -1
         os.register_at_fork(after_in_child=self._forget)
+
+    @property
+    def fd(self) -> int:
+        """The descriptor that the lock is held by; -1 before `take`."""
+        return self._fd
+
+    def resume(self, fd: int) -> None:
+        """Go on with the lock that this process took before its exec."""
+        self._fd = fd
 
     def take(self) -> None:
         """Lock the file and write our pid.

@@ -4,43 +4,54 @@
          |                      |                                               child: start, join
          +---- waits until all children listen, or one failed ------+
 
+At HUP the parent runs the same command again, as a trial, and then in its own place (lamsonq/reload.py).
+
 Rules:
 
 1. What can fail is done before `start` returns: it ends with 0 when the children listen, else with one line and a code.
-2. The pid file is locked before the boot, and goes when the last child has ended (lamsonq/supervisor.py).
+2. The pid file is locked before the boot, and goes when the last child has ended (lamsonq/supervisor.py). It stays
+   locked through a reload.
 3. `stop` signals only who holds its pid file (lamsonq/pidfile.py), and waits until it has ended.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import signal
-import socket
-from collections.abc import Callable, Iterator
-from typing import NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, NoReturn
 
-from lamsonq import pidfile
+from lamsonq import identity, pidfile, reload, sockets, tally
+from lamsonq.child import GRACE, MARGIN, READY, REPLACE, SIGNALS, answer_of, end_with, flush, refusal_of, reopen
 from lamsonq.errors import Refusal
-from lamsonq.supervisor import GRACE, MARGIN, READY, REPLACE, Parent, Service, answer_of, end_with, flush
+from lamsonq.sockets import Listener, Listeners
+from lamsonq.supervisor import Parent, Service
+from lamsonq.systemd import notify
 
-__all__ = ["GRACE", "REPLACE", "Service", "notify", "run", "start", "stop"]
+if TYPE_CHECKING:
+    from lamsonq.server import Receiver
 
-UMASK = 0o027
+__all__ = ["GRACE", "REPLACE", "Service", "notify", "resume", "run", "start", "stop"]
+
+OUTPUT = "logs/lamsonq"
+"""Where a daemon's stdout and stderr go, with `.out` and `.err` behind it."""
 
 
 def start(service: Service) -> None:
     """Run the service as a daemon. Returns when it listens; raises the Refusal that ended it otherwise."""
+    passed = sockets.passed()
+    service = replace(service, output=os.path.abspath(OUTPUT))
     with contextlib.ExitStack() as logs:
         flush()
-        out, err = (logs.enter_context(_append(f"logs/lamsonq.{end}")) for end in ("out", "err"))
+        out, err = (logs.enter_context(_append(f"{OUTPUT}.{end}")) for end in ("out", "err"))
         reading, writing = os.pipe()
         pid = os.fork()
         if pid == 0:
             os.close(reading)
-            _daemon(service, writing, out, err)
+            _daemon(service, passed, writing, out, err)
         os.close(writing)
     os.waitpid(pid, 0)
     with open(reading, "rb") as pipe:
@@ -53,22 +64,21 @@ def start(service: Service) -> None:
 def run(service: Service) -> None:
     """Run the service in the foreground until it is stopped; tells systemd when it listens. Raises Refusal."""
     answers: list[bytes] = []
-
-    def report(answer: bytes) -> None:
-        answers.append(answer)
-        if answer == READY:
-            notify("READY=1")
-
-    _serve(service, report)
+    _serve(service, sockets.passed(), answers.append)
     _raise_answer(answers[-1] if answers else READY)
 
 
-def notify(state: str) -> None:
-    """sd_notify(3): one datagram to the service manager, where there is one."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if address:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager, contextlib.suppress(OSError):
-            manager.sendto(state.encode(), address.replace("@", "\0", 1) if address[0] == "@" else address)
+def resume(service: Service, record: reload.Record, *, daemon: bool) -> None:
+    """What `start` or `run` does in a process that a reload has started: be its trial, or its fresh image.
+
+    Returns when the server has ended, if it is one of the foreground.
+    """
+    if record.role != "successor":
+        reload.answer(record, service.boot)
+    elif daemon:
+        end_with(lambda: _succeed(replace(service, output=os.path.abspath(OUTPUT)), record))
+    else:
+        _succeed(service, record)
 
 
 def _append(path: str) -> contextlib.AbstractContextManager[int]:
@@ -88,7 +98,7 @@ def _closing(fd: int) -> Iterator[int]:
         os.close(fd)
 
 
-def _daemon(service: Service, writing: int, out: int, err: int) -> NoReturn:
+def _daemon(service: Service, passed: Sequence[Listener], writing: int, out: int, err: int) -> NoReturn:
     """The double fork: a process without terminal, parent or session to die with."""
     os.setsid()
     if os.fork():
@@ -97,6 +107,8 @@ def _daemon(service: Service, writing: int, out: int, err: int) -> NoReturn:
     nothing = os.open(os.devnull, os.O_RDONLY)
     for fd, standard in ((nothing, 0), (out, 1), (err, 2)):
         os.dup2(fd, standard)
+        if fd > 2:
+            os.close(fd)  # a log that logrotate has moved away is to be let go of
     waiting = [writing]  # whoever started us waits until nobody holds this end any more
 
     def report(answer: bytes) -> None:
@@ -105,32 +117,29 @@ def _daemon(service: Service, writing: int, out: int, err: int) -> NoReturn:
             os.close(waiting.pop())
 
     os.register_at_fork(after_in_child=lambda: os.close(waiting.pop()) if waiting else None)
-    end_with(lambda: _serve(service, report))
+    end_with(lambda: _serve(service, passed, report))
 
 
 def _raise_answer(answer: bytes) -> None:
     """Raise the Refusal that another process has reported."""
-    if answer == READY:
-        return
-    code, text = json.loads(answer)
-    refusal = Refusal(text)
-    refusal.exit_code = code
-    raise refusal
+    if answer != READY:
+        raise refusal_of(answer)
 
 
-def _serve(service: Service, report: Callable[[bytes], None]) -> int:
+def _serve(service: Service, passed: Sequence[Listener], report: Callable[[bytes], None]) -> int:
     """The life of the parent. `report` is called when all children listen, or with the failure that ended it.
 
     Returns the exit code.
     """
-    os.umask(UMASK)
+    # A reload or a logrotate that is asked for this early would end us: it waits until we can do it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGUSR1})
     pid_file = pidfile.PidFile(service.pid_file)
+    listeners = Listeners(passed)
     failure = b""
     try:
         pid_file.take()
-        receiver = service.boot()
-        receiver.bind()
-        failure = Parent(service, receiver, report).live()
+        receiver = _bound(service, listeners)
+        failure = Parent.first(service, receiver, pid_file, listeners, report).live()
     except Refusal as error:
         failure = answer_of(error)
     except Exception as error:  # a boot and a bind() may be a user's: the starter gets one line, the log the rest
@@ -141,6 +150,39 @@ def _serve(service: Service, report: Callable[[bytes], None]) -> int:
     if failure:
         report(failure)
     return 1 if failure else 0
+
+
+def _succeed(service: Service, record: reload.Record) -> int:
+    """The life of the parent in a fresh image of itself: its children, its lock and its sockets are there."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    reopen(service.output)
+    pid_file = pidfile.PidFile(service.pid_file)
+    pid_file.resume(record.pid_file)
+    listeners = Listeners(record.listeners)
+    attention = reload.Attention()
+    receiver: Receiver | None = None
+    failure: Refusal | None = None
+    try:
+        with attention.during():
+            receiver = _bound(service, listeners)
+    except reload.Interrupted:
+        failure = Refusal(f"the boot took longer than {reload.PATIENCE:g} seconds")
+    except BaseException as error:  # whatever it is, the old children work on
+        failure = refusal_of(answer_of(error))
+    try:
+        parent = Parent.successor(service, None if failure else receiver, pid_file, listeners, record)
+        parent.live(failure, stop=attention.stop)
+    finally:
+        pid_file.give_back()
+    return 0
+
+
+def _bound(service: Service, listeners: Listeners) -> Receiver:
+    sockets.keep(listeners)
+    receiver = service.boot()
+    receiver.bind()
+    identity.give_up_root()
+    return receiver
 
 
 def stop(
@@ -159,7 +201,7 @@ def stop(
                 say(f"Attempting to stop lamsonq at pid {running.pid}")
                 going.append(running)
                 running.signal(signal.SIGKILL if kill else signal.SIGTERM)
-            elif pidfile.remove_stale(path):
+            elif _remove_stale(path):
                 warn(f"PID file {path} was left behind by a server that has ended: removed.")
         except Refusal as error:
             troubles.append(error)
@@ -169,6 +211,14 @@ def stop(
             troubles.append(Refusal(late))
         else:
             with contextlib.suppress(Refusal):  # another one has started in the meantime: its file stays
-                pidfile.remove_stale(running.path)
+                _remove_stale(running.path)
         running.close()
     return troubles
+
+
+def _remove_stale(pid_file: str) -> bool:
+    """Remove what a server has left behind that was killed; False when there is nothing. Raises Refusal."""
+    found = pidfile.remove_stale(pid_file)
+    if found:
+        tally.remove(tally.beside(pid_file))
+    return found

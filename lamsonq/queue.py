@@ -17,11 +17,11 @@ import os
 import time
 from email.message import Message
 
-from lamsonq import attempt
+from lamsonq import attempt, logs
 from lamsonq.address import canonical
 from lamsonq.backends import open_backend
 from lamsonq.errors import Later, QueueError
-from lamsonq.jobs import DONE, Job, Put
+from lamsonq.jobs import DONE, Backend, Job, Put
 from lamsonq.mail import Envelope, MailRequest
 from lamsonq.response import MailResponse
 
@@ -52,7 +52,7 @@ class Queue:
     def push(self, message: Pushable, now: bool = False) -> str:
         """Queue a message; its key. Raises QueueError, whose `data` is the message; TypeError for what is none;
         LeaseLost in a handler that has been given up because it took too long."""
-        key = self.backend.new_key()
+        key = new_key(self.backend)
         put = Put(self.backend, job_of(message, key))
         running = attempt.current()
         if running is not None and not now:
@@ -118,6 +118,11 @@ class Queue:
 
     def __repr__(self) -> str:
         return f"<Queue {self.dir}>"
+
+
+def new_key(backend: Backend) -> str:
+    """A key for what is to be kept: made from the id of the message that is being received, if there is one."""
+    return logs.current().next_key() or backend.new_key()
 
 
 def message_of(job: Job, name: str) -> MailRequest:

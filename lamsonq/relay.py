@@ -59,7 +59,7 @@ class Relay:
 
     `ssl` speaks TLS from the start, `starttls` upgrades; both check the server's certificate against the
     system's authorities, or against the `SSLContext` that is given in place of True. `clear_login` lets username and
-    password go without TLS to another machine. `debug` above 0 prints the session to stderr, the login included.
+    password go without TLS to another machine. `debug` above 0 prints the session to stderr, but for the login.
     `timeout` is in seconds, for connecting and for each reply.
 
     Raises TypeError for `ssl` together with `starttls` or LMTP, and SettingsError for what else cannot work.

@@ -7,16 +7,19 @@ Rules:
 2. Header texts are written by `lamsonq.headers.written`: the standard library encodes message ids that are longer
    than a line, and takes minutes for long address lists.
 3. Date, Message-ID and boundaries are made once, so that `to_bytes()` twice is the same message.
-4. mixed(alternative(text, html), attachments...); Bcc is a recipient and is never written.
+4. mixed(alternative(text, related(html, images), others), attachments), each only where it has more than one
+   part: the best alternative comes last (RFC 2046 section 5.1.4), what the HTML shows stands beside it (RFC 2387).
+5. Bcc is a recipient and is never written.
 """
 
 from __future__ import annotations
 
 import base64
+import itertools
 import mimetypes
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from email.message import EmailMessage, Message
 from email.policy import EmailPolicy
@@ -75,8 +78,11 @@ class MailResponse:
     """A message to send.
 
     `To` is one address, several in one string, or a list. `Body` and `Html` are its texts. Other headers are set
-    as `response["Reply-To"] = ...`; one that is None is left out. Raises ValueError for a header that holds a line
-    end or another control character.
+    as `response["Reply-To"] = ...`; one that is None is left out. `attachments`, `embedded` and `alternatives` list
+    what `attach`, `embed` and `add_alternative` added. Raises ValueError for a header that holds a line end or another
+    control character.
+
+    Source: Lamson's and Salmon's `mail.MailResponse`.
     """
 
     def __init__(
@@ -90,6 +96,9 @@ class MailResponse:
         self.Body = Body
         self.Html = Html
         self.attachments: list[Attachment] = []
+        self.embedded: list[Attachment] = []
+        self.alternatives: list[Attachment] = []
+        self._content_ids = itertools.count(1)
         self._headers: dict[str, tuple[str, str]] = {}
         self._token = secrets.token_hex(12)
         self._date = format_datetime(datetime.now(UTC))
@@ -170,18 +179,39 @@ class MailResponse:
         The type is guessed from the name where none is given; "application/octet-stream" when it tells nothing. Raises
         TypeError when there is nothing to attach, FileNotFoundError, and ValueError for what cannot stand in a header.
         """
-        if data is None and filename is None:
-            raise TypeError("attach needs a filename, or data, or both")
-        octets = _read(str(filename)) if data is None else data.encode() if isinstance(data, str) else bytes(data)
-        name = re.split(r"[/\\]", filename)[-1] if filename else None
-        content_type = content_type or _guessed(name, isinstance(data, str))
-        part = _attachment(octets, content_type, name, disposition or "attachment", isinstance(data, str))
-        self._add(part, name, octets, disposition or "attachment")
+        self.attachments.append(_made_from(filename, content_type, data, disposition or "attachment"))
+
+    def embed(
+        self,
+        filename: str | None = None,
+        data: bytes | str | None = None,
+        content_type: str | None = None,
+    ) -> str:
+        """Put an image (or a font, ...) beside the HTML text; the URL by which that shows it: `cid:...` (RFC 2392).
+
+            logo = response.embed("app/data/logo.png")
+            response.Html = f'<img src="{logo}" alt="">'
+
+        Without `data` it is the file of that name. Without Html it is an attachment that is shown inline. Raises
+        what `attach` raises.
+        """
+        embedded = _made_from(filename, content_type, data, "inline")
+        content_id = f"{self._token}.{next(self._content_ids)}@lamsonq"
+        embedded["part"]["Content-ID"] = f"<{content_id}>"
+        self.embedded.append(embedded)
+        return f"cid:{content_id}"
+
+    def add_alternative(self, data: bytes | str, content_type: str) -> None:
+        """Say the same in another form: `add_alternative(event, "text/calendar; method=REQUEST")` (RFC 6047).
+
+        Readers show the last alternative that they know, so these stand behind text and HTML. Raises ValueError.
+        """
+        self.alternatives.append(_made_from(None, content_type, data, None))
 
     def attach_part(self, part: Part | Message) -> None:
         """Attach a part of another message: the same content, type, name and id."""
         part = part if isinstance(part, Part) else Part(part)
-        self._add(_copied(part), part.filename, part.data, part.disposition)
+        self.attachments.append(_listed(_copied(part), part.filename, part.data, part.disposition))
 
     def attach_all_parts(self, mail_request: MailRequest) -> None:
         """Attach every part of a message that came in."""
@@ -189,15 +219,9 @@ class MailResponse:
             self.attach_part(part)
 
     def clear(self) -> None:
-        """Drop all attachments."""
+        """Drop all attachments and embedded images."""
         self.attachments.clear()
-
-    def _add(self, part: Message, name: str | None, data: bytes, disposition: str | None) -> None:
-        self.attachments.append(
-            Attachment(
-                filename=name, content_type=part.get_content_type(), data=data, disposition=disposition, part=part
-            )
-        )
+        self.embedded.clear()
 
     # The message.
 
@@ -207,7 +231,11 @@ class MailResponse:
         for name, value in [*self.items(), *self._made()]:
             if name.lower() != "bcc":
                 message[name] = value
-        self._fill(message)
+        content = self._content()
+        for name, value in content.raw_items():
+            message.set_raw(name, value)
+        message.set_payload(content.get_payload())
+        message["MIME-Version"] = "1.0"
         multiparts = [part for part in message.walk() if part.get_content_maintype() == "multipart"]
         for number, part in enumerate(multiparts):
             part.set_boundary(f"=_{self._token}_{number}")
@@ -220,19 +248,17 @@ class MailResponse:
         made = [("Date", self._date), ("Message-ID", message_id)]
         return [(name, value) for name, value in made if name not in self]
 
-    def _fill(self, message: EmailMessage) -> None:
-        if self.Body is not None or not (self.Html or self.attachments):
-            message.set_content(_text(self.Body or ""))
-            if self.Html:
-                message.add_alternative(_text(self.Html), subtype="html")
-        elif self.Html:
-            message.set_content(_text(self.Html), subtype="html")
-        if self.attachments:
-            message.make_mixed()
-            if "MIME-Version" not in message:
-                message["MIME-Version"] = "1.0"
-        for attachment in self.attachments:
-            Message.attach(message, attachment["part"])
+    def _content(self) -> Message:
+        """The text in all its forms, and what is attached to it."""
+        forms: list[Message] = []
+        attached = [a["part"] for a in [*([] if self.Html else self.embedded), *self.attachments]]
+        if self.Body is not None or not (self.Html or self.alternatives or attached):
+            forms.append(_text(self.Body or "", "plain"))
+        if self.Html:
+            forms.append(_related(_text(self.Html, "html"), [e["part"] for e in self.embedded]))
+        forms += [alternative["part"] for alternative in self.alternatives]
+        whole = [_multipart("alternative", forms)] if len(forms) > 1 else forms
+        return _multipart("mixed", [*whole, *attached]) if attached else whole[0]
 
     def all_parts(self) -> list[Part]:
         """The parts that hold content, in order."""
@@ -267,18 +293,57 @@ def _guessed(name: str | None, is_text: bool) -> str:
     return kind
 
 
-def _text(text: str) -> str:
-    return str(text).encode("utf-8", "replace").decode()
+def _text(text: str, subtype: str) -> Message:
+    part = EmailMessage(policy=_WIRE)
+    part.set_content(str(text).encode("utf-8", "replace").decode(), subtype=subtype)
+    del part["MIME-Version"]
+    return part
 
 
-def _attachment(data: bytes, content_type: str, name: str | None, disposition: str, is_text: bool) -> Message:
+def _multipart(subtype: str, parts: Sequence[Message]) -> Message:
+    container = EmailMessage(policy=_WIRE)
+    container["Content-Type"] = f"multipart/{subtype}"
+    container.set_payload([*parts])
+    return container
+
+
+def _related(html: Message, shown: Sequence[Message]) -> Message:
+    if not shown:
+        return html
+    related = _multipart("related", [html, *shown])
+    related.set_param("type", "text/html")  # RFC 2387 section 3.1
+    return related
+
+
+def _made_from(
+    filename: str | None, content_type: str | None, data: bytes | str | None, disposition: str | None
+) -> Attachment:
+    """A part of the message from what the caller gave; see `MailResponse.attach`."""
+    if data is None and filename is None:
+        raise TypeError("there is nothing to attach: give a filename, or data, or both")
+    octets = _read(str(filename)) if data is None else data.encode() if isinstance(data, str) else bytes(data)
+    name = re.split(r"[/\\]", filename)[-1] if filename else None
+    content_type = content_type or _guessed(name, isinstance(data, str))
+    part = _attachment(octets, content_type, name, disposition, isinstance(data, str))
+    return _listed(part, name, octets, disposition)
+
+
+def _listed(part: Message, name: str | None, data: bytes, disposition: str | None) -> Attachment:
+    return Attachment(
+        filename=name, content_type=part.get_content_type(), data=data, disposition=disposition, part=part
+    )
+
+
+def _attachment(data: bytes, content_type: str, name: str | None, disposition: str | None, is_text: bool) -> Message:
     kind = _content_type.fullmatch(check_value("Content-Type", content_type).lower())
     if not kind:
         raise ValueError(f"{content_type!r} is no content type (RFC 6838 section 4.2)")
     label = None if name is None else check_value("Content-Disposition", name)
+    shown = None if disposition is None else check_value("Content-Disposition", disposition)
     if kind[1] in ("message", "multipart"):
         part = _raw_part(data, content_type)
-        part.add_header("Content-Disposition", check_value("Content-Disposition", disposition), filename=label)
+        if shown:
+            part.add_header("Content-Disposition", shown, filename=label)
         return part
     part = EmailMessage(policy=_WIRE)
     parameters = Message()
@@ -290,7 +355,7 @@ def _attachment(data: bytes, content_type: str, name: str | None, disposition: s
         data,
         kind[1],
         kind[2],
-        disposition=check_value("Content-Disposition", disposition),
+        disposition=shown,
         filename=label,
         params=found,
     )

@@ -42,7 +42,7 @@ from lamsonq.marks import (
     stateless,
 )
 from lamsonq.modules import changed_at, load_handlers, reread
-from lamsonq.queue import Queue, job_of
+from lamsonq.queue import Queue, job_of, new_key
 from lamsonq.state import START, Conversation, Conversations, MemoryStorage, StateStorage
 from lamsonq.table import Handler, Route, Table, build_table
 
@@ -397,7 +397,7 @@ class RoutingBase:
             changes[call.stateful.conversation] = f"{module}.{name}"
             queue = self.queues.get(module)
             if queue is not None and all(put.store is not queue.backend for put in attempt.puts):
-                attempt.put(Put(queue.backend, job_of(message, queue.backend.new_key())))
+                attempt.put(Put(queue.backend, job_of(message, new_key(queue.backend))))
         store = self.STATE_STORE
         # What changes nothing need not be written; but a job that has changed it before is to be forgotten.
         again = {c for c in changes if store.found_by(*c, attempt.key) is not None}

@@ -1,6 +1,6 @@
 """What receives and what sends, under the names that Lamson's users import.
 
-from lamsonq.server import SMTPReceiver, QueueReceiver, Relay, SMTPError
+from lamsonq.server import SMTPReceiver, LMTPReceiver, QueueReceiver, Relay, SMTPError
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import Protocol
 
 from lamsonq.errors import SMTPError
+from lamsonq.lmtp import LMTPReceiver
 from lamsonq.relay import Relay
 from lamsonq.settings import QueueConfig
 from lamsonq.smtp import SMTPReceiver
 from lamsonq.worker import QueueReceiver
 
-__all__ = ["QueueConfig", "QueueReceiver", "Receiver", "Relay", "SMTPError", "SMTPReceiver"]
+__all__ = ["LMTPReceiver", "QueueConfig", "QueueReceiver", "Receiver", "Relay", "SMTPError", "SMTPReceiver"]
 
 
 class Receiver(Protocol):

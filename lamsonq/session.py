@@ -5,8 +5,9 @@ Rules:
 1. Nothing of what a client sends is trusted: addresses pass our own strict grammar before anything else sees them,
    a message is kept in memory only up to the size limit, and no reply repeats a control character.
 2. A transaction's replies come from here, until its last dot; then the receiver's `commit` takes the message and
-   answers for it. That answer is awaited, never cancelled: a client that goes away loses its reply, not its mail.
-3. A client that closes its sending side early is still answered for everything that it has sent.
+   answers for it. Its answers are awaited, never cancelled: a client that goes away loses a reply, not its mail.
+3. Which recipients each of these answers is for, `groups` says: over SMTP there is one, for all of them.
+4. A client that closes its sending side early is still answered for everything that it has sent.
 
 Of aiosmtpd this uses the connection, the command loop and the state of a transaction; EHLO, MAIL, RCPT and DATA are
 our own. The private names that are touched: `_reader` (and its `_buffer`), `_writer`, `_timeout_handle`,
@@ -18,12 +19,13 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from aiosmtpd import smtp
 
 from lamsonq import mail
+from lamsonq.address import canonical
 
 IDLE_TIMEOUT = 300.0
 """Seconds without a sign of the client that end a session (RFC 5321 section 4.5.3.2.7 asks for 5 minutes)."""
@@ -55,8 +57,10 @@ class Server(Protocol):
     async def takes(self, address: str) -> bool:
         """Whether mail to this address would reach anybody."""
 
-    def commit(self, envelope: mail.Envelope, content: bytes) -> asyncio.Future[str]:
-        """Begin to keep or handle a message; what comes of it is the reply."""
+    def commit(
+        self, envelope: mail.Envelope, content: bytes, groups: Sequence[tuple[str, ...]]
+    ) -> Sequence[asyncio.Future[str]]:
+        """Begin to keep or handle a message; the replies, one for each group of its recipients, in this order."""
 
     def trouble(self, error: BaseException) -> str:
         """Log an error that the client must not see; the reply."""
@@ -65,8 +69,14 @@ class Server(Protocol):
 class Session(smtp.SMTP):
     """An aiosmtpd session with strict paths, bounded memory and commits that nothing interrupts."""
 
-    committing = False
-    """Whether the receiver has a message of this session and has not answered yet."""
+    protocol = "ESMTP"
+    """What the greeting says that is spoken here."""
+
+    extensions: tuple[str, ...] = ("8BITMIME", "SMTPUTF8", "PIPELINING")
+    """What is offered besides SIZE."""
+
+    owed = 0
+    """How many replies the client waits for, to a message that it has sent whole."""
 
     def __init__(self, server: Server, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(
@@ -74,7 +84,7 @@ class Session(smtp.SMTP):
             data_size_limit=server.size_limit,
             enable_SMTPUTF8=True,
             hostname=server.hostname,
-            ident="ESMTP lamsonq",
+            ident=f"{self.protocol} lamsonq",
             timeout=IDLE_TIMEOUT,
             loop=loop,
         )
@@ -84,6 +94,9 @@ class Session(smtp.SMTP):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        peer = transport.get_extra_info("peername")
+        # The client of a unix socket has no name, or one that it chose.
+        self.peer = peer if isinstance(peer, tuple) else transport.get_extra_info("sockname")
         self.server.opened(self)
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -103,42 +116,50 @@ class Session(smtp.SMTP):
     @property
     def idle(self) -> bool:
         """Whether no transaction is under way."""
-        return not self.committing and (self.envelope is None or self.envelope.mail_from is None)
+        return self.envelope is None or self.envelope.mail_from is None
 
     def dismiss(self, reply: str) -> None:
-        """Say why and close, if it is still open; from the event loop."""
+        """Say why, in place of every reply that is owed, and close, if it is still open; from the event loop."""
         if isinstance(self.transport, asyncio.Transport) and not self.transport.is_closing():
-            self.transport.write(_line(reply))
+            self.transport.write(_line(reply) * max(1, self.owed))
             self.transport.close()
 
     async def push(self, status: str | bytes | None) -> None:
         """Send one line of a reply; None where there is nobody any more to answer (see `handle_exception`)."""
         if status is not None:
-            text = status if isinstance(status, str) else status.decode("ascii", "replace")
-            self._writer.write(_line(text))
-            await self._writer.drain()
+            await self._write(status if isinstance(status, str) else status.decode("ascii", "replace"))
+
+    async def _write(self, *lines: str) -> None:
+        self._writer.write(b"".join(map(_line, lines)))
+        await self._writer.drain()
 
     async def handle_exception(self, error: Exception) -> str:
         """The reply to a command that failed, in place of aiosmtpd's, which tells the client the exception."""
         if isinstance(error, asyncio.IncompleteReadError | ConnectionError):
             self._writer.close()  # the client has finished; what was written before still reaches it
             raise asyncio.CancelledError
-        return self.server.trouble(error)
+        reply = self.server.trouble(error)
+        if self.owed:
+            self._writer.write(_line(reply) * (self.owed - 1))  # the last one goes the usual way
+            self.owed = 0
+            self.envelope = smtp.Envelope()
+        return reply
 
     # -- commands ----------------------------------------------------------------------------------------------
 
     async def smtp_EHLO(self, hostname: str | None) -> None:
+        await self._greet("EHLO", hostname)
+
+    async def _greet(self, verb: str, hostname: str | None) -> None:
         if not hostname:
-            await self.push("501 5.5.4 Syntax: EHLO hostname")
+            await self.push(f"501 5.5.4 Syntax: {verb} hostname")
             return
         self.envelope = smtp.Envelope()
         assert self.session is not None
         self.session.extended_smtp = True
         self.session.host_name = hostname
-        offers = [self.hostname, f"SIZE {self.server.size_limit}", "8BITMIME", "SMTPUTF8"]
-        for offer in offers:
-            await self.push(f"250-{offer}")
-        await self.push("250 PIPELINING")
+        *offers, last = (self.hostname, f"SIZE {self.server.size_limit}", *self.extensions)
+        await self._write(*(f"250-{offer}" for offer in offers), f"250 {last}")
 
     async def smtp_HELP(self, arg: str | None) -> None:  # noqa: ARG002 - aiosmtpd gives every command its argument
         await self.push("214 2.0.0 See RFC 5321")
@@ -200,14 +221,11 @@ class Session(smtp.SMTP):
             return f"553 5.1.3 Bad recipient address: {reason}"
         if rest.strip():
             return "555 5.5.4 RCPT TO parameter not recognized or not implemented"
-        known = {recipient.lower() for recipient in self.envelope.rcpt_tos}
-        if address.lower() in known:
-            return "250 2.1.5 Ok"
-        if len(known) >= RECIPIENTS_MAX:
+        if len(self.envelope.rcpt_tos) >= RECIPIENTS_MAX:
             return "452 4.5.3 Too many recipients"
         if address.lower() != "postmaster" and not await self.server.takes(address):
             return "550 5.1.1 No such recipient here"
-        self.envelope.rcpt_tos.append(address)
+        self.envelope.rcpt_tos.append(address)  # also when it stands there already: RFC 2033 answers for each
         return "250 2.1.5 Ok"
 
     async def smtp_DATA(self, arg: str | None) -> None:
@@ -221,10 +239,8 @@ class Session(smtp.SMTP):
             await self.push("501 5.5.4 Syntax: DATA")
             return
         await self.push("354 End data with <CR><LF>.<CR><LF>")
-        content = await self._content()
-        reply = self._too_large() if content is None else await self._commit(content)
+        await self._answer(await self._content())
         self.envelope = smtp.Envelope()
-        await self.push(reply)
         if self.server.draining:
             self.dismiss("421 4.3.2 Service shutting down")
 
@@ -252,20 +268,44 @@ class Session(smtp.SMTP):
             return None
         return bytes(buffer[: end + 2]).replace(b"\r\n.", b"\r\n")[2:]
 
-    async def _commit(self, content: bytes) -> str:
+    def groups(self, accepted: Sequence[str]) -> list[tuple[str, ...]]:
+        """Which recipients each reply to a message answers for: one for all (RFC 5321 section 3.3).
+
+        `accepted` are the recipients of the RCPTs that were answered 250, in order, as routes see them.
+        """
+        return [tuple(dict.fromkeys(accepted))]
+
+    async def _answer(self, content: bytes | None) -> None:
+        """Have a message taken and send the replies to it, each as soon as it is known."""
         assert self.envelope is not None
-        assert self.session is not None
+        accepted = [canonical(path) for path in self.envelope.rcpt_tos]
+        groups = self.groups(accepted)
+        self.owed = len(groups)
+        if content is None:
+            for _ in groups:
+                await self._pay(self._too_large())
+            return
         sender = "" if self.envelope.mail_from == "<>" else self.envelope.mail_from
-        envelope = mail.Envelope(sender, tuple(self.envelope.rcpt_tos), self.session.peer, time.time())
+        paths: dict[str, str] = {}  # each recipient once, as it was first written
+        for recipient, path in zip(accepted, self.envelope.rcpt_tos, strict=True):
+            paths.setdefault(recipient, path)
+        envelope = mail.Envelope(sender, tuple(paths.values()), self.peer, time.time())
+        for reply in self.server.commit(envelope, content, groups):
+            await self._pay(await self._known(reply))
+
+    async def _known(self, reply: asyncio.Future[str]) -> str:
+        """Wait for a reply of the receiver's."""
         if self._timeout_handle is not None:
             self._timeout_handle.cancel()  # a handler has its own time limit
-        self.committing = True
         try:
-            return await asyncio.shield(self.server.commit(envelope, content))
+            return await reply
         finally:
-            self.committing = False
             if self.transport is not None:
                 self._reset_timeout()
+
+    async def _pay(self, reply: str) -> None:
+        self.owed -= 1
+        await self.push(reply)
 
 
 def _parameters(options: list[str]) -> dict[str, str | None]:

@@ -1,8 +1,11 @@
 """Mail on its way in: `SMTPReceiver` listens, and gives every message to the router or to one callable.
 
+`lmtp` derives LMTPReceiver from it.
+
 Rules:
 
-1. The port is taken by `bind`, in the parent, before any thread runs and any child is forked; `start` uses it.
+1. The port or unix socket is taken by `bind`, in the parent, before any thread runs and any child is forked; `start`
+   uses it.
 2. One thread of its own talks to the clients (`session`); functions run in `workers` others (`commit`). So no handler,
    however slow, delays a greeting.
 3. Work that has begun is finished, also when its client has gone. `stop` waits for it, up to its grace.
@@ -14,11 +17,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
+import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from socket import gethostname
+from socket import socket as Socket
 
 from lamsonq import mail
 from lamsonq.commit import LOG, Committer, trouble
@@ -38,17 +43,23 @@ _GOODBYE = "421 4.3.2 Service shutting down"
 class SMTPReceiver:
     """Listens on `host`:`port` and gives each message to the router; with `deliver=`, to that callable instead.
 
-    `workers` is how many functions run at once (and as many again for what is worked off), `timeout` how many seconds
-    one may take, `size_limit` how many octets a message may have, `hostname` what it greets as (None: this host's
-    name). Port 0 takes any free one; `port` tells it after `bind`.
+    `socket` is the path of a unix socket to listen on, instead of host and port. `workers` is how many functions run at
+    once (and as many again for what is worked off), `timeout` how many seconds one may take, `size_limit` how many
+    octets a message may have, `hostname` what it greets as (None: this host's name). Port 0 takes any free one; `port`
+    tells it after `bind`.
 
     Source: Lamson's and Salmon's `server.SMTPReceiver`.
     """
+
+    protocol = "SMTP"
+    session: type[Session] = Session
+    """What is spoken with each client."""
 
     def __init__(
         self,
         host: str = "127.0.0.1",
         port: int = 8825,
+        socket: str | None = None,
         *,
         deliver: Callable[[mail.MailRequest], object] | None = None,
         router: RoutingBase = Router,
@@ -58,18 +69,19 @@ class SMTPReceiver:
         hostname: str | None = None,
     ) -> None:
         if workers < 1:
-            raise ValueError(f"workers={workers}: an SMTPReceiver needs at least one")
+            raise ValueError(f"workers={workers}: an {self.protocol}Receiver needs at least one")
         self.host = host
         self.port = port
+        self.socket = socket or None
         self.deliver = deliver
         self.router = router
         self.workers = workers
         self.timeout = timeout
         self.size_limit = size_limit
-        self.hostname = hostname or socket.gethostname()
+        self.hostname = hostname or gethostname()
         self.draining = False
         self._stuck = False
-        self._socket: socket.socket | None = None
+        self._listener: Socket | None = None
         self._undeliverable: QueueReceiver | None = None
         self._threads: list[threading.Thread] = []
         self._listens = threading.Event()
@@ -77,7 +89,7 @@ class SMTPReceiver:
         self._stopping = asyncio.Event()
         self._deadline = float("inf")
         self._sessions: set[Session] = set()
-        self._commits: set[asyncio.Task[str]] = set()
+        self._commits: set[asyncio.Task[None]] = set()
 
     # -- the receiver's life -----------------------------------------------------------------------------------
 
@@ -87,17 +99,29 @@ class SMTPReceiver:
         return self._stuck or (self._undeliverable is not None and self._undeliverable.stuck)
 
     def bind(self) -> None:
-        """Take the port. Raises Refusal when it cannot be had, and SettingsError for a router without a queue."""
-        if self._socket is not None:
+        """Take the port or unix socket.
+
+        Raises Refusal when it cannot be had, and SettingsError for a router without a queue.
+        """
+        if self._listener is not None:
             return
         if self.deliver is None:
             self._undeliverable_queue().count()
             self.router.check()
-        self._socket = listen(self.host, self.port)
-        self.port = self._socket.getsockname()[1]
+        self._listener = listen(self.host, self.port, self.socket)
+        address = self._listener.getsockname()
+        if isinstance(address, tuple):
+            self.port = address[1]
+        else:
+            self.socket = os.fsdecode(address)  # it may be one that was passed to us
+
+    @property
+    def where(self) -> str:
+        """What a client connects to: the path of a unix socket, or host:port."""
+        return self.socket or f"{self.host}:{self.port}"
 
     def listening(self) -> str:
-        return f"listening for SMTP on {self.host}:{self.port}"
+        return f"listening for {self.protocol} on {self.where}"
 
     def start(self) -> None:
         """Listen, in threads of its own; returns when it does. Raises what `bind` raises."""
@@ -109,7 +133,7 @@ class SMTPReceiver:
         self._listens.wait()
         if self._failure is not None:
             raise self._failure
-        LOG.info("SMTPReceiver started on %s:%d.", self.host, self.port)
+        LOG.info("%sReceiver started on %s.", self.protocol, self.where)
         if self.deliver is None:
             self._undeliverable = QueueReceiver(
                 self._undeliverable_queue(), workers=self.workers, router=self.router, timeout=self.timeout, bound=True
@@ -124,8 +148,8 @@ class SMTPReceiver:
         if self._listens.is_set():
             with contextlib.suppress(RuntimeError):  # it has stopped already
                 self._loop.call_soon_threadsafe(self._stopping.set)
-        elif self._socket is not None:
-            self._socket.close()
+        elif self._listener is not None:
+            self._listener.close()
 
     def join(self) -> None:
         """Wait until everything that was taken is answered."""
@@ -136,7 +160,7 @@ class SMTPReceiver:
         queue = self.router.UNDELIVERABLE_QUEUE
         if queue is None:
             raise SettingsError(
-                "SMTPReceiver gives mail to the router, which has no place for what fails: add"
+                f"{self.protocol}Receiver gives mail to the router, which has no place for what fails: add"
                 ' `Router.UNDELIVERABLE_QUEUE = queue.Queue("run/undeliverable")` to the boot module'
             )
         return queue
@@ -185,14 +209,15 @@ class SMTPReceiver:
     async def _listen(self, pool: ThreadPoolExecutor) -> None:
         self._loop = loop = asyncio.get_running_loop()
         self._committer = Committer(loop, pool, self.router, self.deliver, self.timeout, self._ask_to_be_replaced)
-        assert self._socket is not None
+        assert self._listener is not None
         # To asyncio this is how often it tries to accept in one turn: with no descriptor left, so many errors.
-        listener = await loop.create_server(lambda: Session(self, loop), sock=self._socket, backlog=ACCEPTED_AT_ONCE)
-        assert self._socket is not None
-        self._socket.listen(BACKLOG)
+        server = await loop.create_server(
+            lambda: self.session(self, loop), sock=self._listener, backlog=ACCEPTED_AT_ONCE
+        )
+        self._listener.listen(BACKLOG)
         self._listens.set()
         await self._stopping.wait()
-        listener.close()
+        server.close()
         await self._drain()
 
     async def _drain(self) -> None:
@@ -224,9 +249,12 @@ class SMTPReceiver:
     def trouble(self, error: BaseException) -> str:
         return trouble(error)
 
-    def commit(self, envelope: mail.Envelope, content: bytes) -> asyncio.Task[str]:
-        """Take a message; the task goes on when nobody waits for it any more."""
-        task = self._loop.create_task(self._committer.commit(envelope, content))
+    def commit(
+        self, envelope: mail.Envelope, content: bytes, groups: Sequence[tuple[str, ...]]
+    ) -> Sequence[asyncio.Future[str]]:
+        """Take a message; the task goes on when nobody waits for the replies any more."""
+        replies: list[asyncio.Future[str]] = [self._loop.create_future() for _ in groups]
+        task = self._loop.create_task(self._committer.commit(envelope, content, groups, replies))
         self._commits.add(task)
         task.add_done_callback(self._commits.discard)
-        return task
+        return replies

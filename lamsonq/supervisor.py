@@ -1,107 +1,179 @@
-"""The parent that keeps children alive, and the child that runs a receiver.
+"""The parent that keeps children alive, and loads the boot anew when it is told to.
 
 Rules:
 
-1. TERM to the parent: every child stops taking, finishes what it has, ends. A second TERM: quickly. Who has not ended
-   after that is killed. Only our own children are ever signalled.
+1. TERM: every child stops taking, finishes what it has, ends. A second TERM, or QUIT: at once. Who has not ended after
+   that is killed. Only our own children are ever signalled.
 2. A child that dies is replaced, more and more slowly when it dies at once. A child whose receiver is stuck is
    replaced at once and may take its time to end.
-3. A child ends when its parent is gone: it holds the reading end of a pipe (the lifeline) whose writing end only the
-   parent has.
-4. A receiver works in a thread of the child, so that its main thread, where Python runs signal handlers, only waits:
-   `stop` is never called in the middle of something else. The parent has no threads, so that it can fork at any time.
+3. HUP: a fresh process tries the boot (lamsonq/reload.py). If it does not load, nothing changes. If it does, this
+   process becomes a fresh image of itself, which forks new children, and sends the old ones away when the new ones
+   listen. One HUP that comes meanwhile is remembered. Where the fresh image fails after all, the old children go on
+   without a receiver behind them: when one is missing, that is a reason to try again.
+4. USR1: stdout and stderr of a daemon are opened anew.
+5. The parent has no threads, so that it can fork at any time.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import select
 import signal
-import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from lamsonq.errors import Refusal, reason_of
+from lamsonq.child import (
+    FAILED,
+    GRACE,
+    MARGIN,
+    READY,
+    REPLACE,
+    SIGNALS,
+    STUCK,
+    TALLY_LINE,
+    Child,
+    answer_of,
+    end_with,
+    flush,
+    refusal_of,
+    reopen,
+)
+from lamsonq.errors import Refusal
+from lamsonq.pidfile import PidFile
+from lamsonq.reload import Command, Old, Record, Trial, become_fresh
+from lamsonq.sockets import Listeners
+from lamsonq.systemd import notify
+from lamsonq.tally import Totals, beside
 
 if TYPE_CHECKING:
     from lamsonq.server import Receiver
 
-GRACE = 30.0
-"""Seconds that a child has after TERM to finish what it has begun."""
-
-MARGIN = 5.0
-"""Seconds beyond the grace until a child is killed; also all that a second TERM leaves."""
-
-REPLACE = 86
-"""The exit code of a child that ended because its receiver was stuck."""
-
-READY = b"ready\n"  # what a child tells the parent, and the parent tells the starter
-_STUCK = b"stuck\n"
-
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
-_STARTED_AFTER = 0.25  # a receiver whose start() still works after so many seconds is one that works in start()
 _QUICK = 5.0  # a child that lives shorter than this died at once
 _SLOWEST = 30.0  # the longest pause before a child is replaced
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """What is to run: `boot` gives the receiver and is called in the parent, after the pid file is locked."""
+    """What is to run: `boot` gives the receiver and is called in the parent, after the pid file is locked.
+
+    `command` is how to start it afresh (None: HUP is refused). `output` is where stdout and stderr of a daemon go,
+    without the ends `.out` and `.err`; None is the foreground.
+    """
 
     boot: Callable[[], Receiver]
     pid_file: str
     workers: int = 1
     grace: float = GRACE
+    command: Command | None = None
+    output: str | None = None
+
+    def tell_manager(self, state: str) -> None:
+        """A daemon is not what a service manager has started."""
+        if self.output is None:
+            notify(state)
 
 
 @dataclass(slots=True)
 class Offspring:
-    """What the parent knows of a child."""
+    """What the parent knows of a child. `old` is one from before a reload that is not finished yet."""
 
     pid: int
     status: int  # the reading end of the pipe that it reports on
     born: float
     ready: bool = False
-    leaving: bool = False
-    told: bytes = b""
+    old: bool = False
+    leaving: bool = False  # whether it ends without being missed
+    kill_at: float | None = None
+    told: bytes = b""  # the line that is not complete yet
+    failure: bytes = b""
+
+    def stop(self, grace: float) -> None:
+        """Tell it to end, and to finish what it has begun if there is a grace for that."""
+        self.kill_at = time.monotonic() + grace + MARGIN
+        os.kill(self.pid, signal.SIGTERM if grace else signal.SIGQUIT)
 
 
 @dataclass(slots=True)
 class Parent:
-    """Forks, waits, replaces. Has no threads, so that it can fork at any time."""
+    """Forks, waits, replaces. Has no threads, so that it can fork at any time.
+
+    `receiver` is None in a fresh image whose boot has failed: then `failure` says why.
+    """
 
     service: Service
-    receiver: Receiver
+    receiver: Receiver | None
+    pid_file: PidFile
+    listeners: Listeners
     report: Callable[[bytes], None]
+    totals: Totals
     children: list[Offspring] = field(default_factory=list)
     births: list[float] = field(default_factory=list)  # when the missing children are to be forked
     quick_deaths: int = 0
     terms: int = 0  # how often we were told to stop
-    kill_at: float | None = None
     listening: bool = False
+    loading: bool = False  # whether new children are to take the place of old ones
+    again: bool = False  # whether to load anew once more after that
+    trial: Trial | None = None
     failure: bytes = b""
     wake: tuple[int, int] = field(default_factory=os.pipe)
-    lifeline: tuple[int, int] = field(default_factory=os.pipe)
+    lifeline: tuple[int, int] = (-1, -1)
 
-    def live(self) -> bytes:
-        """Until the last child has ended; the failure, when the children never listened."""
+    @classmethod
+    def first(
+        cls,
+        service: Service,
+        receiver: Receiver,
+        pid_file: PidFile,
+        listeners: Listeners,
+        report: Callable[[bytes], None],
+    ) -> Parent:
+        totals = Totals(beside(service.pid_file))
+        return cls(service, receiver, pid_file, listeners, report, totals, lifeline=os.pipe())
+
+    @classmethod
+    def successor(
+        cls, service: Service, receiver: Receiver | None, pid_file: PidFile, listeners: Listeners, record: Record
+    ) -> Parent:
+        """The parent that the fresh image of a running server needs."""
+        totals = record.totals or Totals(beside(service.pid_file))
+        parent = cls(service, receiver, pid_file, listeners, lambda _: None, totals, lifeline=record.lifeline)
+        now = time.monotonic()
+        for child in record.children:
+            known = Offspring(child.pid, child.status, now, True, not child.leaving, child.leaving)
+            if child.leaving:
+                known.kill_at = now + service.grace + MARGIN
+            parent.children.append(known)
+        parent.listening = parent.loading = True
+        parent.again = record.again
+        return parent
+
+    def live(self, failure: Refusal | None = None, *, stop: bool = False) -> bytes:
+        """Until the last child has ended; the failure, when the children never listened.
+
+        A successor is told the `failure` of its own boot, and whether it was told to stop meanwhile.
+        """
         for fd in self.wake:
             os.set_blocking(fd, False)
-        for number in _SIGNALS:
+        for number in SIGNALS:
             signal.signal(number, self._on_signal)
-        self.births = [time.monotonic()] * self.service.workers
-        while self.children or (self.births and not self.terms):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        if stop:
+            self._stop_children()
+        elif failure is not None:
+            self._abandon(failure)
+        else:
+            self.births = [time.monotonic()] * self.service.workers
+        self._bury()
+        while self.children or self.trial or (self.births and not self.terms):
             self._give_birth()
             self._listen(self._pause())
             self._bury()
-            self._kill_late()
+            self._look_at_the_clock()
+        self.totals.remove()
         return self.failure
 
     def _on_signal(self, number: int, _frame: object) -> None:
@@ -110,83 +182,151 @@ class Parent:
 
     def _pause(self) -> float | None:
         """Seconds until something is to be done without being told."""
-        times = [*self.births, *([] if self.kill_at is None else [self.kill_at])]
+        clocks = [*(c.kill_at for c in self.children), self.totals.due, self.trial.deadline if self.trial else None]
+        times = [*self.births, *(moment for moment in clocks if moment is not None)]
         return max(0.0, min(times) - time.monotonic()) if times else None
 
     def _listen(self, timeout: float | None) -> None:
         reports = {child.status: child for child in self.children if child.status >= 0}
-        ready, _, _ = select.select([self.wake[0], *reports], [], [], timeout)
+        trial = [] if self.trial is None else [self.trial.fd]
+        poll = select.poll()  # select() cannot watch descriptors beyond 1023
+        for fd in (self.wake[0], *reports, *trial):
+            poll.register(fd, select.POLLIN)
+        ready = [fd for fd, _ in poll.poll(None if timeout is None else timeout * 1000 + 1)]
         for fd in ready:
             if fd in reports:
                 self._hear(reports[fd])
         if self.wake[0] in ready:
             for number in os.read(self.wake[0], 512):
                 self._obey(number)
+        if self.trial is not None and self.trial.fd in ready:
+            self._hear_trial(self.trial)
 
     def _obey(self, number: int) -> None:
         if number == signal.SIGHUP:
-            logging.warning("SIGHUP is ignored: stop and start the server to load it anew.")
+            self._load_anew()
+        elif number == signal.SIGUSR1:
+            reopen(self.service.output)
+            for child in self.children:
+                os.kill(child.pid, signal.SIGUSR1)
         elif number in (signal.SIGTERM, signal.SIGINT):
             self._stop_children()
+        elif number == signal.SIGQUIT:
+            self._stop_children(at_once=True)
 
-    def _stop_children(self) -> None:
-        self.terms += 1
-        self.births.clear()
-        self.kill_at = time.monotonic() + MARGIN + (self.service.grace if self.terms == 1 else 0)
+    def _look_at_the_clock(self) -> None:
+        now = time.monotonic()
         for child in self.children:
-            os.kill(child.pid, signal.SIGTERM)
-
-    def _kill_late(self) -> None:
-        if self.kill_at is not None and time.monotonic() >= self.kill_at:
-            self.kill_at = None
-            for child in self.children:
+            if child.kill_at is not None and now >= child.kill_at:
+                child.kill_at = None
                 logging.error("Process %d did not end in time and is killed.", child.pid)
                 os.kill(child.pid, signal.SIGKILL)
+        if self.trial is not None and now >= self.trial.deadline:
+            failure = self.trial.late()
+            self._end_trial()
+            self._not_loaded(failure)
+        if self.totals.due is not None and now >= self.totals.due:
+            self._write_totals()
+
+    def _write_totals(self) -> None:
+        self.totals.write([child.pid for child in self.children if child.ready and not child.leaving])
+
+    # -- the end -----------------------------------------------------------------------------------------------
+
+    def _stop_children(self, *, at_once: bool = False) -> None:
+        if not self.terms:
+            self.service.tell_manager("STOPPING=1")
+        self.terms += 1
+        at_once = at_once or self.terms > 1
+        self.births.clear()
+        self._end_trial()
+        self.listeners.close()
+        for child in self.children:
+            if at_once:
+                child.stop(0.0)
+            elif not child.leaving:  # who was told before would take it for a second time, which is to be quick
+                child.stop(self.service.grace)
+
+    # -- children ----------------------------------------------------------------------------------------------
 
     def _give_birth(self) -> None:
         now = time.monotonic()
         due = [moment for moment in self.births if moment <= now]
         self.births = [moment for moment in self.births if moment > now]
-        for _ in due:
-            self.children.append(self._fork())
+        if self.receiver is not None:
+            self.children += [self._fork() for _ in due]
+        elif due and self.trial is None:
+            self._load_anew()
 
     def _fork(self) -> Offspring:
         reading, writing = os.pipe()
         flush()
-        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # a child must not run the handlers of its parent
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a child must not run the handlers of its parent
         pid = os.fork()
         if pid == 0:
             end_with(lambda: self._child(reading, writing))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         os.close(writing)
         return Offspring(pid, reading, time.monotonic())
 
     def _child(self, reading: int, writing: int) -> int:
         """In the child: let go of what is the parent's own."""
         others = [child.status for child in self.children if child.status >= 0]
-        for fd in (reading, *self.wake, self.lifeline[1], *others):
+        trial = [] if self.trial is None else [self.trial.fd]
+        for fd in (reading, *self.wake, self.lifeline[1], *others, *trial):
             os.close(fd)
-        return Child(self.receiver, writing, self.lifeline[0], self.service.grace).live()
+        self.listeners.forget()
+        assert self.receiver is not None
+        return Child(self.receiver, writing, self.lifeline[0], self.service.grace, self.service.output).live()
 
     def _hear(self, child: Offspring) -> None:
-        """Read a child's report: `ready`, `stuck`, or the failure that it ended with."""
+        """Read a child's reports."""
         said = os.read(child.status, 65536)
         if not said:
             os.close(child.status)
             child.status = -1
-        child.told += said
-        if child.told.startswith(READY) and not child.ready:
-            child.ready = True
-            self._all_ready()
-        if _STUCK in child.told and not child.leaving and not self.terms:
-            child.leaving = True
+        *lines, child.told = (child.told + said).split(b"\n")
+        for line in lines:
+            if line == READY:
+                child.ready = True
+                self._all_ready()
+            elif line == STUCK:
+                self._is_stuck(child)
+            elif line.startswith(TALLY_LINE):
+                with contextlib.suppress(ValueError, TypeError):
+                    self.totals.add(child.pid, line.removeprefix(TALLY_LINE))
+            elif line.startswith(FAILED):
+                child.failure = line.removeprefix(FAILED)
+
+    def _is_stuck(self, child: Offspring) -> None:
+        if child.leaving or self.terms:
+            return
+        child.leaving = True  # it has told itself
+        child.kill_at = time.monotonic() + self.service.grace + MARGIN
+        self.totals.changed()
+        if not (self.loading and child.old):
             self.births.append(time.monotonic())
 
     def _all_ready(self) -> None:
-        if not self.listening and len(self.children) == self.service.workers and all(c.ready for c in self.children):
+        fresh = [child for child in self.children if not (child.old or child.leaving)]
+        if self.terms or len(fresh) != self.service.workers or not all(child.ready for child in fresh):
+            return
+        self.totals.changed()
+        if self.listening and not self.loading:
+            return
+        assert self.receiver is not None
+        logging.info("%s with %d process(es).", self.receiver.listening(), self.service.workers)
+        self.listeners.settle()
+        if self.loading:
+            self._send_old_away()
+            self._loaded()
+        else:
             self.listening = True
-            logging.info("%s with %d process(es).", self.receiver.listening(), self.service.workers)
+            self._write_totals()
+            self.service.tell_manager("READY=1")
             self.report(READY)
+            if self.again:
+                self._load_anew()
 
     def _bury(self) -> None:
         """Take leave of the children that have ended. Only our own pids are waited for: handlers have theirs."""
@@ -196,16 +336,23 @@ class Parent:
                 while child.status >= 0:
                     self._hear(child)
                 self.children.remove(child)
+                self.totals.forget(child.pid)
                 self._replace(child, os.waitstatus_to_exitcode(status))
 
     def _replace(self, child: Offspring, code: int) -> None:
         if self.terms or child.leaving:
             return
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        failure = child.failure or answer_of(Refusal(f"process {child.pid} {how} before the server listened"))
         if not self.listening:
-            told = child.told.removeprefix(READY).removeprefix(_STUCK)
-            self.failure = told or answer_of(Refusal(f"process {child.pid} {how} before the server listened"))
+            self.failure = failure
             self._stop_children()
+            return
+        if self.loading and child.old:  # a new one is on its way already
+            logging.error("Process %d %s.", child.pid, how)
+            return
+        if self.loading and not child.ready:
+            self._abandon(refusal_of(failure))
             return
         quick = code != REPLACE and time.monotonic() - child.born < _QUICK
         self.quick_deaths = self.quick_deaths + 1 if quick else 0
@@ -213,111 +360,106 @@ class Parent:
         logging.error("Process %d %s; another one takes its place in %.1f s.", child.pid, how, pause)
         self.births.append(time.monotonic() + pause)
 
+    # -- loading anew ------------------------------------------------------------------------------------------
 
-# ---- a child ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class Child:
-    """The child: its receiver works in a thread; the main thread waits for what happens."""
-
-    receiver: Receiver
-    status: int
-    lifeline: int
-    grace: float
-    events: SimpleQueue[str] = field(default_factory=SimpleQueue)
-    failure: BaseException | None = None
-    stops: int = 0
-    deadline: float | None = None
-    stuck: bool = False
-
-    def live(self) -> int:
-        signal.signal(signal.SIGTERM, lambda *_: self.events.put("stop"))
-        signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C goes to all: the parent passes it on as TERM
-        signal.signal(signal.SIGHUP, lambda *_: None)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-        for work in (self._watch_parent, self._receive):
-            threading.Thread(target=work, name=work.__name__, daemon=True).start()
-        event = self._next(_STARTED_AFTER)
-        if event in ("started", ""):
-            self._say(READY)
-        while event != "ended":
-            if event == "stop":
-                self._stop(self.grace if self.stops == 0 else 0.0)
-            elif event == "orphan":
-                self._stop(0.0)
-            self._look_if_stuck()
-            if self.deadline is not None and time.monotonic() > self.deadline:
-                break
-            event = self._next(1.0 if self.deadline is None else 0.1)
-        return self._end()
-
-    def _next(self, timeout: float) -> str:
+    def _load_anew(self) -> None:
+        """Begin to; or remember it, while that is being done."""
+        command = self.service.command
+        if self.terms:
+            return
+        if command is None:
+            logging.warning("SIGHUP is ignored: this server was not started by the lamsonq command.")
+            return
+        self.again = bool(self.trial or self.loading or not self.listening)
+        if self.again:
+            return
+        # sd_notify(3): a reload is announced with the time, and ended by READY=1, whatever came of it.
+        self.service.tell_manager(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        logging.info("Loading anew: a fresh process tries the boot.")
         try:
-            return self.events.get(timeout=timeout)
-        except Empty:
-            return ""
+            self.trial = Trial(command, "trial", self.listeners.to_hand_over(), self.lifeline[0])
+        except OSError as error:
+            self._not_loaded(Refusal(f"cannot start the process that tries the boot: {error.strerror}"))
 
-    def _receive(self) -> None:
+    def _hear_trial(self, trial: Trial) -> None:
+        answer = trial.hear()
+        if answer is False:
+            return
+        self._end_trial()
+        if isinstance(answer, Refusal):
+            self._not_loaded(answer)
+        else:
+            self._become_fresh()
+
+    def _end_trial(self) -> None:
+        if self.trial is not None:
+            trial, self.trial = self.trial, None
+            trial.end()
+
+    def _become_fresh(self) -> None:
+        """Hand everything over to a fresh image of this process. Returns only if that cannot be."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # what comes from now on waits for the successor
+        with contextlib.suppress(BlockingIOError):
+            for number in os.read(self.wake[0], 512):
+                if number == signal.SIGHUP:
+                    self.again = True
+                else:
+                    self._obey(number)
+        failure = ""
         try:
-            self.receiver.start()
-            self.events.put("started")
-            self.receiver.join()
-        except BaseException as error:  # it would be lost with this thread: the main thread reports it
-            self.failure = error
-        self.events.put("ended")
+            if not self.terms:
+                assert self.service.command is not None
+                become_fresh(self.service.command, self._record())
+        except OSError as error:
+            failure = error.strerror or str(error)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        if failure:
+            self._not_loaded(Refusal(f"cannot become a fresh process: {failure}"))
 
-    def _watch_parent(self) -> None:
-        os.read(self.lifeline, 1)
-        self.events.put("orphan")
+    def _record(self) -> Record:
+        return Record(
+            "successor",
+            self.listeners.to_hand_over(),
+            lifeline=self.lifeline,
+            pid_file=self.pid_file.fd,
+            children=tuple(Old(child.pid, child.status, child.leaving) for child in self.children),
+            again=self.again,
+            totals=self.totals,
+        )
 
-    def _stop(self, grace: float) -> None:
-        self.stops += 1
-        self.deadline = time.monotonic() + grace + MARGIN / 2
-        self.receiver.stop(grace)
+    def _send_old_away(self) -> None:
+        old = [child for child in self.children if child.old]
+        for child in old:
+            child.old = False
+            child.leaving = True
+            child.stop(self.service.grace)
+        logging.info("Loaded anew. The old process(es) finish what they have: %s.", ", ".join(str(c.pid) for c in old))
 
-    def _look_if_stuck(self) -> None:
-        if self.receiver.stuck and not self.stuck:
-            self.stuck = True
-            logging.error("A handler hangs: this process takes no more mail and is replaced.")
-            self._say(_STUCK)
-            if not self.stops:
-                self._stop(self.grace)
+    def _abandon(self, failure: Refusal) -> None:
+        """The fresh image cannot take over after all: back to the old children."""
+        self.births.clear()
+        self.receiver = None
+        self.listeners.undo()
+        for child in self.children:
+            if child.old:
+                child.old = False
+            elif not child.leaving:
+                child.leaving = True
+                child.stop(0.0)
+        self._not_loaded(failure)
 
-    def _say(self, text: bytes) -> None:
-        with contextlib.suppress(OSError):  # nobody listens any more: the lifeline says so too
-            os.write(self.status, text)
+    def _not_loaded(self, failure: Refusal) -> None:
+        logging.error("The boot could not be loaded anew, and everything goes on as before: %s", failure)
+        serving = sum(not child.leaving for child in self.children)
+        if self.receiver is None and serving < self.service.workers:
+            self.births = [time.monotonic() + _SLOWEST]
+        self._loaded()
 
-    def _end(self) -> int:
-        if self.failure is not None:
-            logging.error("The receiver failed.", exc_info=self.failure)
-            self._say(answer_of(self.failure))
-            return self.failure.exit_code if isinstance(self.failure, Refusal) else 1
-        return REPLACE if self.stuck or self.receiver.stuck else 0
-
-
-def answer_of(error: BaseException) -> bytes:
-    code = error.exit_code if isinstance(error, Refusal) else 1
-    text = str(error) if isinstance(error, Refusal) else reason_of(error)
-    return json.dumps([code, text]).encode()
-
-
-def end_with(life: Callable[[], int]) -> NoReturn:
-    """Live in a forked process, and end it: it must not return into its parent's code, whatever happens."""
-    code = 1
-    try:
-        code = life()
-    except BaseException:
-        logging.exception("The process ends because of an error of its own.")
-    finally:
-        logging.shutdown()
-        flush()
-        os._exit(code)
-
-
-def flush() -> None:
-    """Before a fork, so that nothing is printed twice; before an end, so that all is."""
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
-        sys.stderr.flush()
+    def _loaded(self) -> None:
+        """The reload is over, whatever came of it."""
+        self.loading = False
+        self.totals.changed()
+        self.service.tell_manager("READY=1")
+        if self.again:
+            self._load_anew()

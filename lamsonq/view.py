@@ -8,11 +8,14 @@ Rules:
 1. A template is trusted, what is put into it is not: header lines are rendered one by one, and a line end in a value
    becomes a space, so no value can make another header.
 2. Values are never templates. Templates of `.html` files escape them.
-3. An answer to `message` is marked as one (In-Reply-To), when it goes to the sender of `message`.
+3. HTML never goes out without a text: where no Body is given, it is made from the HTML.
+4. Images that the HTML shows are in the message (`images=`); templates name them `{{ images.logo }}`.
+5. An answer to `message` is marked as one (In-Reply-To), when it goes to the sender of `message`.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,11 +25,13 @@ from jinja2.sandbox import SandboxedEnvironment
 from lamsonq.errors import UsageError
 from lamsonq.headers import check_name
 from lamsonq.mail import MailRequest, MailResponse
+from lamsonq.plaintext import text_of
 
 LOADER: Environment | None = None
 """Where templates come from; a boot file sets it."""
 
 Variables = Mapping[str, Any]
+Images = Mapping[str, str | os.PathLike[str] | bytes]
 
 
 def templates(*folders: str) -> Environment:
@@ -44,7 +49,7 @@ def templates(*folders: str) -> Environment:
 
 def load(template: str) -> Template:
     """The template of this name. Raises UsageError when no LOADER is set, jinja2.TemplateNotFound."""
-    return _loader().get_template(template)
+    return environment().get_template(template)
 
 
 def render(variables: Variables, template: str) -> str:
@@ -58,33 +63,85 @@ def respond(
     *,
     Body: str | None = None,
     Html: str | None = None,
+    images: Images | None = None,
     **headers: str,
 ) -> MailResponse:
     """A message from templates: `respond("x.msg", variables)` or `respond(variables, Body="x.msg", From=...)`.
 
     The values of `headers` are filled with `% variables`; an underscore in a name stands for the hyphen. A `.msg`
-    without a To answers the sender of `variables["message"]`. Raises UsageError when something is missing.
+    without a To answers the sender of `variables["message"]`. `images` are shown by the Html template:
+    `images={"logo": "app/data/logo.png", "chart.png": png}` are `{{ images.logo }}` and `{{ images["chart.png"] }}`.
+    Raises UsageError when something is missing.
+
+    Source: Lamson's and Salmon's `view.respond`.
     """
+    response = MailResponse()
+    variables = first if not isinstance(first, str) else second or {}
+    if images and Html is None:
+        raise UsageError("view.respond: images= are shown by an Html template; attach(...) is for files")
+    if images:
+        variables = {**variables, "images": embed(response, images)}
     if isinstance(first, str):
         if Body is not None:
             raise UsageError("view.respond: a .msg has its own text; Body= goes with the form without a .msg")
-        variables = second or {}
-        response = _from_msg(first, variables)
-        response.update(_filled(headers, variables))
+        read_msg(response, first, variables)
+        complete(response, variables, headers)
+        _check_addressed(response, first)
     else:
-        variables = first
         if second is not None:
             raise TypeError("view.respond: the variables come first and alone, or behind the name of a .msg")
         if Body is None and Html is None:
             raise UsageError("view.respond needs a template: Body=..., Html=..., or both")
-        response = MailResponse(Body=Body and render(variables, Body))
-        response.update(_filled(headers, variables))
+        response.Body = render(variables, Body) if Body is not None else None
+        complete(response, variables, headers)
     if Html is not None:
         response.Html = render(variables, Html)
+        if response.Body is None:
+            response.Body = text_of(response.Html)
+    return response
+
+
+def embed(response: MailResponse, images: Images) -> dict[str, str]:
+    """Put images into a message: name -> the `cid:` URL by which its HTML shows it.
+
+    The value is a file's path, or the bytes of an image, whose name tells its type. Raises what MailResponse.embed
+    raises.
+    """
+    return {
+        name: response.embed(name, image) if isinstance(image, bytes) else response.embed(os.fspath(image))
+        for name, image in images.items()
+    }
+
+
+def complete(response: MailResponse, variables: Variables, headers: Mapping[str, str]) -> None:
+    """Fill and set headers, and mark the message as an answer when it goes to the sender of `variables["message"]`."""
+    response.update(_filled(headers, variables))
     message = variables.get("message")
     if isinstance(message, MailRequest) and message.From in response.recipients:
         response.in_reply_to(message)
-    return response
+
+
+def read_msg(response: MailResponse, template: str, variables: Variables) -> None:
+    """Fill a message with the headers and the text of a `.msg`. Raises UsageError."""
+    head, body = _split(template)
+    for number, line in enumerate(head.splitlines(), 1):
+        name, colon, value = line.partition(":")
+        try:
+            if not colon:
+                raise ValueError("a header line is `Name: value`; an empty line ends the headers")
+            response[check_name(name.strip())] = _one_line(environment().from_string(value).render(variables)) or None
+        except ValueError as problem:
+            raise UsageError(f"template {template}, line {number}: {problem}") from problem
+    response.Body = environment().from_string(body).render(variables)
+    message = variables.get("message")
+    if "To" not in response and isinstance(message, MailRequest):
+        response["To"] = message.From or None
+
+
+def has_headers(template: str) -> bool:
+    """Whether a template begins with headers, as a `.msg` does: lines `Name: value` only, From or Subject among them."""
+    names = [line.partition(": ")[0] for line in _split(template)[0].splitlines()]
+    return {"From", "Subject"} & set(names) != set() and all(name.replace("-", "").isalpha() for name in names)
 
 
 def attach(
@@ -100,7 +157,8 @@ def attach(
     msg.attach(filename=filename or template, content_type=content_type, data=text, disposition=disposition)
 
 
-def _loader() -> Environment:
+def environment() -> Environment:
+    """`LOADER`. Raises UsageError when none is set."""
     if LOADER is None:
         raise UsageError(
             'no templates: put the line  view.LOADER = view.templates("app/templates")  into the boot file '
@@ -119,35 +177,20 @@ def _filled(headers: Mapping[str, str], variables: Variables) -> dict[str, str]:
     return filled
 
 
-def _from_msg(template: str, variables: Variables) -> MailResponse:
-    head, body = _split(template)
-    response = MailResponse()
-    for number, line in enumerate(head.splitlines(), 1):
-        name, colon, value = line.partition(":")
-        try:
-            if not colon:
-                raise ValueError("a header line is `Name: value`; an empty line ends the headers")
-            response[check_name(name.strip())] = _one_line(_loader().from_string(value).render(variables)) or None
-        except ValueError as problem:
-            raise UsageError(f"template {template}, line {number}: {problem}") from problem
-    response.Body = _loader().from_string(body).render(variables)
-    message = variables.get("message")
-    if "To" not in response and isinstance(message, MailRequest):
-        response["To"] = message.From or None
+def _check_addressed(response: MailResponse, template: str) -> None:
     for name in ("From", "To"):
         if name not in response:
             raise UsageError(
                 f"template {template} has no {name}: line, so nobody knows whom the message is {name.lower()}"
             )
-    return response
 
 
 def _split(template: str) -> tuple[str, str]:
     """The header lines and the text behind the first empty line, both as they stand in the template."""
-    environment = _loader()
-    if environment.loader is None:
+    loader = environment()
+    if loader.loader is None:
         raise UsageError("view.LOADER has no loader of its own: use view.templates(folder)")
-    source = environment.loader.get_source(environment, template)[0].replace("\r\n", "\n")
+    source = loader.loader.get_source(loader, template)[0].replace("\r\n", "\n")
     head, _, body = source.partition("\n\n")
     return head, body
 

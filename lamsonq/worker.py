@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import threading
 import time
 from collections import deque
@@ -26,7 +25,8 @@ from queue import Empty, SimpleQueue
 
 from lamsonq.attempt import Attempt, Call, Spawn
 from lamsonq.errors import Dead, Failure, Later, LeaseLost, QueueError, SettingsError, Undelivered, reason_of
-from lamsonq.jobs import DONE, Done, Job, Outcome, Put
+from lamsonq.jobs import DONE, Done, Job, Outcome, Put, derived_key
+from lamsonq.logs import About, about, within
 from lamsonq.mail import MailRequest
 from lamsonq.queue import Queue, message_of
 from lamsonq.routing import Router, RoutingBase, unplanned
@@ -266,7 +266,8 @@ class QueueReceiver:
         now = time.monotonic()
         for attempt, job in list(self._running.items()):
             if attempt.started is not None and now - attempt.started > self.timeout:
-                LOG.error("%s hangs on job %s; this process will be replaced", attempt.call.name, job.key)
+                with about(attempt.about):
+                    LOG.error("%s hangs on job %s; this process will be replaced", attempt.call.name, job.key)
                 self.stuck = self._left_running = True
                 self._settle_instead(attempt, job, attempt.hung(self.timeout))
                 self.stop()
@@ -274,13 +275,18 @@ class QueueReceiver:
     def _settle_instead(self, attempt: Attempt, job: Job, outcome: Outcome) -> None:
         if attempt.give_up():
             self._forget(attempt)
-            with contextlib.suppress(LeaseLost, _Owed):  # taken away, so nothing is to be settled; or given back later
-                self._settle(job, attempt.call, outcome, [])
+            with about(attempt.about), contextlib.suppress(LeaseLost, _Owed):
+                self._settle(job, attempt.call, outcome, [])  # taken away: nothing to settle; or given back later
 
     # -- one job -----------------------------------------------------------------------------------------------
 
     def _begin(self, job: Job, spawn: Spawn) -> Attempt | None:
         """Find out what a claimed job asks for, and start it. In the fetching thread: that keeps the order."""
+        subject = About(job.key, self.queue_dir)
+        with about(subject):
+            return self._begin_with(job, lambda function: spawn(within(subject, function)))
+
+    def _begin_with(self, job: Job, spawn: Spawn) -> Attempt | None:
         LOG.debug("Pulled message with key: %r off", job.key)
         try:
             call, message = self._call_for(job, spawn)
@@ -425,15 +431,9 @@ def _part(job: Job, message: MailRequest, number: int) -> Job:
 
 
 def _for_recipient(job: Job, recipient: str, number: int) -> Job:
-    key = _derived_key(job.key, number)
+    key = derived_key(job.key, number)
     return replace(job, key=key, recipients=(recipient,), deliveries=0, due=None, claim="")
 
 
 def _failed(job: Job) -> Job:
     return replace(job, attempts=job.attempts + 1)
-
-
-def _derived_key(key: str, number: int) -> str:
-    """A key beside its parent's in the order of the queue, that only this parent can make."""
-    derived, found = re.subn(r"^(\d+\.M\d+P\d+Q\d+(?:R\d+)*)", rf"\1R{number}", key, count=1)
-    return derived if found else f"{key}.R{number}"

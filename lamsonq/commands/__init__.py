@@ -4,7 +4,7 @@ Rules:
 
 1. Every option takes Lamson's spelling and the usual one: `-boot x` and `--boot x`, `-ALL run` and `--all run`.
 2. Data goes to stdout, trouble to stderr. What cannot be done is one line, `ERROR: ...`, and an exit code: 1 refused,
-   2 usage or import, 3 broker, 4 pid file, 5 settings.
+   2 usage or import, 3 broker, 4 pid file, 5 settings. `sendmail` has those of sysexits.h.
 3. Commands import what they need when they run, so that help and completion stay fast.
 """
 
@@ -12,20 +12,28 @@ from __future__ import annotations
 
 import sys
 
-from lamsonq.commands import mail, project, servers
+from lamsonq.commands import completion, mailboxes, project, queues, servers
 from lamsonq.commands.options import Commands
+from lamsonq.commands.routes import routes
+from lamsonq.commands.send import send
+from lamsonq.commands.sendmail import sendmail
 
 COMMANDS = (
     project.gen,
     servers.start,
     servers.stop,
+    servers.restart,
     servers.status,
     servers.log,
-    mail.queue,
-    mail.routes,
-    mail.send,
-    mail.fsck,
+    queues.queue,
+    routes,
+    send,
+    sendmail,
+    mailboxes.blast,
+    mailboxes.cleanse,
+    queues.fsck,
     project.demo,
+    completion.completion,
     project.help_,
     project.version,
 )

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
+from click.shell_completion import CompletionItem
 
 from lamsonq import __version__
-from lamsonq.commands.options import Commands, declare
+from lamsonq.commands.options import GONE, Commands, argument, declare, option, switch
 from lamsonq.errors import Refusal
 
 PROJECT_FILES = (
@@ -23,6 +24,8 @@ PROJECT_FILES = (
     "app/templates/welcome.msg",
     "config/__init__.py",
     "config/boot.py",
+    "config/lamsonq@.service",
+    "config/lamsonq@.socket",
     "config/logging.toml",
     "config/settings.py",
     "config/settings.toml",
@@ -40,16 +43,15 @@ TUTORIAL_SETTINGS = "\n# this is for when you run the config.queue boot\n"
 
 
 @declare()
-@click.argument("path", required=False, metavar="[PROJECT]")
-@click.option("-project", "--project", metavar="PROJECT", help="The directory, when it is not the argument.")
-@click.option("--force", "-f", is_flag=True, help="Add to a directory that exists. Files in it stay as they are.")
-@click.option("-FORCE", "force_lamson", is_flag=False, flag_value="true", type=bool, hidden=True)
-def gen(path: str | None, project: str | None, force: bool, force_lamson: bool | None) -> None:
+@argument("path", metavar="[PROJECT]")
+@option("project", "The directory, when it is not the argument.", metavar="PROJECT")
+@switch("FORCE", "Add to a directory that exists. Files in it stay as they are.", "-f")
+def gen(path: str | None, project: str | None, force: bool) -> None:
     """Make a new project: a small blog that people write by mail, with its tests."""
     if (path is None) == (project is None):
         raise click.UsageError("Give one directory for the project: lamsonq gen NAME")
     target = Path(path or project or "")
-    if os.path.lexists(target) and not (force or force_lamson):
+    if os.path.lexists(target) and not force:
         raise Refusal(f"Project {target} exists, delete it first.")
     try:
         for line in generate(target):
@@ -103,21 +105,29 @@ def demo() -> None:
     click.get_current_context().exit(demo.run())
 
 
+def _names(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    group = ctx.find_root().command
+    names = group.list_commands(ctx) if isinstance(group, Commands) else []
+    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
 @declare("help")
-@click.option("-for", "--for", "name", metavar="COMMAND", help="The command to explain.")
-@click.argument("argument", required=False, metavar="[COMMAND]")
+@option("for", "The command to explain, when it is not the argument.", "name", metavar="COMMAND", shell_complete=_names)
+@argument("command_name", metavar="[COMMAND]", shell_complete=_names)
 @click.pass_context
-def help_(ctx: click.Context, name: str | None, argument: str | None) -> None:
+def help_(ctx: click.Context, name: str | None, command_name: str | None) -> None:
     """List the commands, or explain one: lamsonq help -for start."""
     group = ctx.find_root().command
     assert isinstance(group, Commands)
-    name = name or argument
+    name = name or command_name
     if name is None:
         click.echo(f"Available commands:\n\n{', '.join(sorted(group.commands))}\n")
         click.echo("Use lamsonq help -for <command> to find out more.")
         return
     command = group.commands.get(name)
     if command is None:
+        if name in GONE:
+            raise click.UsageError(GONE[name])
         raise click.UsageError(f"There is no command {name!r}. Try one of: {', '.join(sorted(group.commands))}")
     with click.Context(command, info_name=name, parent=ctx.parent) as explained:
         click.echo(command.get_help(explained))

@@ -1,15 +1,24 @@
-"""start, stop, status and log: what runs servers."""
+"""start, stop, restart, status and log: what runs servers.
+
+Rules:
+
+1. A server can be started afresh by its command line alone: a reload runs the same words again, as a trial, and then
+   in the server's own place (lamsonq/reload.py). A process of a reload is already where its options ask it to be.
+2. What cannot start is refused before anything is written, and by `restart` before anything is stopped.
+"""
 
 from __future__ import annotations
 
 import glob
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from lamsonq.commands.options import declare, json_option, option, switch
 from lamsonq.errors import PidFileError, Refusal, UsageError
@@ -30,7 +39,11 @@ def _server_options(pid: str) -> Callable[[F], F]:
     options = (
         option("pid", "The pid file, which is locked while the server runs.", default=pid, metavar="FILE"),
         switch("FORCE", "Start although there is a pid file; one that a running server holds stays its own.", "-f"),
+        option("chroot", "Make this the root directory; other paths are inside of it.", metavar="DIR"),
         option("chdir", "Change to this directory first.", default=".", metavar="DIR"),
+        option("uid", "Be this user, once the port is taken; everything else is done as he.", metavar="NAME|N"),
+        option("gid", "Be in this group; without it in that of the user.", metavar="NAME|N"),
+        option("umask", "What nobody is allowed on new files; octal.", default="027", metavar="MODE"),
         switch("debug", "Stay in the foreground, with the log on stderr."),
         click.option("--daemon/--no-daemon", "daemon", default=True, help="Run in the background, or stay here."),
     )
@@ -50,7 +63,8 @@ def _server_options(pid: str) -> Callable[[F], F]:
 def start(boot: str, workers: int, **options: Any) -> None:
     """Start a server: run the receiver of a boot module.
 
-    Returns when it listens, or with the reason why it does not.
+    Returns when it listens, or with the reason why it does not. TERM ends it, HUP loads the boot anew, USR1 opens its
+    output files anew.
     """
 
     def receiver() -> Receiver:
@@ -72,6 +86,46 @@ def _check_project(boot: str) -> None:
     # A boot may be installed, but "config" never is: a stray one on the path would be another project's.
     if not here and (package == "config" or find_spec(package) is None):
         raise UsageError(f"there is no {boot} in {os.getcwd()}: start a server in a project (lamsonq gen makes one)")
+
+
+@declare()
+@option("boot", "The boot module.", default="config.boot", metavar="MODULE")
+@option("workers", "How many processes.", type=click.IntRange(1, 1000), default=1, metavar="N")
+@_server_options(SMTP_PID)
+@switch("KILL", "End the old one at once, whatever it does.")
+@click.pass_context
+def restart(ctx: click.Context, /, pid: str, chroot: str | None, chdir: str, kill: bool, **_options: Any) -> None:
+    """Stop a server, and start it with these options; just start it when it does not run.
+
+    What cannot be booted is said before anything is stopped.
+    """
+    from lamsonq import identity, process, reload
+
+    command = reload.Command.here(_words_of_start(ctx))
+    reload.rehearse(command)
+    pid_file = identity.seen_from_outside(chroot, os.path.join(os.path.expanduser(chdir), pid))
+    if _server(pid_file)["running"]:
+        troubles = process.stop([pid_file], kill, click.echo, lambda line: click.echo(line, err=True))
+        if troubles:
+            raise troubles[0]
+    else:
+        click.echo("lamsonq not running: it is only started.")
+    reload.start_instead(command)
+
+
+def _words_of_start(ctx: click.Context) -> list[str]:
+    """The command line that starts what this context is about: its options as they were given."""
+    words = ["start" if ctx.info_name == "restart" else ctx.info_name or ""]
+    for param in ctx.command.params:
+        given = ctx.get_parameter_source(param.name or "") is ParameterSource.COMMANDLINE
+        if not given or param.name in ("kill", "force"):
+            continue
+        value = ctx.params[param.name or ""]
+        if isinstance(param, click.Option) and param.is_flag:
+            words.append(max((param.opts if value else param.secondary_opts), key=len))
+        else:
+            words.append(f"{max(param.opts, key=len)}={value}")
+    return words
 
 
 @declare()
@@ -105,13 +159,15 @@ def log(port: int, host: str, **options: Any) -> None:
 def _log_server(host: str, port: int) -> Receiver:
     """The boot of `lamsonq log`. Its states are in memory, and its handlers have none."""
     import logging
+    from logging.handlers import WatchedFileHandler
 
     from lamsonq.queue import Queue
     from lamsonq.routing import Router
     from lamsonq.server import SMTPReceiver
 
     os.makedirs("logs", exist_ok=True)
-    logging.basicConfig(filename="logs/logger.log", level=logging.DEBUG, format=LOG_FORMAT)
+    file = WatchedFileHandler("logs/logger.log")  # follows when logrotate moves the file away
+    logging.basicConfig(handlers=[file], level=logging.DEBUG, format=LOG_FORMAT)
     logging.getLogger("mail.log").setLevel(logging.WARNING)  # every line of every dialogue is too much
     Router.load(["lamsonq.handlers.log", "lamsonq.handlers.queue"])
     Router.UNDELIVERABLE_QUEUE = Queue("run/undeliverable-log")
@@ -125,20 +181,39 @@ def _serve(
     *,
     pid: str,
     force: bool,
+    chroot: str | None,
     chdir: str,
+    uid: str | None,
+    gid: str | None,
+    umask: str,
     debug: bool,
     daemon: bool,
 ) -> None:
-    from lamsonq import process
+    from lamsonq import identity, process, reload
 
-    try:
-        os.chdir(os.path.expanduser(chdir))
-    except OSError as error:
-        raise Refusal(f"cannot change to {chdir}: {error.strerror}") from error
+    record = reload.inherited()
+    if not reload.already_placed():
+        identity.assume(uid, gid, chroot, umask)
+        try:
+            os.chdir(os.path.expanduser(chdir))
+        except OSError as error:
+            raise Refusal(f"cannot change to {chdir}: {error.strerror}") from error
+    command = reload.Command.here(_words_of_start(click.get_current_context()))
+
+    def boot_here() -> Receiver:
+        if record is not None:
+            check()
+        return _logging_here(boot()) if debug else boot()
+
+    service = process.Service(boot_here, pid, workers, command=command)
+    if record is not None:
+        process.resume(service, record, daemon=daemon and not debug)
+        return
     check()
     if force:
         _refuse_force(pid)
     folder = os.path.dirname(pid) or "."
+    identity.check_writable(folder, "logs")
     try:
         os.makedirs(folder, exist_ok=True)
     except FileExistsError as error:
@@ -147,11 +222,10 @@ def _serve(
         raise Refusal(f"cannot make the directory of {pid}: {error.strerror}") from error
     if debug:
         click.echo("lamsonq started in debug mode. ctrl-c to quit...", err=True)
-        process.run(process.Service(lambda: _logging_here(boot()), pid, workers))
-    elif daemon:
-        process.start(process.Service(boot, pid, workers))
+    if daemon and not debug:
+        process.start(service)
     else:
-        process.run(process.Service(boot, pid, workers))
+        process.run(service)
 
 
 def _refuse_force(pid: str) -> None:
@@ -245,13 +319,20 @@ def _line(server: dict[str, Any]) -> str:
 
 
 def _server(path: str) -> dict[str, Any]:
-    from lamsonq import pidfile
+    from lamsonq import pidfile, tally
 
     running = pidfile.find(path)
     if running is None:
-        return {"pid_file": path, "running": False, "pid": None, "boot": None}
+        return _not_running(path)
     running.close()
-    return {"pid_file": path, "running": True, "pid": running.pid, "boot": _boot_of(running.pid)}
+    known = {"pid_file": path, "running": True, "pid": running.pid, "boot": _boot_of(running.pid)}
+    return known | tally.figures(path, running.pid)
+
+
+def _not_running(path: str) -> dict[str, Any]:
+    from lamsonq import tally
+
+    return {"pid_file": path, "running": False, "pid": None, "boot": None} | tally.figures(path, -1)
 
 
 def _server_or_trouble(path: str) -> dict[str, Any]:
@@ -259,7 +340,7 @@ def _server_or_trouble(path: str) -> dict[str, Any]:
     try:
         return _server(path)
     except Refusal as refusal:
-        return {"pid_file": path, "running": False, "pid": None, "boot": None, "trouble": str(refusal)}
+        return _not_running(path) | {"trouble": str(refusal)}
 
 
 def _boot_of(pid: int) -> str | None:
@@ -275,8 +356,9 @@ def _boot_of(pid: int) -> str | None:
     return "config.boot" if "start" in words else "log"
 
 
-def _queues(run: str) -> dict[str, dict[str, int]]:
-    """How many messages of each state every queue of a directory has."""
+def _queues(run: str) -> dict[str, dict[str, int | float | None]]:
+    """How many messages of each state every queue of a directory has, and how old the oldest ready one is (seconds)."""
     from lamsonq import fsck
 
-    return {str(path): counts for path, counts in fsck.counts(run).items()}
+    now = time.time()
+    return {str(path): {**counts, "oldest": fsck.oldest(path, now)} for path, counts in fsck.counts(run).items()}

@@ -1,6 +1,7 @@
 """What several tests of the framework share: handler modules written on the spot, and a folder of one's own."""
 
 import itertools
+import socket
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -58,3 +59,15 @@ def mail() -> Callable[..., MailRequest]:
         return MailRequest(("127.0.0.1", 4242), sender, to, data.encode())
 
     return make
+
+
+@pytest.fixture
+def free_port() -> Callable[[], int]:
+    """`free_port()` is a port of the loopback that nobody listens on at this moment."""
+
+    def find() -> int:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port: int = server.getsockname()[1]
+            return port
+
+    return find

@@ -5,58 +5,25 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
-from click.testing import CliRunner
 
 from lamsonq import commands, pidfile
-from lamsonq.errors import Dead
+from lamsonq.errors import Dead, Later
 from lamsonq.jobs import Put
 from lamsonq.mail import MailRequest
 from lamsonq.queue import Queue, job_of
 
-ROOT = str(Path(commands.__file__).parents[2])
-ENVIRON = {**os.environ, "PYTHONPATH": ROOT, "PYTHONDONTWRITEBYTECODE": "1"}
-
-Done = subprocess.CompletedProcess[str]
-
-
-def lamsonq(*args: str, code: int = 0) -> Done:
-    """Run a command in the current directory; it has to end with this code, and never with a traceback."""
-    if args and args[0] in _ONLY_LOOK:
-        result = CliRunner().invoke(commands.lamsonq, args, prog_name="lamsonq")
-        assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
-        done = Done(args, result.exit_code, result.stdout, result.stderr)
-    else:
-        command = [sys.executable, "-m", "lamsonq", *args]
-        done = subprocess.run(command, env=ENVIRON, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done
-
-
-_ONLY_LOOK = {"queue", "fsck", "version", "send", "status", "stop"}
-"""Commands that neither fork nor import a project: they run in this process, which is quicker."""
-
-
-def refused(*args: str, code: int = 1) -> str:
-    """The one line that a command ends with."""
-    done = lamsonq(*args, code=code)
-    assert len(done.stderr.splitlines()) == 1, done.stderr
-    return done.stderr.removesuffix("\n")
-
-
-def parsed(command: str, *args: str) -> dict[str, Any]:
-    """What a command understands."""
-    return commands.lamsonq.commands[command].make_context(command, list(args)).params
-
+from .cli import ENVIRON, lamsonq, parsed, refused
 
 # ---- spelling --------------------------------------------------------------------------------------------------
 
@@ -95,6 +62,58 @@ def test_lamsons_spelling_and_the_usual_one_mean_the_same(
         assert {name: params[name] for name in expected} == expected
 
 
+@pytest.mark.parametrize("command", commands.lamsonq.commands)
+def test_dashes_and_capitals_of_an_option_do_not_matter(command: str) -> None:
+    """Each option of each command, in every spelling that is declared and in Lamson's, gives the same value."""
+    for option in commands.lamsonq.commands[command].params:
+        if not isinstance(option, click.Option) or option.is_flag:
+            continue
+        value = {"integer": "7", "boolean": "yes", "integer range": "7"}.get(option.type.name, "x")
+        long_names = [name for name in option.opts if len(name) > 2]
+        spelled = [f"{dashes}{case(name.lstrip('-'))}" for name in long_names for dashes in ("-", "--", "---")
+                   for case in (str.lower, str.upper, str.capitalize)]  # fmt: skip
+        found = [_value(command, option, [name, value]) for name in (*option.opts, *spelled)]
+        found += [_value(command, option, [f"{name}={value}"]) for name in long_names]
+        assert len(found) > 0
+        assert all(each == found[0] and each != option.default for each in found), option.name
+
+
+def _value(command: str, option: click.Option, args: list[str]) -> Any:
+    """What a command understands by one option, whatever else it may want."""
+    found = commands.lamsonq.commands[command]
+    assert option.name is not None
+    return found.make_context(command, args, resilient_parsing=True).params[option.name]
+
+
+@pytest.mark.parametrize(
+    ("args", "subject"),
+    [(["-subject", "yes"], "yes"), (["-subject", "-TO"], "-TO"), (["-subject", "--"], "--"), (["-subject=-To"], "-To")],
+)
+def test_a_text_stays_what_it_is(args: list[str], subject: str) -> None:
+    assert parsed("send", "-sender", "a@b", *args, "-to", "c@d", "-body", "1")["subject"] == subject
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "expected"),
+    [
+        ("gen", "--force osb", {"force": True, "path": "osb"}),
+        ("gen", "-FORCE False -project osb", {"force": False, "project": "osb"}),
+        ("gen", "-f osb", {"force": True, "path": "osb"}),
+        ("queue", "-count run/posts", {"count": True, "path": "run/posts"}),
+        ("queue", "-count True -name run/posts", {"count": True, "name": "run/posts"}),
+        ("sendmail", "-lmtp b@y.org", {"lmtp": True, "recipients": ("b@y.org",)}),
+        ("sendmail", "-debug 1 -ti -fa@x.org -- b@y.org", {"debug": True, "from_header": True, "sender": "a@x.org"}),
+        ("blast", "--lmtp --debug in", {"lmtp": True, "debug": True, "path": "in"}),
+        ("send", "-ssl True -sender a -to b -subject c -body d", {"ssl": True, "starttls": False}),
+        ("start", "-debug -FORCE no", {"debug": True, "force": False}),
+        ("stop", "-ALL -KILL", {"run": "run", "kill": True}),
+    ],
+)
+def test_a_switch_takes_only_yes_or_no(command: str, words: str, expected: dict[str, Any]) -> None:
+    params = parsed(command, *words.split())
+    assert {name: params[name] for name in expected} == expected
+
+
 @pytest.mark.parametrize("word", ["-boo", "--boo", "-bootconfig", "-farce"])
 def test_an_unknown_option_is_named_whole(word: str) -> None:
     with pytest.raises(click.NoSuchOption) as caught:
@@ -103,7 +122,23 @@ def test_an_unknown_option_is_named_whole(word: str) -> None:
 
 
 def test_an_unknown_option_ends_with_2_and_names_what_was_meant(here: Path) -> None:
-    assert "No such option '-boo'. Did you mean '-boot'?" in lamsonq("start", "-boo", "x", code=2).stderr
+    line = refused("start", "-boo", "x", code=2)
+    assert line == "ERROR: No such option '-boo'. Did you mean '-boot'?  Try lamsonq help -for start."
+    assert refused("-boo", code=2).startswith("ERROR: No such option '-boo'")
+
+
+@pytest.mark.parametrize("args", [["web"], ["web", "-port", "8888"], ["help", "-for", "web"]])
+def test_what_is_gone_names_what_replaces_it(here: Path, args: list[str]) -> None:
+    assert "python3 -m http.server" in refused(*args, code=2)
+
+
+def test_gen_adds_to_a_project_only_when_it_is_told_to(here: Path) -> None:
+    Path("osb").mkdir()
+    Path("osb/README.md").write_text("mine")
+    assert refused("gen", "osb") == "ERROR: Project osb exists, delete it first."
+    assert refused("gen", "-project", "osb", "-FORCE", "False") == "ERROR: Project osb exists, delete it first."
+    assert "exists: osb/README.md\ncopy: osb/.gitignore\n" in lamsonq("gen", "--force", "osb").stdout
+    assert Path("osb/README.md").read_text() == "mine"
 
 
 # ---- help ------------------------------------------------------------------------------------------------------
@@ -118,12 +153,13 @@ def test_no_command_is_help_and_no_mistake(here: Path) -> None:
 
 def test_help_lists_the_commands_and_explains_one(here: Path) -> None:
     listed = lamsonq("help").stdout
-    assert "demo, fsck, gen, help, log, queue, routes, send, start, status, stop, version" in listed
+    assert ", ".join(sorted(commands.lamsonq.commands)) in listed
     assert "Use lamsonq help -for <command> to find out more." in listed
     explained = lamsonq("help", "-for", "start").stdout
     assert explained.startswith("Usage: lamsonq start [OPTIONS]")
     assert "-boot, --boot MODULE" in explained
-    assert lamsonq("start", "--help").stdout == explained
+    for spelling in ("-h", "-help", "--help"):
+        assert lamsonq("start", spelling).stdout.split() == explained.split()
 
 
 def test_every_command_has_a_help_of_its_own() -> None:
@@ -133,8 +169,8 @@ def test_every_command_has_a_help_of_its_own() -> None:
 
 
 def test_an_unknown_command_ends_with_2(here: Path) -> None:
-    assert "No such command 'begin'" in lamsonq("begin", code=2).stderr
-    assert "There is no command 'begin'" in lamsonq("help", "-for", "begin", code=2).stderr
+    assert "No such command 'begin'" in refused("begin", code=2)
+    assert "There is no command 'begin'" in refused("help", "-for", "begin", code=2)
 
 
 def test_version_is_told(here: Path) -> None:
@@ -142,12 +178,22 @@ def test_version_is_told(here: Path) -> None:
     assert lamsonq("--version").stdout == "0.1.0\n"
 
 
-def test_help_does_not_wait_for_heavy_imports(here: Path) -> None:
-    code = "import sys, lamsonq.commands; print(*sys.modules)"
-    loaded = subprocess.run(
-        [sys.executable, "-c", code], env=ENVIRON, capture_output=True, text=True, check=True
-    ).stdout
-    assert not {"aiosmtpd", "asyncio", "jinja2", "msgspec", "email", "sqlite3"} & set(loaded.split())
+@pytest.mark.parametrize(
+    "environment", [{}, {"_LAMSONQ_COMPLETE": "bash_complete", "COMP_WORDS": "lamsonq start -b", "COMP_CWORD": "2"}]
+)
+def test_help_and_completion_do_not_wait_for_heavy_imports(here: Path, environment: dict[str, str]) -> None:
+    code = """if True:
+        import atexit, sys
+        atexit.register(lambda: print(*sys.modules, file=sys.stderr))
+        from lamsonq.commands import main
+        sys.argv = ["lamsonq", "--help"]
+        main()
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**ENVIRON, **environment}, capture_output=True, text=True, check=True
+    )
+    assert ("-boot" if environment else "Usage: lamsonq") in done.stdout
+    assert not {"aiosmtpd", "asyncio", "jinja2", "msgspec", "email", "sqlite3", "smtplib"} & set(done.stderr.split())
 
 
 def test_other_systems_are_told_no_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,6 +268,13 @@ def test_stop_all_goes_on_after_a_file_that_is_no_pid_file(project: Path) -> Non
     assert not Path("run/smtp.pid").exists()
 
 
+def test_stop_ends_the_server_of_a_pid_file(project: Path) -> None:
+    lamsonq("start", "-pid", "run/other.pid")
+    pid = int(Path("run/other.pid").read_text())
+    assert lamsonq("stop", "-pid", "run/other.pid").stdout == f"Attempting to stop lamsonq at pid {pid}\n"
+    assert not Path("run/other.pid").exists()
+
+
 def test_stop_without_a_pid_file_says_so(project: Path) -> None:
     assert refused("stop", code=4) == "ERROR: PID file run/smtp.pid doesn't exist, maybe lamsonq isn't running?"
     assert refused("stop", "-ALL", "nowhere", code=4).startswith("ERROR: nowhere is not a directory")
@@ -245,6 +298,75 @@ def test_status_of_all_tells_of_a_file_that_is_no_pid_file(project: Path) -> Non
     assert second == "run/bbb.pid: lamsonq not running."
 
 
+def test_restart_takes_the_options_of_start(project: Path) -> None:
+    Path("sub").mkdir()
+    Path("config").rename("sub/config")
+    first = lamsonq("restart", "-boot", "config.queue", "-pid", "run/q.pid", "-chdir", "sub", "-umask", "077")
+    assert first.stdout == "lamsonq not running: it is only started.\n"
+    pid = int(Path("sub/run/q.pid").read_text())
+    user, group = str(os.getuid()), str(os.getgid())
+    try:
+        second = lamsonq(
+            *("restart", "-boot=config.queue", "-pid=run/q.pid", "-chdir=sub", "-workers=2", "-KILL", "-FORCE"),
+            *("--daemon", "-uid", user, "-gid", group),
+        )
+        assert second.stdout == f"Attempting to stop lamsonq at pid {pid}\n"
+        assert int(Path("sub/run/q.pid").read_text()) != pid
+        assert lamsonq("status", "-pid", "sub/run/q.pid").stdout.startswith("lamsonq running with PID ")
+        command = [sys.executable, "-m", "lamsonq", "restart", "-KILL", "-debug", "-chdir", "sub", "-pid", "run/q.pid"]
+        _runs_here(command, Path("sub/run/q.pid"), "ctrl-c to quit")
+    finally:
+        lamsonq("stop", "-ALL", "sub/run")
+
+
+def test_log_takes_the_options_of_start(project: Path, free_port: Callable[[], int]) -> None:
+    Path("sub/run").mkdir(parents=True)
+    port, user, group = str(free_port()), str(os.getuid()), str(os.getgid())
+    lamsonq(
+        *("log", "-host", "127.0.0.2", "-port", port, "-pid", "run/x.pid", "-chdir", "sub", "-umask", "077"),
+        *("-FORCE", "--daemon", "-uid", user, "-gid", group),
+    )
+    try:
+        with socket.create_connection(("127.0.0.2", int(port)), timeout=10) as client:
+            assert client.recv(3) == b"220"
+        assert Path("sub/logs/logger.log").stat().st_mode & 0o777 == 0o600
+    finally:
+        lamsonq("stop", "-pid", "sub/run/x.pid")
+    command = [sys.executable, "-m", "lamsonq", "log", "-debug", "-port", "0", "-pid", "run/y.pid"]
+    _runs_here(command, Path("run/y.pid"), "ctrl-c to quit")
+
+
+def test_a_root_directory_that_is_not_there_is_refused(project: Path) -> None:
+    for done in (
+        lamsonq("start", "-chroot", "nowhere", code=1),
+        lamsonq("restart", "-chroot", "nowhere", code=1),
+        lamsonq("log", "-chroot", "nowhere", code=1),
+    ):
+        assert done.stderr.startswith("ERROR: ")
+        assert "nowhere" in done.stderr.splitlines()[0]
+    assert not list(Path("run").iterdir())
+
+
+def _runs_here(command: list[str], pid_file: Path, says: str) -> None:
+    """The command stays in the foreground, with its pid in the file, until it is told to end."""
+    process = subprocess.Popen(command, env=ENVIRON, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 20
+    while not (pid_file.exists() and pid_file.read_text() == f"{process.pid}\n" and _expects_the_end(process.pid)):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.terminate()
+    _, shown = process.communicate(timeout=30)
+    assert process.returncode == 0, shown
+    assert says in shown
+
+
+def _expects_the_end(pid: int) -> bool:
+    """Whether the process has a handler for TERM, or waits for it."""
+    masks = re.findall(r"Sig(?:Cgt|Blk):\t([0-9a-f]+)", Path(f"/proc/{pid}/status").read_text())
+    return any(int(mask, 16) >> (signal.SIGTERM - 1) & 1 for mask in masks)
+
+
 def test_several_processes_with_states_in_memory_are_refused(project: Path) -> None:
     Path("handlers.py").write_text(HANDLERS.replace("@stateless\n", ""))
     with Path("config/boot.py").open("a") as boot:
@@ -258,8 +380,9 @@ def test_status_as_json_has_servers_and_queues(project: Path) -> None:
     lamsonq("start", "--boot=config.queue")
     found = json.loads(lamsonq("status", "--all", "run", "--json").stdout)
     pid = int(Path("run/smtp.pid").read_text())
-    assert found["servers"] == [{"pid_file": "run/smtp.pid", "running": True, "pid": pid, "boot": "config.queue"}]
-    assert found["queues"]["run/posts"] == {"ready": 1, "delayed": 0, "dead": 0, "reserved": 0}
+    (server,) = found["servers"]
+    assert {"pid_file": "run/smtp.pid", "running": True, "pid": pid, "boot": "config.queue"}.items() <= server.items()
+    assert {"ready": 1, "delayed": 0, "dead": 0, "reserved": 0}.items() <= found["queues"]["run/posts"].items()
 
 
 def test_log_outside_a_project_leaves_nothing_behind(here: Path) -> None:
@@ -315,6 +438,16 @@ def test_queue_clears(posts: Queue) -> None:
     assert posts.count() == 0
 
 
+def test_delayed_messages_are_listed_counted_and_cleared(posts: Queue) -> None:
+    key = posts.push("Subject: one\n\nhello\n")
+    (job,) = posts.backend.reserve(1)
+    posts.backend.settle(job, Later("not now", at=time.time() + 3600))
+    assert lamsonq("queue", "run/posts", "-delayed").stdout.splitlines()[1:] == [key]
+    assert lamsonq("queue", "run/posts", "-delayed", "-count").stdout.endswith("contains 1 delayed messages\n")
+    lamsonq("queue", "run/posts", "--delayed", "--clear")
+    assert posts.backend.counts()["delayed"] == 0
+
+
 @pytest.mark.parametrize("wish", ["-get", "-remove", "-kick", "-report"])
 def test_a_key_that_is_not_there_is_one_line(here: Path, wish: str) -> None:
     done = lamsonq("queue", wish, "nobody", code=1)
@@ -347,9 +480,15 @@ def test_clear_with_dead_deletes_the_dead_and_no_others(here: Path) -> None:
     assert refused("queue", "run/posts", "-dead", "-pop").startswith("ERROR: -dead goes with")
 
 
-@pytest.mark.parametrize("spelling", ["-all", "--ALL", "--all", "-ALL", "---all"])
-def test_dashes_and_capitals_of_an_option_do_not_matter(spelling: str) -> None:
-    assert parsed("stop", spelling, "run")["run"] == "run"
+def test_queue_wants_one_queue(posts: Queue) -> None:
+    assert refused("queue", "run/posts", "-name", "run/queue", "-count").startswith("ERROR: give one queue")
+
+
+def test_a_message_is_printed_as_it_is(posts: Queue) -> None:
+    key = posts.push(b"Subject: \xe4\n\n\xff\x00\n")
+    command = [sys.executable, "-m", "lamsonq", "queue", "run/posts", "-get", key]
+    shown = subprocess.run(command, env=ENVIRON, capture_output=True, check=True, timeout=30).stdout
+    assert shown == b"Using queue: 'run/posts'\nSubject: \xe4\n\n\xff\x00\n"
 
 
 def test_queue_wants_one_thing_to_do(here: Path) -> None:
@@ -405,6 +544,13 @@ def test_routes_shows_the_table(handlers: Path) -> None:
     assert lamsonq("routes", "myhandlers").stdout == TABLE
 
 
+def test_path_is_where_the_modules_are(handlers: Path) -> None:
+    Path("elsewhere").mkdir()
+    Path("myhandlers.py").rename("elsewhere/myhandlers.py")
+    assert refused("routes", "myhandlers", code=2).startswith("ERROR: there is no module myhandlers in ")
+    assert lamsonq("routes", "-path", "elsewhere", "--", "myhandlers").stdout == TABLE
+
+
 def test_routes_tests_an_address(handlers: Path) -> None:
     match = """
 TEST address 'joe@example.com' matches:
@@ -435,23 +581,6 @@ def test_a_capture_that_nothing_defines_names_the_route(handlers: Path) -> None:
     (handlers / "broken.py").write_text(HANDLERS.replace('to=".+", ', ""))
     line = refused("routes", "broken", code=2)
     assert "broken.py:4: @route('(to)@(host)') uses (to), which neither the route nor Router.defaults" in line
-
-
-# ---- send ------------------------------------------------------------------------------------------------------
-
-MESSAGE = ("-sender", "a@example.com", "-to", "b@example.com", "-subject", "hi", "-body", "hello")
-
-
-def test_send_without_a_server_is_one_line(here: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    line = refused("send", "-port", str(port), *MESSAGE)
-    assert line.startswith("ERROR: ")
-    assert "refused" in line
-
-
-def test_send_wants_sender_recipient_subject_and_body(here: Path) -> None:
-    assert "-body" in lamsonq("send", *MESSAGE[:-2], code=2).stderr
 
 
 # ---- fsck ------------------------------------------------------------------------------------------------------

@@ -8,14 +8,14 @@ import lamsonq
 
 PACKAGE = Path(lamsonq.__file__).parent
 LAYERS = [
-    "errors address headers mime marks sockets",
-    "mail response jobs modules table settings state transaction pidfile",
+    "errors address headers mime marks plaintext statuscodes tally identity systemd",
+    "mail bounce bouncetext dsn response jobs modules table settings state logs sockets connection mx transaction pidfile",
     "backends attempt queue relay view deferred",
-    "routing",
+    "routing confirm scanners spam html",
     "session worker commit fsck",
-    "smtp handlers",
+    "smtp lmtp handlers",
     "server",
-    "supervisor process testing",
+    "child supervisor reload process testing",
     "demo pytest_plugin commands __main__",
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}

@@ -7,8 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,107 +14,9 @@ from pathlib import Path
 import pytest
 
 from lamsonq import pidfile
-from lamsonq.errors import PidFileError, Refusal
+from lamsonq.errors import PidFileError
 
-ROOT = str(Path(pidfile.__file__).parents[1])
-ENVIRON = {**os.environ, "PYTHONPATH": ROOT, "PYTHONDONTWRITEBYTECODE": "1"}
-
-BOOT = """
-import os, threading
-from config import settings
-from lamsonq.errors import Refusal
-
-class Waiting:
-    '''Listens to nothing, and notes what is asked of it.'''
-    stuck = False
-    drains = True
-    def __init__(self):
-        self.stopped = threading.Event()
-    def note(self, what):
-        with open("run/notes", "a") as file:
-            file.write(f"{what} {os.getpid()}\\n")
-    def bind(self):
-        self.note("bind")
-    def start(self):
-        self.note("start")
-    def stop(self, grace=30.0):
-        self.note(f"stop({grace:.0f})")
-        if self.drains or not grace:
-            self.stopped.set()
-    def join(self):
-        self.stopped.wait()
-    def listening(self):
-        return "waiting"
-
-settings.receiver = Waiting()
-"""
-
-
-class Project:
-    """A project of a test, and the command line in it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        (path / "config").mkdir()
-        (path / "run").mkdir()
-        (path / "config" / "__init__.py").touch()
-        (path / "config" / "settings.py").write_text("receiver = None\n")
-        self.boot("")
-
-    def boot(self, more: str) -> None:
-        (self.path / "config" / "boot.py").write_text(BOOT + more)
-
-    def command(self, *args: str) -> list[str]:
-        return [sys.executable, "-m", "lamsonq", *args]
-
-    def run(self, *args: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            self.command(*args), cwd=self.path, env=ENVIRON, capture_output=True, text=True, timeout=60, check=False
-        )
-
-    def start(self, *args: str) -> int:
-        """Start a server that has to come up; the pid of its parent."""
-        done = self.run("start", *args)
-        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-        return self.pid()
-
-    def pid(self) -> int:
-        return int((self.path / "run" / "smtp.pid").read_text())
-
-    def noted(self, what: str) -> list[int]:
-        """The pids of the processes that have noted this."""
-        lines = (self.path / "run" / "notes").read_text().splitlines()
-        return [int(line.split()[1]) for line in lines if line.split()[0] == what]
-
-    def wait_for(self, what: str, count: int) -> list[int]:
-        until(lambda: len(self.noted(what)) >= count)
-        return self.noted(what)
-
-    def clean_up(self) -> None:
-        for path in self.path.glob("run/*.pid"):
-            try:
-                running = pidfile.find(str(path))
-            except Refusal:
-                continue
-            if running is not None:
-                running.signal(signal.SIGKILL)
-                running.wait(5)
-                running.close()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about in 20 s"
-        time.sleep(0.01)
-
-
-def gone(pid: int) -> bool:
-    """Whether a process has ended (one that nobody has waited for yet has)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
+from .projects import ENVIRON, Project, gone, until
 
 
 @pytest.fixture

@@ -769,11 +769,11 @@ class _Taker:
     async def takes(self, _address: str) -> bool:
         return True
 
-    def commit(self, _envelope: object, content: bytes) -> asyncio.Future[str]:
+    def commit(self, _envelope: object, content: bytes, _groups: object) -> list[asyncio.Future[str]]:
         self.taken.append(content)
         done: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         done.set_result("250 ok")
-        return done
+        return [done]
 
     def trouble(self, error: BaseException) -> str:
         raise AssertionError from error

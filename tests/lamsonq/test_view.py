@@ -21,6 +21,7 @@ TEMPLATES = {
     "no_colon.msg": "From: a@b\nnonsense\n\nbody\n",
     "body.txt": "Hi {{ name }}\n",
     "body.html": "<p>Hi {{ name }}</p>\n",
+    "pictures.html": '<p><img src="{{ images.logo }}" alt="Logo"><img src="{{ images["chart.png"] }}"></p>',
     "crlf.msg": "From: a@b\r\nTo: c@d\r\n\r\none\r\n\r\ntwo\r\n",
 }
 LETTER = b"Message-ID: <1@x>\r\nSubject: Hi\r\n\r\n"
@@ -124,6 +125,41 @@ def test_a_template_is_attached() -> None:
     _, html, csv = MailRequest("p", None, None, response.to_bytes()).all_parts()
     assert (html.content_type, html.filename, html.body) == ("text/html", "body.html", "<p>Hi Jo</p>\n")
     assert (csv.content_type, csv.filename, csv.body) == ("text/csv", "x.csv", "Hi Jo\n")
+
+
+def test_html_never_goes_out_without_a_text() -> None:
+    response = view.respond({"name": "<Jo>"}, Html="body.html", From="a@b", To="c@d")
+    assert (response.Html, response.Body) == ("<p>Hi &lt;Jo&gt;</p>\n", "Hi <Jo>\n")
+    assert response.to_message().get_content_type() == "multipart/alternative"
+
+
+def test_images_stand_beside_the_html_that_shows_them(tmp_path: Path) -> None:
+    (tmp_path / "our logo.png").write_bytes(b"\x89PNG\r\n\x1a\n\x00\xff")
+    images: view.Images = {"logo": tmp_path / "our logo.png", "chart.png": b"\x89chart"}
+    response = view.respond({}, Html="pictures.html", images=images, From="a@b", To="c@d", Subject="s")
+    text, html, logo, chart = MailRequest("p", None, None, response.to_bytes()).all_parts()
+    assert (text.content_type, text.body) == ("text/plain", "Logo\n")
+    assert (logo.filename, logo.data) == ("our logo.png", b"\x89PNG\r\n\x1a\n\x00\xff")
+    assert (chart.filename, chart.data, chart.content_type) == ("chart.png", b"\x89chart", "image/png")
+    for image in (logo, chart):
+        assert image.disposition == "inline"
+        assert f'src="cid:{str(image["content-id"]).strip("<>")}"' in str(html.body)
+    assert logo["content-id"] != chart["content-id"]
+    assert response.attachments == []
+
+
+def test_a_msg_may_have_html_with_images() -> None:
+    variables = {"host": "y.org", "title": "t", "message": letter()}
+    response = view.respond("page_ready.msg", variables, Html="pictures.html", images={"logo": b"", "chart.png": b"x"})
+    assert (response.Body, len(response.embedded)) == ("Hello,\nt\n", 2)
+    assert "images" not in variables
+
+
+def test_images_need_html_to_show_them() -> None:
+    with pytest.raises(UsageError, match="images= are shown by an Html template"):
+        view.respond({}, Body="crlf.msg", images={"logo": b"x"})
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.png"):
+        view.respond({}, Html="pictures.html", images={"logo": "nowhere.png"})
 
 
 def test_templates_run_in_a_sandbox(tmp_path: Path) -> None:

@@ -1,0 +1,51 @@
+"""What the shell offers behind an option or argument: chosen by its metavar, so that no command says it twice."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Callable, Mapping
+
+import click
+from click.shell_completion import CompletionItem
+
+Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
+
+# A file may be a directory to the shell, which has to show what is in it: an mbox is one, a maildir the other.
+_PATHS: Mapping[str, str] = {"DIR": "dir", "FILE": "file", "INPUT": "file", "OUTPUT": "dir", "QUEUE": "dir"}
+
+
+def completer_of(metavar: object) -> Completer | None:
+    """What completes `DIR`, `[DIR]` or `[MODULE]...`; None where nothing does."""
+    bare = str(metavar).strip("[]")
+    words, kind = _WORDS.get(str(metavar), _WORDS.get(bare)), _PATHS.get(bare)
+
+    def complete(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        found = [CompletionItem(word) for word in (words() if words else []) if word.startswith(incomplete)]
+        return found or ([CompletionItem(incomplete, type=kind)] if kind else [])
+
+    return complete if words or kind else None
+
+
+def _boots() -> list[str]:
+    return _modules_of("config")
+
+
+def _boots_and_handlers() -> list[str]:
+    return _modules_of("config") + _modules_of("app/handlers")
+
+
+def _modules_of(folder: str) -> list[str]:
+    names = [path.removesuffix(".py").replace(os.sep, ".") for path in sorted(glob.glob(f"{folder}/*.py"))]
+    return [name for name in names if not name.endswith((".__init__", ".settings"))]
+
+
+def _queues() -> list[str]:
+    return [os.path.dirname(path) for path in sorted(glob.glob("run/*/new"))]
+
+
+_WORDS: Mapping[str, Callable[[], list[str]]] = {
+    "MODULE": _boots,
+    "[MODULE]...": _boots_and_handlers,
+    "QUEUE": _queues,
+}

@@ -1,0 +1,152 @@
+"""What a server has handled: counted where attempts are settled, added up by the parent, read by `lamsonq status`.
+
+Rules:
+
+1. A child counts in memory and tells its parent now and then; nobody who handles a message waits for that.
+2. The parent keeps a small file beside its pid file, written anew as a whole. It is for people who look: losing it
+   loses nothing else, and no failure to write it stops a server.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+EVERY = 2.0
+"""Seconds between two reports of a child, and between two writings of the file, while there is anything new."""
+
+MINUTES = 5
+"""The rate is that of the last minutes, so many."""
+
+
+class Tally:
+    """What this process has settled."""
+
+    def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
+        self._lock = threading.Lock()
+        self.handled = 0
+        self.failed = 0
+        self.last = 0.0
+
+    def count(self, success: bool) -> None:
+        """One attempt was settled, by its success or by a failure that counts."""
+        with self._lock:
+            self.handled += success
+            self.failed += not success
+            self.last = time.time()
+
+    def told(self) -> bytes:
+        """The figures in a line, for the parent."""
+        with self._lock:
+            return json.dumps([self.handled, self.failed, round(self.last, 3)]).encode()
+
+
+TALLY = Tally()
+os.register_at_fork(after_in_child=TALLY._begin)
+
+
+@dataclass
+class Totals:
+    """What all children of a server have settled since it was started; a reload hands it on.
+
+    `started` and `last` are seconds since the epoch; `minutes` counts what was settled in each of the last minutes.
+    """
+
+    path: str
+    started: float = field(default_factory=time.time)
+    handled: int = 0
+    failed: int = 0
+    last: float = 0.0
+    minutes: dict[str, int] = field(default_factory=dict)
+    known: dict[str, tuple[int, int]] = field(default_factory=dict)  # what each living child has told, by its pid
+    due: float | None = None  # when the file is to be written, by the monotonic clock
+
+    def add(self, pid: int, line: bytes) -> None:
+        """Take what a child tells. Raises ValueError for what is no report."""
+        handled, failed, last = json.loads(line)
+        before = self.known.get(str(pid), (0, 0))
+        self.known[str(pid)] = (handled, failed)
+        self.handled += handled - before[0]
+        self.failed += failed - before[1]
+        self.last = max(self.last, last)
+        minute = int(last // 60)
+        self.minutes[str(minute)] = self.minutes.get(str(minute), 0) + handled + failed - sum(before)
+        self.minutes = {m: n for m, n in self.minutes.items() if int(m) > minute - MINUTES - 1}
+        self.changed()
+
+    def forget(self, pid: int) -> None:
+        """A child has ended."""
+        self.known.pop(str(pid), None)
+        self.changed()
+
+    def changed(self) -> None:
+        """Something is to be written, though not at once."""
+        if self.due is None:
+            self.due = time.monotonic() + EVERY
+
+    def write(self, children: list[int]) -> None:
+        """Write the file, naming the children that work."""
+        self.due = None
+        figures = {
+            "version": 1,
+            "pid": os.getpid(),
+            "started": round(self.started, 3),
+            "children": children,
+            "handled": self.handled,
+            "failed": self.failed,
+            "last": self.last or None,
+            "minutes": self.minutes,
+        }
+        with contextlib.suppress(OSError):
+            with open(f"{self.path}.tmp", "w", encoding="ascii") as file:
+                json.dump(figures, file)
+            os.replace(f"{self.path}.tmp", self.path)
+
+    def remove(self) -> None:
+        remove(self.path)
+
+
+def beside(pid_file: str) -> str:
+    """Where a server's figures stand: `run/smtp.status` for `run/smtp.pid`."""
+    return f"{pid_file.removesuffix('.pid')}.status"
+
+
+def remove(path: str) -> None:
+    """Remove a file of figures, if it is there."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def figures(pid_file: str, pid: int, now: float | None = None) -> dict[str, Any]:
+    """What the server with this pid has told last: workers, started, uptime, handled, failed, last, per_minute.
+
+    Times are seconds since the epoch, `uptime` is seconds; None stands for what is not known.
+    """
+    now = time.time() if now is None else now
+    try:
+        with open(beside(pid_file), encoding="ascii") as file:
+            found = json.load(file)
+        if found["pid"] != pid or found["version"] != 1:
+            raise ValueError("another server's")
+        uptime = max(0.0, now - found["started"])
+        recent = sum(n for minute, n in found["minutes"].items() if int(minute) > now // 60 - MINUTES)
+        rate = recent / min(float(MINUTES), max(1.0, uptime / 60))
+        return {
+            "workers": len(found["children"]),
+            "started": found["started"],
+            "uptime": round(uptime, 1),
+            "handled": found["handled"],
+            "failed": found["failed"],
+            "last": found["last"],
+            "per_minute": round(rate, 2),
+        }
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return dict.fromkeys(("workers", "started", "uptime", "handled", "failed", "last", "per_minute"))

@@ -1,0 +1,603 @@
+"""Does a project that runs for long lose anything, do anything twice, or grow?
+
+    python tests/bench/soak.py 200000 -workers 1
+
+A generated project runs as it would for real, two servers with their processes: SMTP -> route -> state function ->
+queue -> queue receiver -> handler. Clients send without a pause, by pipelining on several connections, and send again
+what was not answered 250. In the middle of the run, which is half of it or longer, the servers are restarted and
+reloaded, in turn, over and over, and always under load; the first and the last quarter are left in peace, because
+only a process that lives long can show that it grows.
+
+What must hold, or this ends with 1:
+
+1. Every message that was answered 250 is handled. It is handled once, unless its client was cut off before a reply.
+2. A restart is the only time at which a connection may be refused; a reload is none.
+3. Within a life, and from one quarter of the run to the next, a process keeps its memory, descriptors and threads.
+4. Afterwards every queue is empty and whole, the log names no error, and no process is left.
+
+The disk that it takes is bounded: the clients wait while the queue is long.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+QUARTERS = ("start", "1/4", "1/2", "3/4", "end")
+SERVERS = {"smtp": "config.boot", "queue": "config.queue"}
+BACKLOG = 2000
+"""So many messages may wait in the queue before the clients pause."""
+
+PATIENCE = 120.0
+"""Seconds after which something that should happen has not."""
+
+GROWTH = 1.10
+GROWTH_MB = 4.0
+"""How much larger than before a process may be, by factor and beyond it: allocators and caches fill up slowly."""
+
+WORKERS = 10
+"""Threads that a receiver starts when there is work for them, at most."""
+
+DESK = """
+from lamsonq import queue
+from lamsonq.routing import route, route_like, stateless
+
+
+@route("desk@(host)")
+def START(message, host):
+    queue.Queue("run/posts").push(message)
+    return AGAIN
+
+
+@route_like(START)
+def AGAIN(message, host):
+    queue.Queue("run/posts").push(message)
+    return START
+
+
+@route("log@(host)")
+@stateless
+def LOG(message, host):
+    queue.Queue("run/posts").push(message)
+"""
+INDEX = """
+import os
+
+from lamsonq.routing import route, stateless
+
+HANDLED = os.open("handled", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+
+@route("(who)@(host)", who="desk|log")
+@stateless
+def START(message, who, host):
+    os.write(HANDLED, (message["message-id"] + "\\n").encode())
+"""
+SETTINGS = """
+handlers = ["app.handlers.desk"]
+queue_config = {"queue": "run/posts", "sleep": 10}
+queue_handlers = ["app.handlers.index"]
+"""
+BEHIND = (
+    ("SMTPReceiver(**settings.receiver_config)", 'QueueReceiver(settings.queue_config["queue"])'),
+    ("settings.handlers", "settings.queue_handlers"),
+    ("also_create=True", "also_create=False"),
+)
+"""What differs between config/boot.py and config/queue.py."""
+
+
+# -- the servers ------------------------------------------------------------------------------------------------------
+
+
+class Project:
+    """A generated project and its two servers."""
+
+    def __init__(self, folder: Path, workers: int) -> None:
+        self.folder = folder / "soak"
+        self.workers = workers
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port: int = probe.getsockname()[1]
+        self.environment = os.environ | {"LAMSONQ_RECEIVER__PORT": str(self.port)}
+        self.lamsonq("gen", str(self.folder), cwd=folder)
+        self._write("app/handlers/desk.py", DESK)
+        self._write("app/handlers/index.py", INDEX)
+        self._write("config/settings.py", self._read("config/settings.py") + SETTINGS)
+        boot = self._read("config/boot.py")
+        for front, behind in BEHIND:
+            assert front in boot, f"config/boot.py has no {front}"
+            boot = boot.replace(front, behind)
+        self._write("config/queue.py", boot)
+        self._write("config/logging.toml", self._read("config/logging.toml").replace('"DEBUG"', '"INFO"'))
+
+    def _read(self, name: str) -> str:
+        return (self.folder / name).read_text()
+
+    def _write(self, name: str, text: str) -> None:
+        (self.folder / name).write_text(text)
+
+    def lamsonq(self, *words: str, cwd: Path | None = None, codes: tuple[int, ...] = (0,)) -> str:
+        command = [sys.executable, "-m", "lamsonq", *words]
+        done = subprocess.run(
+            command, cwd=cwd or self.folder, env=self.environment, capture_output=True, text=True, check=False
+        )
+        if done.returncode not in codes:
+            raise SystemExit(f"lamsonq {' '.join(words)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+        return done.stdout
+
+    def run(self, word: str, server: str) -> None:
+        """Start or restart a server."""
+        workers = ("-workers", str(self.workers))
+        self.lamsonq(word, "-boot", SERVERS[server], "-pid", f"run/{server}.pid", *workers)
+
+    def parent(self, server: str) -> int:
+        """Its process id, 0 when it does not run."""
+        try:
+            return int(self._read(f"run/{server}.pid"))
+        except (OSError, ValueError):
+            return 0
+
+    def reload(self, server: str) -> None:
+        """Send HUP, and wait until other children have taken over."""
+        parent = self.parent(server)
+        old = set(children(parent))
+        os.kill(parent, signal.SIGHUP)
+        until(lambda: self._has_taken_over(parent, old), f"the reload of {server}")
+
+    def _has_taken_over(self, parent: int, old: set[int]) -> bool:
+        now = set(children(parent))
+        return len(now) == self.workers and not now & old
+
+    def waiting(self) -> int:
+        """How many messages wait in the queue or are worked."""
+        posts = self.folder / "run/posts"
+        return sum(len(entries(posts / sub)) for sub in ("new", "cur", ".delayed/new")) + sum(
+            len(entries(worker)) for worker in posts.glob("claimed/*") if worker.is_dir()
+        )
+
+    def processes(self) -> list[int]:
+        """Every process that works in this folder, whoever its parent is."""
+        return [int(each.name) for each in Path("/proc").glob("[0-9]*") if _link(each / "cwd") == str(self.folder)]
+
+    def troubles(self) -> list[str]:
+        """The lines of the logs that tell of an error."""
+        lines = [
+            line for log in (self.folder / "logs").glob("*") for line in log.read_text(errors="replace").splitlines()
+        ]
+        return [
+            line for line in lines if any(word in line for word in (" ERROR:", " CRITICAL:", "Traceback", "Error:"))
+        ]
+
+    def size(self) -> float:
+        """MB on disk."""
+        found = (os.path.join(folder, name) for folder, _, names in os.walk(self.folder) for name in names)
+        return sum(_size(path) for path in found) / 1e6
+
+
+def entries(folder: Path) -> list[str]:
+    try:
+        return [name for name in os.listdir(folder) if not name.startswith(".")]
+    except FileNotFoundError:
+        return []
+
+
+def children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def _link(path: Path) -> str:
+    try:
+        return os.readlink(path)
+    except OSError:
+        return ""
+
+
+def _size(path: str) -> int:
+    try:
+        return os.lstat(path).st_blocks * 512
+    except OSError:
+        return 0
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    give_up_at = time.monotonic() + PATIENCE
+    while not condition():
+        if time.monotonic() > give_up_at:
+            raise SystemExit(f"not seen within {PATIENCE:.0f} s: {what}")
+        time.sleep(0.05)
+
+
+# -- the clients ------------------------------------------------------------------------------------------------------
+
+
+class Ledger:
+    """What the clients have to send, and what became of it."""
+
+    def __init__(self, folder: Path, messages: int) -> None:
+        self.messages = messages
+        self.accepted = 0
+        self.cut_off: set[str] = set()
+        """Messages whose reply was lost: they may have been taken."""
+        self.troubles: Counter[str] = Counter()
+        self.restarting = False
+        self.refused: list[str] = []
+        self.path = folder / "accepted"
+        self.calm_from: int | None = None
+        """How many were accepted when the last interruption was over."""
+        self._next = 0
+        self._last: int | None = None
+        self._paused = False
+        self._lock = threading.Condition()
+        self._file = self.path.open("w")
+
+    def take(self) -> int | None:
+        """The number of the next message; None when there are no more."""
+        with self._lock:
+            while self._paused:
+                self._lock.wait()
+            if self._next == self._last:
+                return None
+            self._next += 1
+            return self._next
+
+    def pause(self, paused: bool) -> None:
+        """Hold the clients back, or let them go on."""
+        with self._lock:
+            self._paused = paused
+            self._lock.notify_all()
+
+    def calm_down(self) -> None:
+        """The interruptions are over: the last quarter follows."""
+        with self._lock:
+            self.calm_from = self.accepted
+            self._last = max(self._next + self.messages // 4, self.messages)
+
+    @property
+    def total(self) -> int:
+        return self._last or self.messages
+
+    def progress(self, accepted: int) -> float:
+        """Which share of the run that many messages are: a quarter, half of it that is interrupted, a quarter."""
+        quarter, calm = self.messages / 4, self.calm_from or self.messages
+        if accepted < quarter:
+            return accepted / self.messages
+        if accepted < calm:
+            return 0.25 + 0.5 * (accepted - quarter) / (calm - quarter)
+        return 0.75 + 0.25 * (accepted - calm) / max(self.total - calm, 1)
+
+    def accept(self, identity: str) -> None:
+        with self._lock:
+            self.accepted += 1
+            self._file.write(f"{identity}\n")
+
+    def trouble(self, error: OSError) -> None:
+        with self._lock:
+            self.troubles[type(error).__name__] += 1
+            if isinstance(error, ConnectionRefusedError) and not self.restarting:
+                self.refused.append(f"at message {self.accepted}")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Client(threading.Thread):
+    """Sends one message after the other on one connection, and on a new one when that is gone."""
+
+    def __init__(self, port: int, number: int, ledger: Ledger) -> None:
+        super().__init__(daemon=True, name=f"client {number}")
+        self.port = port
+        self.number = number
+        self.ledger = ledger
+
+    def run(self) -> None:
+        pending: int | None = self.ledger.take()
+        while pending is not None:
+            try:
+                with socket.create_connection(("127.0.0.1", self.port), 60) as connection:
+                    pending = self._talk(connection, pending)
+            except OSError as error:
+                self.ledger.trouble(error)
+                time.sleep(0.02)
+
+    def _talk(self, connection: socket.socket, pending: int | None) -> int | None:
+        """Send until nothing is left; the message that was not taken when the server says goodbye."""
+        replies = connection.makefile("rb")
+        if _reply(replies.readline) != 220:
+            return pending
+        connection.sendall(b"EHLO soak.test\r\n")
+        _reply(replies.readline)
+        while pending is not None:
+            sent = self._send(connection, replies.readline, pending)
+            if sent is None:
+                return pending
+            if sent:
+                pending = self.ledger.take()
+        connection.sendall(b"QUIT\r\n")
+        return None
+
+    def _send(self, connection: socket.socket, readline: Callable[[], bytes], number: int) -> bool | None:
+        """Whether it was taken; None when there is a need for a new connection."""
+        identity = f"<{number}@soak.test>"
+        sender, recipient = f"c{self.number}.{number % 50}@soak.test", ("desk", "log")[number % 2]
+        connection.sendall(f"MAIL FROM:<{sender}>\r\nRCPT TO:<{recipient}@test.com>\r\nDATA\r\n".encode())
+        codes = []
+        for _ in range(3):
+            codes.append(_reply(readline))
+            if codes[-1] in (0, 421):
+                return None
+        if codes != [250, 250, 354]:
+            connection.sendall(b".\r\n" if codes[-1] == 354 else b"RSET\r\n")
+            return None if _reply(readline) in (0, 421) else False
+        text = f"Message-ID: {identity}\r\nSubject: {number}\r\n\r\n" + "some text\r\n" * random.randint(5, 250)
+        code = 0
+        try:
+            connection.sendall(f"{text}.\r\n".encode())
+            code = _reply(readline)
+        finally:
+            if not code:
+                self.ledger.cut_off.add(identity)
+        if code == 250:
+            self.ledger.accept(identity)
+        return None if code in (0, 421) else code == 250
+
+
+def _reply(readline: Callable[[], bytes]) -> int:
+    """The code of a reply, 0 at the end of the connection."""
+    line = readline()
+    while line[3:4] == b"-":
+        line = readline()
+    return int(line[:3]) if line else 0
+
+
+# -- what the processes take ------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One process at one moment; memory in MB."""
+
+    pid: int
+    accepted: int
+    pss: float
+    rss: float
+    fds: int
+    threads: int
+
+
+class Sampler(threading.Thread):
+    """Looks at all processes every second, and holds the clients back while the queue is long."""
+
+    def __init__(self, project: Project, ledger: Ledger, every: float) -> None:
+        super().__init__(daemon=True, name="sampler")
+        self.project = project
+        self.ledger = ledger
+        self.every = every
+        self.samples: dict[str, list[Sample]] = {
+            f"{server} {who}": [] for server in SERVERS for who in ("parent", "child")
+        }
+        self.longest = 0
+        self.stopping = threading.Event()
+
+    def run(self) -> None:
+        while not self.stopping.wait(self.every):
+            self.look()
+
+    def look(self) -> None:
+        for role, pid in self._roles():
+            sample = _sample(pid, self.ledger.accepted)
+            if sample is not None:
+                self.samples[role].append(sample)
+        waiting = self.project.waiting()
+        self.longest = max(self.longest, waiting)
+        if not BACKLOG / 2 <= waiting <= BACKLOG:
+            self.ledger.pause(waiting > BACKLOG)
+
+    def _roles(self) -> Iterator[tuple[str, int]]:
+        for server in SERVERS:
+            if parent := self.project.parent(server):
+                yield f"{server} parent", parent
+                yield from ((f"{server} child", child) for child in children(parent))
+
+    def at(self, role: str, low: float, high: float) -> Sample | None:
+        """The largest that a process of this role was between two shares of the run, number by number."""
+        found = [sample for sample in self.samples[role] if low <= self.ledger.progress(sample.accepted) <= high]
+        if not found:
+            return None
+        pid, accepted = found[-1].pid, found[-1].accepted
+        most = [max(getattr(sample, name) for sample in found) for name in ("pss", "rss", "fds", "threads")]
+        return Sample(pid, accepted, most[0], most[1], int(most[2]), int(most[3]))
+
+
+def _sample(pid: int, accepted: int) -> Sample | None:
+    process = Path(f"/proc/{pid}")
+    try:
+        words = (process / "smaps_rollup").read_text().split()
+        sizes = {name: int(words[words.index(name) + 1]) / 1024 for name in ("Pss:", "Rss:")}
+        fds, threads = len(os.listdir(process / "fd")), len(os.listdir(process / "task"))
+    except (OSError, ValueError):  # it has ended meanwhile
+        return None
+    return Sample(pid, accepted, sizes["Pss:"], sizes["Rss:"], fds, threads)
+
+
+# -- the run ----------------------------------------------------------------------------------------------------------
+
+
+class Soak:
+    """One run: `messages` (or more, as long as it is interrupted) by `clients` connections; `restarts` and `reloads` of
+    either server in its middle."""
+
+    def __init__(self, folder: Path, messages: int, workers: int, clients: int, restarts: int, reloads: int) -> None:
+        self.project = Project(folder, workers)
+        self.ledger = Ledger(folder, messages)
+        self.sampler = Sampler(self.project, self.ledger, max(0.05, min(1.0, messages / 60_000)))
+        self.clients = [Client(self.project.port, number, self.ledger) for number in range(clients)]
+        self.interruptions = _mixed(restarts, reloads)
+        self.seconds = 0.0
+        self.failures: list[str] = []
+        self.notes: list[str] = []
+
+    def run(self) -> None:
+        for server in SERVERS:
+            self.project.run("start", server)
+        self._check(len(self.project.processes()) >= 4, "the servers' processes cannot be told by their folder")
+        try:
+            begun = time.monotonic()
+            self.sampler.start()
+            for client in self.clients:
+                client.start()
+            self._interrupt()
+            for client in self.clients:
+                client.join()
+            self.seconds = time.monotonic() - begun
+            until(lambda: self.project.waiting() == 0, "the queue empty")
+            self.sampler.stopping.set()
+            self.sampler.join()
+        finally:
+            self.ledger.close()
+            self.project.lamsonq("stop", "-ALL", "run")
+        self._judge()
+
+    def _interrupt(self) -> None:
+        for number, (what, server) in enumerate(self.interruptions, 1):
+            share = 0.25 + 0.5 * number / (len(self.interruptions) + 1)
+            while self.ledger.accepted < share * self.ledger.messages:
+                time.sleep(0.02)
+            if what == "reload":
+                self.project.reload(server)
+            else:
+                self.ledger.restarting = True
+                self.project.run("restart", server)
+                self.ledger.restarting = False
+        self.ledger.calm_down()
+
+    # -- what must hold ------------------------------------------------------------------------------------------
+
+    def _judge(self) -> None:
+        self._judge_messages()
+        self._judge_connections()
+        for role in self.sampler.samples:
+            self._judge_growth(role)
+        self._judge_what_is_left()
+
+    def _check(self, holds: bool, otherwise: str) -> None:
+        if not holds:
+            self.failures.append(otherwise)
+
+    def _judge_messages(self) -> None:
+        accepted = Counter(self.ledger.path.read_text().split())
+        handled = Counter((self.project.folder / "handled").read_text().split())
+        lost, strange = accepted.keys() - handled.keys(), handled.keys() - accepted.keys()
+        repeated = {identity for identity, count in handled.items() if count > 1}
+        unexplained = repeated - self.ledger.cut_off
+        self._check(len(accepted) == self.ledger.total, f"{len(accepted)} of {self.ledger.total} were accepted")
+        self._check(not lost, f"lost: {len(lost)}, {sorted(lost)[:5]}")
+        self._check(not strange, f"handled and never sent: {sorted(strange)[:5]}")
+        self._check(not unexplained, f"handled again, for no reason: {len(unexplained)}, {sorted(unexplained)[:5]}")
+        self.notes.append(
+            f"{len(accepted)} answered 250, {len(lost)} lost, {len(repeated)} handled more than once;"
+            f" {len(self.ledger.cut_off)} replies lost"
+        )
+
+    def _judge_connections(self) -> None:
+        self._check(not self.ledger.refused, f"refused while nothing restarted: {self.ledger.refused[:5]}")
+        self.notes.append(f"what clients met: {dict(self.ledger.troubles) or 'nothing'}")
+
+    def _judge_growth(self, role: str) -> None:
+        # The first messages warm up: pools, caches and modules that are imported when they are used.
+        before, after = self.sampler.at(role, 0.10, 0.25), self.sampler.at(role, 0.90, 1.0)
+        self._compare(role, "from the first quarter to the last", before, after)
+        self._compare(
+            role, "within the first quarter", self.sampler.at(role, 0.08, 0.12), self.sampler.at(role, 0.2, 0.25)
+        )
+        self._compare(
+            role, "within the last quarter", self.sampler.at(role, 0.83, 0.87), self.sampler.at(role, 0.95, 1.0)
+        )
+
+    def _compare(self, role: str, when: str, before: Sample | None, after: Sample | None) -> None:
+        if before is None or after is None:
+            self.failures.append(f"{role}: not seen {when}")
+            return
+        # Not the proportional size: that grows when a process ends that shared pages with this one.
+        room = before.rss * GROWTH + GROWTH_MB
+        self._check(after.rss <= room, f"{role}: {before.rss:.1f} MB became {after.rss:.1f} {when}")
+        more_fds, more_threads = after.fds - before.fds, after.threads - before.threads
+        self._check(more_fds <= len(self.clients) + 4, f"{role}: {more_fds} more descriptors {when}")
+        self._check(more_threads <= WORKERS, f"{role}: {more_threads} more threads {when}")
+
+    def _judge_what_is_left(self) -> None:
+        self._check(not self.project.processes(), f"processes are left: {self.project.processes()}")
+        troubles = self.project.troubles()
+        self._check(not troubles, f"{len(troubles)} errors in the logs: {troubles[:3]}")
+        report = self.project.lamsonq(
+            "fsck", "run", "-accepted", str(self.ledger.path), "-handled", "handled", codes=(0, 1)
+        )
+        self.notes += report.splitlines()[:20]
+        self._check("All is accounted for." in report, "fsck does not find all")
+        for line in report.splitlines():
+            numbers = [word.strip(",;") for word in line.split() if word.strip(",;").isdigit()]
+            self._check(not line.startswith("run/") or set(numbers) == {"0"}, f"not empty: {line}")
+        size = self.project.size()
+        self.notes.append(
+            f"{size:.1f} MB on disk at the end; at most {self.sampler.longest} messages waited in the queue"
+        )
+
+    def table(self) -> str:
+        """The largest that each process was around the quarter points."""
+        lines = [f"{'':24}" + "".join(f"{name:>9}" for name in QUARTERS)]
+        for role in self.sampler.samples:
+            for name in ("pss", "rss", "fds", "threads"):
+                shown = []
+                for quarter in range(5):
+                    sample = self.sampler.at(role, quarter / 4 - 0.03, quarter / 4 + 0.03)
+                    value = getattr(sample, name) if sample else None
+                    shown.append("-" if value is None else f"{value:.1f}" if isinstance(value, float) else str(value))
+                unit = " MB" if name in ("pss", "rss") else ""
+                lines.append(f"{role + ' ' + name + unit:24}" + "".join(f"{text:>9}" for text in shown))
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        rate = self.ledger.accepted / self.seconds if self.seconds else 0.0
+        counts = Counter(what for what, _ in self.interruptions)
+        head = f"{self.ledger.accepted} messages in {self.seconds:.0f} s, {rate:.0f} per second; {dict(counts)}"
+        verdict = [f"FAILED: {failure}" for failure in self.failures] or ["Everything holds."]
+        return "\n".join([head, self.table(), *self.notes, *verdict])
+
+
+def _mixed(restarts: int, reloads: int) -> list[tuple[str, str]]:
+    """Restarts and reloads in turn, each of one server after the other."""
+    counts = {"restart": restarts, "reload": reloads}
+    spread = sorted(((number + 0.5) / count, kind) for kind, count in counts.items() for number in range(count))
+    return [(kind, server) for _, kind in spread for server in SERVERS]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="A long run of a whole project.")
+    parser.add_argument("messages", nargs="?", type=int, default=200_000)
+    parser.add_argument("-workers", "--workers", type=int, default=1, help="processes of each server")
+    parser.add_argument("-clients", "--clients", type=int, default=8)
+    parser.add_argument("-restarts", "--restarts", type=int, default=10, help="of either server")
+    parser.add_argument("-reloads", "--reloads", type=int, default=10, help="of either server")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="lamsonq-soak-") as folder:
+        soak = Soak(Path(folder), given.messages, given.workers, given.clients, given.restarts, given.reloads)
+        soak.run()
+        print(soak)
+    return 1 if soak.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""Receivers and queues that a peer talks to."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from lamsonq.backends.maildir import Maildir
+from lamsonq.jobs import Job
+from lamsonq.mail import MailRequest
+from lamsonq.queue import Queue
+from lamsonq.routing import RoutingBase
+from lamsonq.server import Receiver
+
+from .programs import open_folder, until
+
+BODY = (
+    "Grüße, ein Punkt am Anfang:\r\n.\r\n..zwei\r\n.drei\r\n\r\n"
+    "From here on nothing is a header: at all\r\n"
+    f"{'long ' * 190}\r\n\ttab and trailing blanks  \r\n\r\n\r\n"
+)
+HEADERS = (
+    "From: Ann <ann@x.test>\r\nTo: Bob <bob@y.test>\r\nSubject: =?utf-8?q?Gr=C3=BC=C3=9Fe?=\r\n"
+    "Message-ID: <{name}@x.test>\r\nDate: Mon, 23 Nov 2026 10:00:00 +0000\r\n"
+    "MIME-Version: 1.0\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Transfer-Encoding: 8bit\r\n"
+    "X-Odd:   two  blanks\r\n\tand a fold\r\n"
+)
+
+
+def mail_named(name: str) -> bytes:
+    """A message that is easily spoilt: dots, eight bits, folds, blanks and blank lines at its end."""
+    return (HEADERS.format(name=name) + "\r\n" + BODY).encode()
+
+
+class Handled:
+    """What a handler has got. `refusals` are the errors that it raises instead, by recipient, "" for all."""
+
+    def __init__(self) -> None:
+        self.messages: list[MailRequest] = []
+        self.refusals: dict[str, Exception] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, message: MailRequest) -> None:
+        error = self.refusals.get(message.To) or self.refusals.get("")
+        if error is not None:
+            raise error
+        with self._lock:
+            self.messages.append(message)
+
+    def ids(self) -> list[str]:
+        return sorted(message["message-id"] or "" for message in self.messages)
+
+    def wait(self, count: int) -> list[MailRequest]:
+        """The messages, once there are so many."""
+        until(lambda: len(self.messages) >= count, f"{count} messages handled")
+        return self.messages
+
+
+@pytest.fixture
+def handled() -> Handled:
+    return Handled()
+
+
+@pytest.fixture
+def routed(router: RoutingBase, handled: Handled, module: Callable[..., str], posts: Queue) -> RoutingBase:
+    """A router whose one function takes the mail to y.test and its subdomains, and nothing else."""
+    name = module(
+        """
+        @route("(who)@(sub)y.test", who="[a-z0-9]+", sub="([a-z]+[.])?")
+        @stateless
+        def START(message, who, sub):
+            HANDLED(message)
+        """
+    )
+    router.load([name])
+    sys.modules[name].HANDLED = handled  # type: ignore[attr-defined]
+    router.UNDELIVERABLE_QUEUE = Queue(Path(posts.dir).with_name("undeliverable"))
+    return router
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Receiver], None]]:
+    """`serve(receiver)` runs it until the test has ended."""
+    started: list[tuple[Receiver, threading.Thread]] = []
+
+    def start(receiver: Receiver) -> None:
+        receiver.bind()
+        thread = threading.Thread(target=receiver.start)  # a queue's receiver returns when it is stopped
+        thread.start()
+        started.append((receiver, thread))
+
+    yield start
+    for receiver, thread in started:
+        receiver.stop()
+        receiver.join()
+        thread.join()
+
+
+@pytest.fixture
+def run_folder() -> Iterator[Path]:
+    """A run/ that other users may look into."""
+    with open_folder() as folder:
+        yield folder / "run"
+
+
+@pytest.fixture
+def posts(run_folder: Path) -> Queue:
+    run_folder.mkdir()
+    return Queue(run_folder / "posts")
+
+
+def free_port_of() -> int:
+    """A port of the loopback that nobody listens on at this moment, for fixtures of a module."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+def jobs_in(queue: Queue) -> list[Job]:
+    """All ready jobs, oldest first."""
+    assert isinstance(queue.backend, Maildir)
+    found = [queue.backend.get(key) for key in queue.keys()]  # noqa: SIM118 - no mapping
+    return [job for job in found if job is not None]
