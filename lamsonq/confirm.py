@@ -303,8 +303,9 @@ class ConfirmationEngine:
 
         `template` is the text, as Lamson's, or begins with headers. It gets `vars`, which need `host`, and
         `confirm_address`, `target` and `message`. The mail comes from `confirm_address@host`, and its subject is
-        "Confirmation required", unless its headers say other; answers go to `confirm_address@host` in any case. Raises UsageError for what the template
-        needs, SMTPError as `register`, and what the relay raises.
+        "Confirmation required", unless its headers say other; answers go to `confirm_address@host` in any case.
+
+        Raises UsageError for what the template needs, SMTPError as `register`, and what the relay raises.
         """
         if "host" not in vars:
             raise UsageError("confirm.send needs vars['host']: the domain that the answer comes back to")

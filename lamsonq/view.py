@@ -139,7 +139,7 @@ def read_msg(response: MailResponse, template: str, variables: Variables) -> Non
 
 
 def has_headers(template: str) -> bool:
-    """Whether a template begins with headers, as a `.msg` does: lines `Name: value` only, From or Subject among them."""
+    """Whether a template begins with headers, as a `.msg` does: lines `Name: value`, From or Subject among them."""
     names = [line.partition(": ")[0] for line in _split(template)[0].splitlines()]
     return {"From", "Subject"} & set(names) != set() and all(name.replace("-", "").isalpha() for name in names)
 
