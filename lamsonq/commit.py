@@ -332,7 +332,8 @@ def _bound(message: mail.MailRequest, call: Call, key: str) -> Job:
 
 
 def _accepted(keys: Sequence[str]) -> str:
-    return f"250 2.0.0 Ok: queued as {keys[0]}" if keys else "250 2.0.0 Ok"
+    """The reply names the id under which the message stands in the log and, if it was kept, in a queue."""
+    return f"250 2.0.0 Ok: queued as {keys[0]}" if keys else f"250 2.0.0 Ok: handled as {logs.current().id}"
 
 
 def _common_refusal(failures: Sequence[tuple[Call, Later | Dead]], calls: int) -> str | None:

@@ -12,7 +12,7 @@ Rules:
 2. The pid file is locked before the boot, and goes when the last child has ended (lamsonq/supervisor.py). It stays
    locked through a reload.
 3. `stop` signals only who holds its pid file (lamsonq/pidfile.py), and waits until it has ended.
-4. A server that was started by root for another user lets go of root for good when its ports are taken, before any child
+4. A server that root has started for another user lets go of root for good when its ports are taken, before any child
    is forked (lamsonq/identity.py).
 """
 

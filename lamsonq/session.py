@@ -113,10 +113,15 @@ class Session(smtp.SMTP):
         else:
             self.dismiss("421 4.4.2 Timeout, closing connection")
 
+    def _reset_timeout(self, duration: float | None = None) -> None:
+        self._heard = time.monotonic()
+        super()._reset_timeout(duration)
+
     @property
-    def idle(self) -> bool:
-        """Whether no transaction is under way."""
-        return self.envelope is None or self.envelope.mail_from is None
+    def idle_for(self) -> float:
+        """Seconds since the client's last sign of life; 0.0 while a transaction is under way."""
+        under_way = self.envelope is not None and self.envelope.mail_from is not None
+        return 0.0 if under_way else time.monotonic() - self._heard
 
     def dismiss(self, reply: str) -> None:
         """Say why, in place of every reply that is owed, and close, if it is still open; from the event loop."""

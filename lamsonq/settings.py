@@ -280,9 +280,12 @@ def _secret(key: str, value: str | None, path: str | None) -> str | None:
 def load_logging(path: str = "config/logging.toml") -> None:
     """Configure logging from a file in the format of `logging.config.dictConfig`; makes the log files' directories.
 
+    Loggers that exist already go on, unless the file says `disable_existing_loggers = true`.
+
     Raises SettingsError.
     """
     table = _read_toml(path)
+    table.setdefault("disable_existing_loggers", False)  # dictConfig would silence everything imported before
     handlers = table.get("handlers", {})
     try:
         for handler in handlers.values():

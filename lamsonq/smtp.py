@@ -37,6 +37,10 @@ from lamsonq.worker import TROUBLE_PAUSE, QueueReceiver
 ACCEPTED_AT_ONCE = 16
 """Connections that are accepted in one turn of the event loop."""
 
+LEAVE_AFTER = 0.5
+"""Seconds without a transaction and without a word after which a client is sent away by a server that ends: who has
+just come, as clients do while a server is reloaded, still gets his message through."""
+
 _GOODBYE = "421 4.3.2 Service shutting down"
 
 
@@ -138,18 +142,21 @@ class SMTPReceiver:
             self._undeliverable = QueueReceiver(
                 self._undeliverable_queue(), workers=self.workers, router=self.router, timeout=self.timeout, bound=True
             )
+            if self._deadline < float("inf"):  # told to stop before there was anything to stop
+                self._undeliverable.stop(0.0)
             self._spawn(self._work_off)
 
     def stop(self, grace: float = 30.0) -> None:
-        """Take no more; what has begun may finish for `grace` seconds. Returns at once; `join` waits."""
+        """Take no more; what has begun may finish for `grace` seconds. Returns at once; `join` waits.
+
+        A receiver that is just being started ends as soon as it listens.
+        """
         self._deadline = min(self._deadline, time.monotonic() + grace)
         if self._undeliverable is not None:
             self._undeliverable.stop(grace)
         if self._listens.is_set():
             with contextlib.suppress(RuntimeError):  # it has stopped already
                 self._loop.call_soon_threadsafe(self._stopping.set)
-        elif self._listener is not None:
-            self._listener.close()
 
     def join(self) -> None:
         """Wait until everything that was taken is answered."""
@@ -167,8 +174,8 @@ class SMTPReceiver:
 
     def _spawn(self, target: Callable[[], None]) -> None:
         thread = threading.Thread(target=target, name=f"lamsonq-smtp{target.__name__}", daemon=True)
-        self._threads.append(thread)
         thread.start()
+        self._threads.append(thread)
 
     def _work_off(self) -> None:
         assert self._undeliverable is not None
@@ -216,6 +223,8 @@ class SMTPReceiver:
         )
         self._listener.listen(BACKLOG)
         self._listens.set()
+        if self._deadline < float("inf"):  # told to stop before it listened
+            self._stopping.set()
         await self._stopping.wait()
         server.close()
         await self._drain()
@@ -223,8 +232,9 @@ class SMTPReceiver:
     async def _drain(self) -> None:
         """Let what has begun finish; send everybody else away."""
         self.draining = True
+        await asyncio.sleep(0.02)  # who was accepted a moment ago becomes a session
         while (self._sessions or self._commits) and time.monotonic() < self._deadline:
-            for session in [session for session in self._sessions if session.idle]:
+            for session in [session for session in self._sessions if session.idle_for > LEAVE_AFTER]:
                 session.dismiss(_GOODBYE)
             await asyncio.sleep(0.02)
         self._committer.give_up()

@@ -41,7 +41,7 @@ def _server_options(pid: str) -> Callable[[F], F]:
         switch("FORCE", "Start although there is a pid file; one that a running server holds stays its own.", "-f"),
         option("chroot", "Make this the root directory; other paths are inside of it.", metavar="DIR"),
         option("chdir", "Change to this directory first.", default=".", metavar="DIR"),
-        option("uid", "Be this user, once the port is taken; everything else is done as he.", metavar="NAME|N"),
+        option("uid", "Be this user; only the port is taken as root.", metavar="NAME|N"),
         option("gid", "Be in this group; without it in that of the user.", metavar="NAME|N"),
         option("umask", "What nobody is allowed on new files; octal.", default="027", metavar="MODE"),
         switch("debug", "Stay in the foreground, with the log on stderr."),

@@ -53,7 +53,7 @@ class Client:
         lines = []
         while True:
             line = self.lines.readline().decode("ascii")
-            lines.append(line.rstrip("\r\n"))
+            lines.append(line.rstrip("\r\n").partition(": handled as ")[0])  # the id is another one each time
             if line[3:4] != "-":
                 return "|".join(lines)
 

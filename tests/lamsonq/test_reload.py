@@ -161,6 +161,21 @@ def test_another_port_in_the_settings_takes_effect_and_the_old_one_is_given_up(
     until(lambda: not connects(desk.port))
 
 
+@pytest.mark.slow
+def test_a_unix_socket_stays_the_same_through_a_reload(desk: MailProject) -> None:
+    desk.receive("SMTPReceiver(socket='run/smtp.sock', hostname='localhost')", "Queue('run/undeliverable')")
+    desk.start()
+    path = desk.path / "run" / "smtp.sock"
+    before = path.stat().st_ino
+    desk.reload()
+    until(lambda: len(children_of(desk.pid())) == 1)
+    assert path.stat().st_ino == before
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(20)
+        client.connect(str(path))
+        assert client.recv(64).startswith(b"220 localhost")
+
+
 def connects(port: int) -> bool:
     with socket.socket() as client:
         return client.connect_ex(("127.0.0.1", port)) == 0
@@ -222,6 +237,7 @@ def test_twenty_reloads_leave_as_many_descriptors_threads_and_processes_as_one(d
     assert counts[-1] == counts[0]
 
 
+@pytest.mark.slow
 def test_a_hup_during_a_reload_means_one_more_reload(project: Project) -> None:
     project.start()
     (project.path / "run" / "trial-waits").touch()
@@ -236,6 +252,7 @@ def test_a_hup_during_a_reload_means_one_more_reload(project: Project) -> None:
     assert logged(project, "Loading anew:") == 2
 
 
+@pytest.mark.slow
 def test_what_a_server_has_handled_is_told_by_status_and_survives_a_reload(desk: MailProject) -> None:
     before = time.time()
     parent = desk.start("-workers", "2")

@@ -684,6 +684,31 @@ def test_stop_sends_idle_clients_away_and_answers_who_is_in_a_transaction(start:
     receiver.join()
 
 
+def test_who_has_just_connected_when_it_stops_still_gets_a_message_through(start: Start) -> None:
+    receiver = start(deliver=lambda _: None)
+    with socket.create_connection(("127.0.0.1", receiver.port), timeout=10) as client:
+        lines = client.makefile("rb")
+        assert lines.readline().startswith(b"220 ")
+        receiver.stop()
+        for line in (b"HELO me", b"MAIL FROM:<a@x.test>", b"RCPT TO:<b@y.test>", b"DATA", b"Subject: hi\r\n."):
+            client.sendall(line + b"\r\n")
+            reply = lines.readline()
+        assert reply.startswith(b"250 ")
+        assert lines.readline().startswith(b"421 4.3.2")
+    receiver.join()
+
+
+def test_a_receiver_that_is_stopped_while_it_starts_ends(start: Start) -> None:
+    receiver = SMTPReceiver("127.0.0.1", 0, deliver=lambda _: None)
+    receiver.bind()
+    starting = threading.Thread(target=receiver.start)
+    starting.start()
+    receiver.stop()
+    starting.join(10)
+    assert not starting.is_alive()
+    receiver.join()
+
+
 def test_stop_waits_no_longer_than_its_grace(start: Start) -> None:
     gate = threading.Event()
     receiver = start(deliver=lambda _: gate.wait(10))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import sys
 import threading
@@ -15,7 +16,7 @@ from lamsonq.jobs import Job
 from lamsonq.mail import MailRequest
 from lamsonq.queue import Queue
 from lamsonq.routing import RoutingBase
-from lamsonq.server import Receiver
+from lamsonq.server import QueueReceiver, Receiver
 
 from .programs import open_folder, until
 
@@ -86,19 +87,19 @@ def routed(router: RoutingBase, handled: Handled, module: Callable[..., str], po
 @pytest.fixture
 def serve() -> Iterator[Callable[[Receiver], None]]:
     """`serve(receiver)` runs it until the test has ended."""
-    started: list[tuple[Receiver, threading.Thread]] = []
+    with contextlib.ExitStack() as stack:
 
-    def start(receiver: Receiver) -> None:
-        receiver.bind()
-        thread = threading.Thread(target=receiver.start)  # a queue's receiver returns when it is stopped
-        thread.start()
-        started.append((receiver, thread))
+        def start(receiver: Receiver) -> None:
+            if isinstance(receiver, QueueReceiver):  # its start returns when it is stopped
+                thread = threading.Thread(target=receiver.start)
+                thread.start()
+                stack.callback(thread.join)
+            else:
+                receiver.start()
+            stack.callback(receiver.join)
+            stack.callback(receiver.stop)
 
-    yield start
-    for receiver, thread in started:
-        receiver.stop()
-        receiver.join()
-        thread.join()
+        yield start
 
 
 @pytest.fixture

@@ -91,6 +91,7 @@ def test_what_is_worked_while_mutt_shows_it_does_not_come_back(
     assert len(handled.messages) == 5
 
 
+@pytest.mark.slow
 def test_mutt_saves_its_flags_again_and_again_while_jobs_come_and_go(
     mutt: Callable[[], Mutt], posts: Queue, handled: Handled, serve: Serve
 ) -> None:

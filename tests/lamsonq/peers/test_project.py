@@ -1,9 +1,9 @@
-"""The generated project with Postfix in front and behind, started and stopped by its commands, as docs/behind-postfix.md
-has it."""
+"""The generated project with Postfix in front and behind, set up as docs/behind-postfix.md has it."""
 
 from __future__ import annotations
 
 import os
+import re
 import smtplib
 import subprocess
 import sys
@@ -20,10 +20,14 @@ from .conftest import Handled, free_port_of, mail_named
 from .postfix import Postfix
 from .programs import open_folder, until
 
-MAIN = """\
-relay_domains = osb.test.com
-transport_maps = inline:{{ {{ osb.test.com = {way} }} {{ x.test = smtp:[127.0.0.1]:{sink} }} }}
-"""
+PAGE = Path(__file__).parents[3] / "docs/behind-postfix.md"
+
+
+def configuration(ending: str) -> str:
+    """The page's lines of main.cf that name `ending`."""
+    blocks = re.findall(r"```\n# main\.cf\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    (found,) = [block for block in blocks if ending in block]
+    return str(found)
 
 
 class Project:
@@ -49,27 +53,39 @@ class Project:
         boot.write_text(text.replace("SMTPReceiver", "LMTPReceiver"))
 
 
-@pytest.mark.parametrize("by", ["smtp", "lmtp"])
-def test_the_blog_is_posted_to_through_postfix_and_answers_through_it(
-    by: str, handled: Handled, serve: Callable[[Receiver], None]
-) -> None:
-    sink = SMTPReceiver("127.0.0.1", 0, deliver=handled, router=RoutingBase())
-    serve(sink)
+@pytest.fixture
+def sink(handled: Handled, serve: Callable[[Receiver], None]) -> int:
+    """The port of a receiver that stands for the rest of the world."""
+    receiver = SMTPReceiver("127.0.0.1", 0, deliver=handled, router=RoutingBase())
+    serve(receiver)
+    return receiver.port
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param("smtp:[127.0.0.1]:8823", marks=pytest.mark.slow),
+        pytest.param("lmtp:inet:127.0.0.1:8823", marks=pytest.mark.slow),
+        "lmtp:unix:lamsonq/lmtp.sock",
+    ],
+)
+def test_the_blog_is_posted_to_through_postfix_and_answers_through_it(way: str, sink: int, handled: Handled) -> None:
     port = free_port_of()
+    lines = configuration(way) + configuration("reject_unverified_recipient")
+    elsewhere = f"default_transport = smtp:[127.0.0.1]:{sink}\naddress_verify_poll_delay = 1\n"
     with open_folder() as folder:
-        way = f"smtp:[127.0.0.1]:{port}" if by == "smtp" else "lmtp:unix:lamsonq/lmtp.sock"
-        postfix = Postfix(folder, free_port_of(), MAIN.format(way=way, sink=sink.port))
+        postfix = Postfix(folder, free_port_of(), lines.replace("8823", str(port)) + elsewhere)
         try:
             project = Project(folder, RECEIVER__PORT=port, RELAY__PORT=postfix.port)
-            if by == "lmtp":
+            if "lmtp" in way:
                 project.receive_by_lmtp()
+            if "unix" in way:
                 (folder / "queue/lamsonq").mkdir()
                 project.environment["LAMSONQ_RECEIVER__SOCKET"] = str(folder / "queue/lamsonq/lmtp.sock")
             project.lamsonq("start")
             try:
-                with smtplib.SMTP("127.0.0.1", postfix.port) as client:
-                    client.sendmail("ann@x.test", ["my.blog@osb.test.com"], mail_named("post"), ["BODY=8BITMIME"])
-                subjects = sorted(message["subject"] or "" for message in handled.wait(2))
+                _post(postfix)
+                subjects = {message["subject"] for message in handled.wait(2)}
                 until(lambda: not postfix.queue(), "Postfix's queue empty", postfix.log)
             finally:
                 project.lamsonq("stop", "-ALL", "run")
@@ -80,3 +96,13 @@ def test_the_blog_is_posted_to_through_postfix_and_answers_through_it(
         report = fsck.check(project.folder / "run", ["<post@x.test>"])
         assert report.good, report
         assert not list((project.folder / "run").glob("*.pid"))
+
+
+def _post(postfix: Postfix) -> None:
+    """One post; and another one, to an address of no route, which Postfix itself has to refuse."""
+    with smtplib.SMTP("127.0.0.1", postfix.port) as client:
+        client.sendmail("ann@x.test", ["my.blog@osb.test.com"], mail_named("post"), ["BODY=8BITMIME"])
+        client.mail("ann@x.test")
+        code, words = client.rcpt("!@osb.test.com")
+        assert code == 550, words
+        assert b"No such recipient here" in words
