@@ -75,6 +75,9 @@ class Session(smtp.SMTP):
     extensions: tuple[str, ...] = ("8BITMIME", "SMTPUTF8", "PIPELINING")
     """What is offered besides SIZE."""
 
+    parting = False
+    """Whether the server ends and has taken this client's last message; now he may say QUIT, but not MAIL."""
+
     owed = 0
     """How many replies the client waits for, to a message that it has sent whole."""
 
@@ -174,7 +177,9 @@ class Session(smtp.SMTP):
         await self.push("252 2.5.0 Cannot VRFY user, but will accept message and attempt delivery")
 
     async def smtp_MAIL(self, arg: str | None) -> None:
-        if not await self.check_helo_needed():
+        if self.parting:
+            self.dismiss("421 4.3.2 Service shutting down")
+        elif not await self.check_helo_needed():
             await self.push(self._mail(arg or ""))
 
     def _mail(self, arg: str) -> str:
@@ -246,8 +251,7 @@ class Session(smtp.SMTP):
         await self.push("354 End data with <CR><LF>.<CR><LF>")
         await self._answer(await self._content())
         self.envelope = smtp.Envelope()
-        if self.server.draining:
-            self.dismiss("421 4.3.2 Service shutting down")
+        self.parting = self.server.draining
 
     async def _content(self) -> bytes | None:
         """Read a message and undo its dot-stuffing (RFC 5321 section 4.5.2); None when it is larger than allowed.

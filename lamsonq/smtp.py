@@ -226,13 +226,15 @@ class SMTPReceiver:
         if self._deadline < float("inf"):  # told to stop before it listened
             self._stopping.set()
         await self._stopping.wait()
+        loop.remove_reader(self._listener)
+        for _ in range(10):
+            await asyncio.sleep(0)  # when asyncio's server closes, it drops whom it has accepted without a session yet
         server.close()
         await self._drain()
 
     async def _drain(self) -> None:
         """Let what has begun finish; send everybody else away."""
         self.draining = True
-        await asyncio.sleep(0.02)  # who was accepted a moment ago becomes a session
         while (self._sessions or self._commits) and time.monotonic() < self._deadline:
             for session in [session for session in self._sessions if session.idle_for > LEAVE_AFTER]:
                 session.dismiss(_GOODBYE)

@@ -43,6 +43,9 @@ BACKLOG = 2000
 PATIENCE = 120.0
 """Seconds after which something that should happen has not."""
 
+LONG = 3600.0
+"""The same, for what takes longer the more messages there are."""
+
 GROWTH = 1.10
 GROWTH_MB = 4.0
 """How much larger than before a process may be, by factor and beyond it: allocators and caches fill up slowly."""
@@ -213,11 +216,11 @@ def _size(path: str) -> int:
         return 0
 
 
-def until(condition: Callable[[], bool], what: str) -> None:
-    give_up_at = time.monotonic() + PATIENCE
+def until(condition: Callable[[], bool], what: str, patience: float = PATIENCE) -> None:
+    give_up_at = time.monotonic() + patience
     while not condition():
         if time.monotonic() > give_up_at:
-            raise SystemExit(f"not seen within {PATIENCE:.0f} s: {what}")
+            raise SystemExit(f"not seen within {patience:.0f} s: {what}")
         time.sleep(0.05)
 
 
@@ -460,10 +463,9 @@ class Soak:
             for client in self.clients:
                 client.start()
             self._interrupt()
-            for client in self.clients:
-                client.join()
+            until(lambda: not any(client.is_alive() for client in self.clients), "the end of the clients", LONG)
             self.seconds = time.monotonic() - begun
-            until(lambda: self.project.waiting() == 0, "the queue empty")
+            until(lambda: self.project.waiting() == 0, "the queue empty", LONG)
             self.sampler.stopping.set()
             self.sampler.join()
         finally:
@@ -474,15 +476,25 @@ class Soak:
     def _interrupt(self) -> None:
         for number, (what, server) in enumerate(self.interruptions, 1):
             share = 0.25 + 0.5 * number / (len(self.interruptions) + 1)
-            while self.ledger.accepted < share * self.ledger.messages:
-                time.sleep(0.02)
+            self._wait_for(share)
             if what == "reload":
                 self.project.reload(server)
             else:
                 self.ledger.restarting = True
                 self.project.run("restart", server)
                 self.ledger.restarting = False
+        self._wait_for(0.75)
         self.ledger.calm_down()
+
+    def _wait_for(self, share: float) -> None:
+        """Until so much of the run is done."""
+        waited, before = time.monotonic(), self.ledger.accepted
+        while self.ledger.accepted < share * self.ledger.messages:
+            time.sleep(0.02)
+            if self.ledger.accepted > before:
+                waited, before = time.monotonic(), self.ledger.accepted
+            if time.monotonic() - waited > PATIENCE:
+                raise SystemExit(f"no message was accepted for {PATIENCE:.0f} s, at message {before}")
 
     # -- what must hold ------------------------------------------------------------------------------------------
 

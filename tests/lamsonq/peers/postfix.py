@@ -123,6 +123,8 @@ class Postfix:
 
     def flush(self) -> None:
         """Try everything again that was put off."""
+        # The log says so before the file is where a flush looks for it.
+        until(lambda: all(each["queue_name"] == "deferred" for each in self.queue()), "deferred", self.log)
         run(["postqueue", "-c", str(self.folder), "-f"])
 
     def close(self) -> None:
