@@ -254,7 +254,8 @@ class Parent:
         due = [moment for moment in self.births if moment <= now]
         self.births = [moment for moment in self.births if moment > now]
         if self.receiver is not None:
-            self.children += [self._fork() for _ in due]
+            for _ in due:
+                self.children.append(self._fork())  # one after the other: each lets go of what is the others'
         elif due and self.trial is None:
             self._load_anew()
 

@@ -181,11 +181,12 @@ class MailProject(Project):
         path = self.path / "run" / "log"
         return path.read_text() if path.exists() else ""
 
-    def reload(self) -> None:
-        """Load anew, and wait until that is done."""
-        done = self.log().count("Loaded anew.")
+    def reload(self, *, old_stay: bool = False) -> None:
+        """Load anew, and wait until the old processes have gone, unless they are to stay."""
+        done, old = self.log().count("Loaded anew."), children_of(self.pid())
         os.kill(self.pid(), signal.SIGHUP)
         until(lambda: self.log().count("Loaded anew.") > done)
+        until(lambda: old_stay or all(gone(pid) for pid in old))
 
 
 def children_of(pid: int) -> list[int]:

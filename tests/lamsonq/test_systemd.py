@@ -21,7 +21,7 @@ from lamsonq.child import GRACE, MARGIN
 from lamsonq.errors import Refusal
 from lamsonq.sockets import Listener, Listeners
 
-from .projects import ENVIRON, MailProject
+from .projects import ENVIRON, MailProject, children_of, gone, until
 
 CONFIG = Path(sockets.__file__).parents[1] / "config"
 
@@ -116,10 +116,12 @@ def test_a_passed_socket_is_served_told_of_and_kept_through_a_reload(project: Ma
             assert f"INFO: Listening on 127.0.0.1:{port}, which was passed to this process." in project.log()
             send(port, "<a>")
             project.version(2)
+            old = children_of(pid)
             os.kill(pid, signal.SIGHUP)
             reloading = manager.recv(256).decode()
             assert re.fullmatch(r"RELOADING=1\nMONOTONIC_USEC=[1-9][0-9]+", reloading)
             assert manager.recv(256) == b"READY=1"
+            until(lambda: all(gone(child) for child in old))
             send(port, "<b>")
             assert project.handled() == [(1, "<a>"), (2, "<b>")]
 
