@@ -4,7 +4,8 @@ Rules:
 
 1. The file holds `<pid>` and a newline, and is locked (flock) for the life of its process. Locked means running;
    unlocked means left behind, whatever pid it names: it is replaced at a start and removed at a stop.
-2. A pid is signalled only while the file that names it is locked, and never a pid below 2.
+2. A pid is signalled only while the file that names it is locked, and never a pid below 2, except where a server is
+   the first process of its container.
 3. A file that is no pid file (a link, other content) is left alone: its user chose a wrong name.
 4. The pid is written into a fresh file before anybody could take it for an old one: a stale file is removed first,
    under its own lock. The lock does not pass into forked children, but a fresh image of the same process keeps it.
@@ -181,9 +182,20 @@ def _read(fd: int, path: str) -> int | None:
     if not content:
         return None
     number = re.fullmatch(rb"([0-9]{1,7})\n?", content)
-    if number is None or not 1 < int(number[1]) <= _PID_MAX:
+    if number is None or not (1 < int(number[1]) <= _PID_MAX or _is_first_of_a_container(int(number[1]))):
         raise PidFileError(f"PID file {path} holds {content[:20]!r} and no pid: not touched, remove it yourself")
     return int(number[1])
+
+
+def _is_first_of_a_container(pid: int) -> bool:
+    """Whether this is process 1, and that is lamsonq and no init."""
+    if pid != 1:
+        return False
+    try:
+        with open("/proc/1/cmdline", "rb") as file:
+            return b"lamsonq" in file.read()
+    except OSError:
+        return False
 
 
 def _lock(fd: int) -> bool:

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -364,3 +365,25 @@ def test_a_pid_file_that_another_start_has_replaced_is_not_removed(path: str) ->
     Path(path).write_text("another\n")
     mine.give_back()
     assert Path(path).read_text() == "another\n"
+
+
+UNSHARE = ("unshare", "--pid", "--mount-proc", "--fork", "--kill-child")
+
+
+@pytest.mark.skipif(
+    subprocess.run([*UNSHARE, "true"], capture_output=True, check=False).returncode != 0,
+    reason="a process of its own namespace takes root, and a kernel that allows it",
+)
+def test_a_server_may_be_the_first_process_of_a_container(project: Project) -> None:
+    # Another process of the container waits until it listens, looks at it, and stops it.
+    script = """
+        (until [ -s run/smtp.status ]; do sleep 0.05; done; "$0" -m lamsonq status; "$0" -m lamsonq stop) &
+        exec "$0" -m lamsonq start --no-daemon
+    """
+    command = [*UNSHARE, "sh", "-c", script, sys.executable]
+    done = subprocess.run(
+        command, cwd=project.path, env=ENVIRON, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert "lamsonq running with PID 1\n" in done.stdout
+    assert done.returncode == 0
+    assert project.noted("stop(30)") == project.noted("start")
