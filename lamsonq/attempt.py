@@ -29,7 +29,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lamsonq import logs
+from lamsonq import about
 from lamsonq.errors import Dead, Later, LeaseLost, SMTPError, Undelivered, outcome_of, reason_of
 from lamsonq.jobs import DONE, Done, Outcome, Put
 from lamsonq.mail import MailRequest
@@ -38,6 +38,9 @@ from lamsonq.tally import TALLY
 
 LOG = logging.getLogger()
 """The root logger: the names before these lines are part of what users of Lamson grep for."""
+
+ROUTING = logging.getLogger("routing")
+"""Lamson's logger for a function that has crashed."""
 
 Settle = Callable[[Outcome, list[Put]], None]
 Spawn = Callable[[Callable[[], None]], object]
@@ -106,7 +109,7 @@ class Attempt:
         self.given_up = False
         self.started: float | None = None
         """When the function began, by the monotonic clock; None while it waits for its conversation."""
-        self.about = logs.current().for_call(call.name, call.recipient)
+        self.about = about.current().for_call(call.name, call.recipient)
         """What every line says that is logged on the way."""
         self.states: dict[Conversation, str] = {}
         self._outer = current()
@@ -144,8 +147,8 @@ class Attempt:
         With `here=False` this thread only gets in line: who starts attempts one by one keeps their order.
         """
         threads = spawn or _run_here
-        self._spawn = lambda function: threads(logs.within(self.about, function))
-        with logs.about(self.about):
+        self._spawn = lambda function: threads(about.within(self.about, function))
+        with about.about(self.about):
             self._enter(_run_here if here else self._spawn)
 
     def give_up(self) -> bool:
@@ -312,7 +315,7 @@ class Attempt:
         if stateful is not None and not isinstance(error, Later | Dead | SMTPError | Undelivered):
             self.states[stateful.conversation] = "ERROR"
         if self.open and self.call.name is not None and not isinstance(error, Later | SMTPError):
-            LOG.error("!!! ERROR handling %s: %s", self.call.name, outcome.reason, exc_info=error)
+            ROUTING.error("!!! ERROR handling %s: %s", self.call.name, outcome.reason, exc_info=error)
         self._finish(outcome)
 
     def _finish(self, outcome: Outcome) -> None:

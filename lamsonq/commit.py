@@ -24,7 +24,7 @@ from concurrent.futures import Executor
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from lamsonq import logs, mail
+from lamsonq import about, mail
 from lamsonq.address import canonical
 from lamsonq.attempt import PATIENCE, Attempt, Call, key_of, publishing
 from lamsonq.backends.maildir_names import new_key as new_id
@@ -82,7 +82,7 @@ class Committer:
 
         A group that is named twice gets the same reply twice. Raises nothing but what cancels it.
         """
-        with logs.about(logs.received(new_id())):
+        with about.about(about.received(new_id())):
             await self._commit(envelope, content, groups, replies)
 
     async def _commit(
@@ -102,6 +102,8 @@ class Committer:
                 known[group] = await _answered(answer, group)
             if not reply.done():  # else its client has gone: it was cancelled
                 reply.set_result(known[group])
+                await asyncio.sleep(0)  # the session hears of it,
+                await asyncio.sleep(0)  # and writes it, before another function runs that may end this process
 
     async def _take(self, envelope: mail.Envelope, content: bytes) -> _Answer:
         """Begin with a message: what answers for each group of its recipients."""
@@ -193,7 +195,7 @@ class Committer:
             except (KeyboardInterrupt, SystemExit, StopIteration) as error:  # would end or confuse the loop
                 raise RuntimeError(repr(error)) from error
 
-        return await self.loop.run_in_executor(self.pool, logs.within(logs.current(), run))
+        return await self.loop.run_in_executor(self.pool, about.within(about.current(), run))
 
 
 class _Run:
@@ -216,7 +218,7 @@ class _Run:
         self._make = make
         self._attempt: Attempt | None = None
         self._begun = 0.0
-        self._about = logs.current()
+        self._about = about.current()
         self._settled: asyncio.Future[Outcome] = committer.loop.create_future()
 
     async def outcome(self) -> Outcome:
@@ -245,7 +247,7 @@ class _Run:
 
     def _spawn(self, function: Callable[[], None]) -> None:
         with contextlib.suppress(RuntimeError):  # the receiver has stopped: nobody waits for this any more
-            self._committer.pool.submit(logs.within(self._about, function))
+            self._committer.pool.submit(about.within(self._about, function))
 
     def _begin(self) -> None:
         """In a thread of the pool."""
@@ -333,7 +335,7 @@ def _bound(message: mail.MailRequest, call: Call, key: str) -> Job:
 
 def _accepted(keys: Sequence[str]) -> str:
     """The reply names the id under which the message stands in the log and, if it was kept, in a queue."""
-    return f"250 2.0.0 Ok: queued as {keys[0]}" if keys else f"250 2.0.0 Ok: handled as {logs.current().id}"
+    return f"250 2.0.0 Ok: queued as {keys[0]}" if keys else f"250 2.0.0 Ok: handled as {about.current().id}"
 
 
 def _common_refusal(failures: Sequence[tuple[Call, Later | Dead]], calls: int) -> str | None:

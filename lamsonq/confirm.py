@@ -1,6 +1,6 @@
 """Confirmations: a message waits until its sender has answered a mail that only he can have got.
 
-    CONFIRM = ConfirmationEngine("run/pending", SQLiteConfirmationStorage("run/confirmations.db"))
+    CONFIRM = ConfirmationEngine("run/pending", SQLiteConfirmationStorage("run/confirm.db"))
 
     @route("(list_name)@(host)")
     def START(message, list_name=None, host=None):

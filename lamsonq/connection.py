@@ -8,6 +8,8 @@ Rules:
    counts behind it (RFC 3207 section 4.2).
 3. A pool is bounded over all servers together; the connection that waits longest goes first. It belongs to the
    process that filled it: a forked child closes its copies and leaves the sessions to its parent.
+4. We send one command and read its reply. What a server says unasked would be taken for the reply to the next command,
+   and each later one for the reply before it: so it ends the connection, before another command goes out.
 """
 
 from __future__ import annotations
@@ -21,7 +23,11 @@ import sys
 import time
 from collections import deque
 from dataclasses import dataclass
-from ssl import SSLContext
+from ssl import SSLContext, SSLWantReadError
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer as Buffer
 
 REPLY_LINE_MAX = 8192
 """Octets of one line of a reply; RFC 5321 section 4.5.3.1.5 asks for 512."""
@@ -181,7 +187,37 @@ class Client(smtplib.SMTP):
         words = (self.ehlo_resp or self.helo_resp or b"").split(None, 1)
         return words[0].decode("latin-1").lower() if words else ""
 
-    # Replies.
+    # Commands and replies.
+
+    def putcmd(self, cmd: str, args: str = "") -> None:
+        """Send a command; smtplib's methods all do it here. Raises smtplib.SMTPException by rule 4."""
+        if self.sock is not None and not self.is_silent():
+            spoke = bool(self._unread)
+            self.close()
+            if spoke:
+                raise smtplib.SMTPException("the server spoke without being asked")
+            raise smtplib.SMTPServerDisconnected("the server closed the connection")
+        super().putcmd(cmd, args)
+
+    def is_silent(self) -> bool:
+        """Whether the connection stands and the server waits for us to speak."""
+        if self.sock is None:
+            return False
+        try:
+            self.sock.settimeout(0)
+            self._unread += self.sock.recv(4096)  # poll() would also tell of TLS records that hold no data
+            return False
+        except (BlockingIOError, SSLWantReadError):
+            self.sock.settimeout(self.timeout)
+            return not self._unread
+        except OSError:
+            return False
+
+    def send(self, s: Buffer | str) -> None:
+        """Send these octets, in no more time than is left."""
+        if self.sock is not None:
+            self.sock.settimeout(self._left(self.timeout))
+        super().send(s)
 
     def getreply(self, patience: float | None = None) -> tuple[int, bytes]:
         """The code and the text of a reply; code -1 for what is none. `patience` in seconds, for all of it."""
@@ -189,10 +225,11 @@ class Client(smtplib.SMTP):
         texts: list[bytes] = []
         while len(texts) < REPLY_LINES_MAX:
             line = self._line(deadline)
-            code, rest = line[:3], line[3:]
-            texts.append(rest[1:].strip(b" \t\r"))
-            if not code.isdigit() or not rest.startswith(b"-"):
-                return int(code) if code.isdigit() else -1, b"\n".join(texts)
+            code, mark, text = line[:3], line[3:4].strip(b"\r"), line[4:]
+            valid = len(code) == 3 and code.isdigit() and mark in (b"", b" ", b"-")
+            texts.append(text.strip(b" \t\r"))
+            if not valid or mark != b"-":
+                return int(code) if valid else -1, b"\n".join(texts)
         self.close()
         raise smtplib.SMTPException("the server's reply does not end")
 
@@ -233,8 +270,7 @@ class Client(smtplib.SMTP):
     def farewell(self) -> None:
         """Say goodbye without waiting for the answer."""
         try:
-            if self.sock is not None:
-                self.sock.settimeout(1.0)
+            self.timeout = 1.0
             self.putcmd("QUIT")
         except (OSError, smtplib.SMTPException):
             pass  # it is gone already
@@ -273,14 +309,16 @@ class Pool:
                 self._idle.remove(idle)
             except ValueError:  # another thread took it
                 continue
-            if usable:
+            if usable and idle.client.is_silent():
                 found = idle.client
             else:
                 idle.client.close()
         return found
 
     def keep(self, client: Client) -> None:
-        """Let a connection wait for the next message."""
+        """Let a connection wait for the next message; rule 4 closes it instead."""
+        if not client.is_silent():
+            return client.close()
         self._idle.append(_Idle(client, time.monotonic(), os.getpid()))
         while len(self._idle) > POOL_MAX:
             try:
@@ -288,6 +326,7 @@ class Pool:
             except IndexError:
                 break
             oldest.client.farewell()
+        return None
 
     def close(self) -> None:
         """Say goodbye to everybody."""

@@ -132,5 +132,13 @@ class Backend(Protocol):
 
 def derived_key(key: str, number: int) -> str:
     """A key beside its parent's in the order of the queue, that only this parent can make."""
-    derived, found = re.subn(r"^(\d+\.M\d+P\d+Q\d+(?:R\d+)*)", rf"\1R{number}", key, count=1)
-    return derived if found else f"{key}.R{number}"
+    derived, found = re.subn(r"^(\d+\.M\d+P\d+Q\d+(?:R\d+)*)", rf"\1R{_in_order(number)}", key, count=1)
+    return derived if found else f"{key}.R{_in_order(number)}"
+
+
+def _in_order(number: int) -> str:
+    """The number in digits that sort as texts do, because keys are sorted so: 8, 9009, 9010, 9099, 990100."""
+    if number < 9:
+        return str(number)
+    digits = f"{number:02d}"
+    return f"{'9' * (len(digits) - 1)}0{digits}"

@@ -1,96 +1,25 @@
-"""What a log line says about the message that it is about, and log lines for programs: one JSON object each.
+"""Log lines that say which message they are about; for programs, one JSON object each.
 
 Rules:
 
-1. While a message is worked on, an `About` says which: its id, its queue, the function and the recipient. It follows
-   the message from thread to thread and into `async def` functions; a thread that a handler starts by itself has none.
-2. A message that came in by SMTP gets its id at the last dot; the keys of what is kept of it begin with that id. The id
-   of a message in a queue is its key. What a function delivers on the way is logged under the message that it handles.
-3. A formatter of this file writes the id; it is looked up where the line is logged. So a handler that writes in another
-   thread (logging.handlers.QueueHandler) is the one that needs the formatter.
-4. To format never raises and never makes a second line in JSON, whatever is logged.
+1. A formatter of this file writes the message's id (lamsonq/about.py); it is looked up where the line is logged. So a
+   handler that writes in another thread (logging.handlers.QueueHandler) is the one that needs the formatter.
+2. To format never raises and never makes a second line in JSON, whatever is logged.
 """
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from itertools import count
-from typing import TypeVar
 
-from lamsonq.jobs import derived_key
-
-T = TypeVar("T")
+from lamsonq.about import current
 
 _FIELDS = ("id", "queue", "handler", "recipient")
 _DEEPEST = 6  # levels of a container that are written as JSON; what is inside them is written as Python shows it
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-
-
-@dataclass(slots=True)
-class About:
-    """The message that is being worked on: "" where something is not known.
-
-    `keys` counts what is kept of it; None where its key belongs to a job that is there already.
-    """
-
-    id: str = ""
-    queue: str = ""
-    handler: str = ""
-    recipient: str = ""
-    keys: count[int] | None = None
-
-    def for_call(self, handler: str | None, recipient: str) -> About:
-        """The same message in the hands of one function."""
-        return replace(self, handler=handler or "", recipient=recipient)
-
-    def next_key(self) -> str | None:
-        """A key for something that is to be kept of this message, if its id may be used for that."""
-        if self.keys is None:
-            return None
-        number = next(self.keys)
-        # Behind R0, which nothing else makes: a job of this message may be split, and its parts are R1, R2, ...
-        return derived_key(derived_key(self.id, 0), number) if number else self.id
-
-
-NOTHING = About()
-_about: contextvars.ContextVar[About] = contextvars.ContextVar("lamsonq_about", default=NOTHING)
-
-
-def current() -> About:
-    """What the calling code works on."""
-    return _about.get()
-
-
-@contextlib.contextmanager
-def about(message: About) -> Iterator[None]:
-    """What is logged in this block is about this message."""
-    token = _about.set(message)
-    try:
-        yield
-    finally:
-        _about.reset(token)
-
-
-def within(message: About, function: Callable[[], T]) -> Callable[[], T]:
-    """The function, for whatever thread: what it logs is about this message."""
-
-    def run() -> T:
-        with about(message):
-            return function()
-
-    return run
-
-
-def received(id: str) -> About:
-    """A message that has just come in and gets this id, a key that nothing else has."""
-    return About(id, keys=count())
 
 
 class LineFormatter(logging.Formatter):

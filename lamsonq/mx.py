@@ -3,8 +3,9 @@
 Rules:
 
 1. MX records by preference, equal ones in random order; without any, the domain itself; a null MX (RFC 7505) means
-   never. CNAMEs are followed by the resolver. At most HOSTS_MAX hosts, and ADDRESSES_MAX addresses of each; IPv4 first,
-   because more of the world believes mail from there.
+   never. CNAMEs are followed by the resolver. At most HOSTS_MAX hosts that have an address (of LOOKUPS_MAX names, and
+   for SEARCH_SECONDS in the DNS), and ADDRESSES_MAX addresses of each; IPv4 first, because more of the world believes
+   mail from there.
 2. What the DNS says for certain is an `SMTPError`; what it does not say (SERVFAIL, no answer in time) is a `Later`.
 3. No mail comes back to us: where this host is among the servers, it and all that are not better are left out. And on
    port 25 no record, nor an address literal, leads to this machine's own loopback, which trusts us more than a stranger
@@ -16,6 +17,7 @@ from __future__ import annotations
 import ipaddress
 import random
 import re
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -31,6 +33,12 @@ ADDRESSES_MAX = 3
 
 DNS_SECONDS = 10.0
 """How long one question to the DNS may take."""
+
+LOOKUPS_MAX = 20
+"""So many names of hosts are looked up for one domain, whether they have addresses or not."""
+
+SEARCH_SECONDS = 60.0
+"""After so much time in the DNS no further host of a domain is looked up."""
 
 CACHE_MAX = 1000
 """Answers that are kept for as long as the DNS allows."""
@@ -61,7 +69,7 @@ class MailServers:
         """The names of the hosts that take mail for a domain, the best first. Raises Later and SMTPError."""
         if domain.startswith("["):
             return [_literal(domain)]
-        return [name.to_text(omit_final_dot=True) for name in self._exchanges(domain)]
+        return [name.to_text(omit_final_dot=True) for name in self._exchanges(domain)[:HOSTS_MAX]]
 
     def servers(self, domain: str) -> Iterator[Server]:
         """The servers of a domain, to be tried in this order; at least one, else raises Later or SMTPError."""
@@ -71,17 +79,21 @@ class MailServers:
                 raise SMTPError(554, f"5.4.6 {domain} is no address of another mail server")
             yield Server(address, self.port, address)
             return
-        later, found = None, False
+        later, found, spent = None, 0, 0.0
         for exchange in self._exchanges(domain):
-            name = exchange.to_text(omit_final_dot=True)
+            if spent > SEARCH_SECONDS:
+                later = later or Later(f"the DNS takes too long to tell the mail servers of {domain}")
+            if spent > SEARCH_SECONDS or found == HOSTS_MAX:
+                break
+            began, addresses = time.monotonic(), list[str]()
             try:
                 addresses = self._addresses(exchange)
             except Later as error:
                 later = error
-                continue
+            spent += time.monotonic() - began
+            found += bool(addresses)
             for address in addresses:
-                found = True
-                yield Server(name, self.port, address)
+                yield Server(exchange.to_text(omit_final_dot=True), self.port, address)
         if not found:
             raise later or SMTPError(550, f"5.4.4 no mail server of {domain} has an address")
 
@@ -117,7 +129,7 @@ class MailServers:
             raise SMTPError(554, f"5.4.6 mail for {domain} leads back to this host, which has no route for it")
         random.shuffle(records)  # RFC 5321 section 5.1: spreads the load; the sort keeps the order of equal ones
         records.sort(key=lambda record: record[0])
-        return list(dict.fromkeys(host for _, host in records))[:HOSTS_MAX]
+        return list(dict.fromkeys(host for _, host in records))[:LOOKUPS_MAX]
 
     def _addresses(self, host: dns.name.Name) -> list[str]:
         """The addresses of a host that may be asked, [] when it has none. Raises Later when the DNS does not say."""

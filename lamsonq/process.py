@@ -137,11 +137,15 @@ def _serve(service: Service, passed: Sequence[Listener], report: Callable[[bytes
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGUSR1})
     pid_file = pidfile.PidFile(service.pid_file)
     listeners = Listeners(passed)
+    attention = reload.Attention()
     failure = b""
     try:
-        pid_file.take()
-        receiver = _bound(service, listeners)
-        failure = Parent.first(service, receiver, pid_file, listeners, report).live()
+        with attention.during():
+            pid_file.take()
+            receiver = _bound(service, listeners)
+        failure = Parent.first(service, receiver, pid_file, listeners, report).live(stop=attention.stop)
+    except reload.Interrupted:
+        logging.info("The server was told to stop before it listened.")
     except Refusal as error:
         failure = answer_of(error)
     except Exception as error:  # a boot and a bind() may be a user's: the starter gets one line, the log the rest
@@ -165,7 +169,7 @@ def _succeed(service: Service, record: reload.Record) -> int:
     receiver: Receiver | None = None
     failure: Refusal | None = None
     try:
-        with attention.during():
+        with attention.during(reload.PATIENCE):
             receiver = _bound(service, listeners)
     except reload.Interrupted:
         failure = Refusal(f"the boot took longer than {reload.PATIENCE:g} seconds")

@@ -17,7 +17,7 @@ import os
 import time
 from email.message import Message
 
-from lamsonq import attempt, logs
+from lamsonq import about, attempt
 from lamsonq.address import canonical
 from lamsonq.backends import open_backend
 from lamsonq.errors import Later, QueueError
@@ -122,7 +122,7 @@ class Queue:
 
 def new_key(backend: Backend) -> str:
     """A key for what is to be kept: made from the id of the message that is being received, if there is one."""
-    return logs.current().next_key() or backend.new_key()
+    return about.current().next_key() or backend.new_key()
 
 
 def message_of(job: Job, name: str) -> MailRequest:

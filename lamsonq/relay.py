@@ -178,6 +178,11 @@ class Relay:
         response.in_reply_to(original)
         self.deliver(response)
 
+    @property
+    def sends(self) -> bool:
+        """Whether messages go out over the network, and not to a callable."""
+        return self._hand_over is None
+
     def resolve_relay_host(self, To: str) -> list[str]:
         """The names of the hosts that a message to this address goes to, the best first.
 

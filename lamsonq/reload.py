@@ -48,18 +48,25 @@ _STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """How this server was started: the command's words, where, and with which environment."""
+    """How this server was started: the command's words, where, and with which environment.
+
+    `beside` says that Python looked for modules in this directory first, as `python -m lamsonq` does and the script
+    `lamsonq` does not: a project's own queue.py would stand for Python's.
+    """
 
     words: tuple[str, ...]
     directory: str
     environ: dict[str, str]
+    beside: bool
 
     @classmethod
     def here(cls, words: Sequence[str]) -> Command:
-        return cls(tuple(words), os.getcwd(), dict(os.environ))
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("LISTEN_")}
+        return cls(tuple(words), os.getcwd(), environ, sys.path[:1] in ([""], [os.getcwd()]))
 
     def line(self) -> list[str]:
-        return [sys.executable, *_python_options(), "-m", "lamsonq", *self.words]
+        options = [option for option in _python_options() if option != "-P"]
+        return [sys.executable, *options, *([] if self.beside else ["-P"]), "-m", "lamsonq", *self.words]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +146,7 @@ class Trial:
                 env=command.environ | {VARIABLE: encoded(record)},
                 stdin=subprocess.DEVNULL,
                 pass_fds=record.descriptors(),
+                process_group=0,
             )
         except BaseException:
             os.close(self.fd)
@@ -156,7 +164,10 @@ class Trial:
             return True
         with contextlib.suppress(ValueError, TypeError):
             return refusal_of(self._told)
-        code = self._process.wait()
+        try:
+            code = self._process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            return Refusal("the process that tried the boot has closed its answer without giving one")
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         return Refusal(f"the process that tried the boot {how} before it had an answer")
 
@@ -180,7 +191,8 @@ class Trial:
     def end(self) -> None:
         """Leave nothing of it, whatever it does."""
         os.close(self.fd)
-        self._process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # what it has started as well
         self._process.wait()
 
 
@@ -215,7 +227,8 @@ def answer(record: Record, boot: Callable[[], Receiver]) -> NoReturn:
         threading.Thread(target=_end_with_parent, args=(record.lifeline[0],), daemon=True).start()
     keep(Listeners(record.listeners, rehearsal=record.role == "rehearsal"))
     try:
-        boot().bind()
+        with kept_from_helpers(record):
+            boot().bind()
         told = READY
     except BaseException as error:  # a boot may raise anything; the parent makes one line of it
         told = answer_of(error)
@@ -227,6 +240,26 @@ def answer(record: Record, boot: Callable[[], Receiver]) -> NoReturn:
         return 0
 
     end_with(tell)
+
+
+_secret: list[int] = []
+os.register_at_fork(after_in_child=lambda: _close(_secret))
+
+
+@contextlib.contextmanager
+def kept_from_helpers(record: Record) -> Iterator[None]:
+    """A process that is forked in this block, by a boot, has nothing of what was handed over."""
+    _secret[:] = record.descriptors()
+    try:
+        yield
+    finally:
+        _secret.clear()
+
+
+def _close(fds: Sequence[int]) -> None:
+    for fd in fds:
+        with contextlib.suppress(OSError):
+            os.close(fd)
 
 
 def _end_with_parent(lifeline: int) -> None:
@@ -259,7 +292,7 @@ class Interrupted(BaseException):
 
 @dataclass(slots=True)
 class Attention:
-    """Signals during the boot of a successor, whose children work meanwhile."""
+    """Signals during a boot: of a first image, or of a successor whose children work meanwhile."""
 
     told: list[int] = field(default_factory=list)
 
@@ -269,21 +302,27 @@ class Attention:
         return any(number in _STOP for number in self.told)
 
     @contextlib.contextmanager
-    def during(self) -> Iterator[None]:
-        """Raise Interrupted within the block when a signal asks to end, and after PATIENCE."""
+    def during(self, patience: float = 0.0) -> Iterator[None]:
+        """Raise Interrupted within the block when a signal asks to end, and after so many seconds (0: never).
+
+        Behind the block such signals wait until somebody minds them.
+        """
 
         def interrupt(number: int, _frame: object) -> None:
             self.told.append(number)
             raise Interrupted
 
-        for number in (*_STOP, signal.SIGALRM):
+        for number in _STOP:
             signal.signal(number, interrupt)
-        signal.alarm(int(PATIENCE))
+        if patience:
+            signal.signal(signal.SIGALRM, interrupt)
+            signal.alarm(int(patience))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP)
         try:
             yield
         finally:
-            signal.alarm(0)
+            if patience:
+                signal.alarm(0)
             signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
 
 

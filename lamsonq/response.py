@@ -214,7 +214,10 @@ class MailResponse:
         self.attachments.append(_listed(_copied(part), part.filename, part.data, part.disposition))
 
     def attach_all_parts(self, mail_request: MailRequest) -> None:
-        """Attach every part of a message that came in."""
+        """Attach every part of a message that came in; a plain text becomes the Body, where there is none yet."""
+        if mail_request.base.get_content_type() == "text/plain" and not (self.Body or self.Html):
+            self.Body = str(mail_request.body())
+            return
         for part in mail_request.all_parts():
             self.attach_part(part)
 

@@ -47,6 +47,8 @@ from lamsonq.state import START, Conversation, Conversations, MemoryStorage, Sta
 from lamsonq.table import Handler, Route, Table, build_table
 
 __all__ = [
+    "DEFAULT_STATE_KEY",
+    "ROUTE_FIRST_STATE",
     "MemoryStorage",
     "Router",
     "RoutingBase",
@@ -59,6 +61,9 @@ __all__ = [
 ]
 
 LOG = logging.getLogger("routing")
+
+ROUTE_FIRST_STATE = START
+"""Lamson's name for the state of a sender of whom nothing is kept."""
 
 Candidate = tuple[Handler, Route, dict[str, str]]
 """A stateful function whose route matches, with what the route captured."""
@@ -113,10 +118,11 @@ class RoutingBase:
     @property
     def HANDLERS(self) -> dict[str, StateKeyGenerator]:
         """The loaded modules with their state key generators."""
-        return {name: generator or _default_state_key for name, generator in self.table.modules.items()}
+        return {name: generator or DEFAULT_STATE_KEY for name, generator in self.table.modules.items()}
 
     def defaults(self, **captures: str) -> None:
-        """What `(name)` stands for in every route that does not say so itself. Before or after `load`."""
+        """What `(name)` stands for in every route that does not say so itself. Call it before `load`, which wants to
+        know them all; a later call changes them."""
         with self._lock:
             self.DEFAULT_CAPTURES.update(captures)
             self.table = self._new_table()
@@ -337,13 +343,13 @@ class RoutingBase:
 
     def state_key(self, module_name: str, message: Any) -> str:
         """Which conversation of a module a message belongs to: what its generator says, else the module's name."""
-        generator = self.table.modules.get(module_name) or _generator_of(module_name) or _default_state_key
+        generator = self.table.modules.get(module_name) or _generator_of(module_name) or DEFAULT_STATE_KEY
         return generator(module_name, message)
 
     def get_state(self, module_name: str, message: MailRequest) -> str:
         """The recorded state of the message's sender in this module, "START" when there is none."""
         conversation = self._conversation(module_name, message)
-        return self.STATE_STORE.get(*conversation) if conversation else START
+        return (self.STATE_STORE.get(*conversation) or START) if conversation else START
 
     def set_state(self, module_name: str, message: MailRequest, state_name: str) -> None:
         """Record a state at once; also the way to force another conversation."""
@@ -369,7 +375,7 @@ class RoutingBase:
         if conversation is None:
             return START
         store = self.STATE_STORE
-        state = (store.found_by(*conversation, key) if key else None) or store.get(*conversation)
+        state = (store.found_by(*conversation, key) if key else None) or store.get(*conversation) or START
         if state in table.states.get(module, ()):
             return state
         elsewhere = state.rpartition(".")[0]
@@ -493,9 +499,14 @@ def _error_of(outcome: Later | Dead) -> Exception:
 
 
 def unplanned(message: MailRequest, calls: Sequence[Call]) -> list[MailRequest]:
-    """What a plan leaves: the message as a whole when it has no calls, else one for each recipient without any."""
+    """What a plan leaves: the message as a whole when it has no calls, else one for each recipient without any.
+
+    Where only the headers tell who the recipients are, those that no route takes are other people's business.
+    """
     if not calls:
         return [message]
+    if not message.envelope.rcpt_tos:
+        return []
     planned = {call.recipient for call in calls}
     return [message.addressed(recipient) for recipient in message.route_to if recipient not in planned]
 
@@ -512,7 +523,8 @@ def _pusher(queue: Queue) -> Callable[[MailRequest], None]:
     return push
 
 
-def _default_state_key(module_name: str, _message: Any) -> str:
+def DEFAULT_STATE_KEY(module_name: str, _message: Any) -> str:
+    """Which conversation a message belongs to, where no @state_key_generator says so: the module's only one."""
     return module_name
 
 

@@ -60,12 +60,13 @@ _SLOWEST = 30.0  # the longest pause before a child is replaced
 class Service:
     """What is to run: `boot` gives the receiver and is called in the parent, after the pid file is locked.
 
-    `command` is how to start it afresh (None: HUP is refused). `output` is where stdout and stderr of a daemon go,
-    without the ends `.out` and `.err`; None is the foreground.
+    `name` is what `lamsonq status` calls the boot. `command` is how to start it afresh (None: HUP is refused).
+    `output` is where stdout and stderr of a daemon go, without the ends `.out` and `.err`; None is the foreground.
     """
 
     boot: Callable[[], Receiver]
     pid_file: str
+    name: str
     workers: int = 1
     grace: float = GRACE
     command: Command | None = None
@@ -229,7 +230,9 @@ class Parent:
             self._write_totals()
 
     def _write_totals(self) -> None:
-        self.totals.write([child.pid for child in self.children if child.ready and not child.leaving])
+        self.totals.write(
+            self.service.name, [child.pid for child in self.children if child.ready and not child.leaving]
+        )
 
     # -- the end -----------------------------------------------------------------------------------------------
 
@@ -255,7 +258,10 @@ class Parent:
         self.births = [moment for moment in self.births if moment > now]
         if self.receiver is not None:
             for _ in due:
-                self.children.append(self._fork())  # one after the other: each lets go of what is the others'
+                try:
+                    self.children.append(self._fork())  # one after the other: each lets go of what is the others'
+                except OSError as error:
+                    self._cannot_fork(error)
         elif due and self.trial is None:
             self._load_anew()
 
@@ -263,12 +269,28 @@ class Parent:
         reading, writing = os.pipe()
         flush()
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a child must not run the handlers of its parent
-        pid = os.fork()
-        if pid == 0:
-            end_with(lambda: self._child(reading, writing))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        os.close(writing)
+        try:
+            pid = os.fork()
+            if pid == 0:
+                end_with(lambda: self._child(reading, writing))
+        except OSError:
+            os.close(reading)
+            raise
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            os.close(writing)
         return Offspring(pid, reading, time.monotonic())
+
+    def _cannot_fork(self, error: OSError) -> None:
+        """This machine is short of something: the children that there are work on."""
+        failure = Refusal(f"cannot start a process: {error.strerror}")
+        if not self.listening:
+            raise failure
+        if self.loading:
+            self._abandon(failure)
+        else:
+            logging.error("%s; trying again.", failure)
+            self.births.append(time.monotonic() + _QUICK)
 
     def _child(self, reading: int, writing: int) -> int:
         """In the child: let go of what is the parent's own."""
@@ -433,8 +455,9 @@ class Parent:
         old = [child for child in self.children if child.old]
         for child in old:
             child.old = False
-            child.leaving = True
-            child.stop(self.service.grace)
+            if not child.leaving:  # a stuck one has told itself, and would take this for a second time
+                child.leaving = True
+                child.stop(self.service.grace)
         logging.info("Loaded anew. The old process(es) finish what they have: %s.", ", ".join(str(c.pid) for c in old))
 
     def _abandon(self, failure: Refusal) -> None:

@@ -23,6 +23,9 @@ EVERY = 2.0
 MINUTES = 5
 """The rate is that of the last minutes, so many."""
 
+FIGURES = ("boot", "workers", "started", "uptime", "handled", "failed", "last_settled", "per_minute")
+"""What is told of a server; docs/commands.md explains each."""
+
 
 class Tally:
     """What this process has settled."""
@@ -57,14 +60,15 @@ os.register_at_fork(after_in_child=TALLY._begin)
 class Totals:
     """What all children of a server have settled since it was started; a reload hands it on.
 
-    `started` and `last` are seconds since the epoch; `minutes` counts what was settled in each of the last minutes.
+    `started` and `last_settled` are seconds since the epoch; `minutes` counts what was settled in each of the last
+    minutes.
     """
 
     path: str
     started: float = field(default_factory=time.time)
     handled: int = 0
     failed: int = 0
-    last: float = 0.0
+    last_settled: float = 0.0
     minutes: dict[str, int] = field(default_factory=dict)
     known: dict[str, tuple[int, int]] = field(default_factory=dict)  # what each living child has told, by its pid
     due: float | None = None  # when the file is to be written, by the monotonic clock
@@ -76,7 +80,7 @@ class Totals:
         self.known[str(pid)] = (handled, failed)
         self.handled += handled - before[0]
         self.failed += failed - before[1]
-        self.last = max(self.last, last)
+        self.last_settled = max(self.last_settled, last)
         minute = int(last // 60)
         self.minutes[str(minute)] = self.minutes.get(str(minute), 0) + handled + failed - sum(before)
         self.minutes = {m: n for m, n in self.minutes.items() if int(m) > minute - MINUTES - 1}
@@ -92,17 +96,18 @@ class Totals:
         if self.due is None:
             self.due = time.monotonic() + EVERY
 
-    def write(self, children: list[int]) -> None:
-        """Write the file, naming the children that work."""
+    def write(self, boot: str, children: list[int]) -> None:
+        """Write the file, naming the boot and the children that work."""
         self.due = None
         figures = {
             "version": 1,
             "pid": os.getpid(),
+            "boot": boot,
             "started": round(self.started, 3),
             "children": children,
             "handled": self.handled,
             "failed": self.failed,
-            "last": self.last or None,
+            "last_settled": self.last_settled or None,
             "minutes": self.minutes,
         }
         with contextlib.suppress(OSError):
@@ -126,7 +131,7 @@ def remove(path: str) -> None:
 
 
 def figures(pid_file: str, pid: int, now: float | None = None) -> dict[str, Any]:
-    """What the server with this pid has told last: workers, started, uptime, handled, failed, last, per_minute.
+    """What the server with this pid has told last: what FIGURES names.
 
     Times are seconds since the epoch, `uptime` is seconds; None stands for what is not known.
     """
@@ -140,13 +145,14 @@ def figures(pid_file: str, pid: int, now: float | None = None) -> dict[str, Any]
         recent = sum(n for minute, n in found["minutes"].items() if int(minute) > now // 60 - MINUTES)
         rate = recent / min(float(MINUTES), max(1.0, uptime / 60))
         return {
+            "boot": found["boot"],
             "workers": len(found["children"]),
             "started": found["started"],
             "uptime": round(uptime, 1),
             "handled": found["handled"],
             "failed": found["failed"],
-            "last": found["last"],
+            "last_settled": found["last_settled"],
             "per_minute": round(rate, 2),
         }
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return dict.fromkeys(("workers", "started", "uptime", "handled", "failed", "last", "per_minute"))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return dict.fromkeys(FIGURES)

@@ -65,6 +65,11 @@ class TestConversation:
     __test__ = False  # for pytest: this is a tool, not a test
 
     def __init__(self, relay_to_mail_server: Takes, From: str, Subject: str, router: RoutingBase = Router) -> None:
+        if isinstance(relay_to_mail_server, Relay) and not relay_to_mail_server.sends:
+            raise ValueError(
+                "this relay keeps its mail in a queue, so nobody would answer:"
+                " give it the port of a server, relay(port=8823), or use RouterConversation"
+            )
         self.relay = relay_to_mail_server
         self.router = router
         self.From = From

@@ -5,18 +5,22 @@ Rules:
 1. What goes out as an address was checked by our own grammar; smtplib's would rewrite it.
 2. Bytes are not rewritten: a line that begins with a dot gets another (RFC 5321 section 4.5.2), and the last line its
    end. A bare CR or LF, which RFC 5321 section 2.3.8 forbids, goes out as it came in (a server that minds refuses
-   it, and that is reported), with two exceptions: a message without any CRLF is in this system's form and gets them,
-   and one with a lone dot that a lax server could take for the end of data gets CRLF throughout.
+   it, and that is reported), with two exceptions: a message without any CRLF, which is in this system's form, and one
+   with a lone dot that a lax server could take for the end of data. There each bare LF becomes CRLF; a bare CR becomes
+   CRLF in the body, where some take it for a line end already, and a space in the header, so that no value makes a
+   field.
 3. Each recipient's fate is noted as soon as it is known, so that a connection that breaks later takes only
    the undecided with it. LMTP answers for each recipient by itself, and what it answers counts.
 4. Until the final dot is sent, another server may be asked for those who were put off; from then on nobody may,
    because the message may have arrived (RFC 1047).
+5. All from MAIL to the final dot has one deadline, so that a server that is always just in time holds nobody for long.
 """
 
 from __future__ import annotations
 
 import re
 import smtplib
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -26,9 +30,11 @@ from lamsonq.errors import Failure, Later, SMTPError
 FINAL_REPLY_FACTOR = 4
 """The reply to a whole message may take this many time-outs: giving up early makes duplicates (RFC 1047)."""
 
+SENDING_FACTOR = 20
+"""Everything from MAIL to the final dot may take this many time-outs: ten minutes, with 30 seconds each."""
+
 _CHUNK = 1 << 16
-_BARE = re.compile(rb"\r(?!\n)|(?<!\r)\n")
-_DOT = re.compile(rb"(?:\A|(?<=\r\n))\.")
+_HEADER_END = re.compile(rb"(?:\A|\n)\r?\n")
 _LONE_DOT = re.compile(rb"(?:\A|[\r\n])\.(?:[\r\n]|\Z)")
 
 
@@ -63,6 +69,13 @@ class Transaction:
         """Hand the message over. Raises Stale when a kept connection was dead from the start, and OSError or
         smtplib.SMTPException when a connection breaks later."""
         self.clean = False
+        client.until = time.monotonic() + SENDING_FACTOR * self.timeout
+        try:
+            self._run(client, kept)
+        finally:
+            client.until = None
+
+    def _run(self, client: Client, kept: bool) -> None:
         utf8 = client.has_extn("smtputf8")
         if not utf8:
             self._refuse_non_ascii()
@@ -72,7 +85,7 @@ class Transaction:
         for recipient in list(self.pending):
             code, text = client.docmd("RCPT", f"TO:<{self.spelled(recipient)}>")
             if code not in (250, 251):
-                self._refuse([recipient], _refusal(code, text))
+                self._refuse([recipient], _refusal_of_recipient(code, text))
         if self.pending:
             self._content(client)
 
@@ -127,10 +140,14 @@ class Transaction:
         code, text = client.docmd("DATA")
         if code != 354:
             return self.refuse_pending(_refusal(code, text))
-        wire = _DOT.sub(b"..", self.data) + b".\r\n"
+        wire = _with_dots_doubled(self.data) + b".\r\n"
         for start in range(0, len(wire), _CHUNK):  # the socket's time-out is for one send, not for 30 MB
-            self.handed_over = start + _CHUNK >= len(wire)
+            last = start + _CHUNK >= len(wire)
+            if last and not client.is_silent():  # else it would count as the reply to the whole message
+                raise smtplib.SMTPServerDisconnected("the server broke in before the end of the message")
+            self.handed_over = last
             client.send(wire[start : start + _CHUNK])
+        client.until = None
         if not self.lmtp:
             self._settle(list(self.pending), *self._final_reply(client))
             return None
@@ -140,7 +157,7 @@ class Transaction:
         return None
 
     def _settle(self, recipients: Sequence[str], code: int, text: bytes) -> None:
-        self.clean = code == 250
+        self.clean = 200 <= code < 300
         if self.clean:
             self.pending = [to for to in self.pending if to not in recipients]
         else:
@@ -155,15 +172,38 @@ def for_the_wire(data: bytes) -> bytes:
     ends = data.count(b"\r\n")
     bare = not ends == data.count(b"\r") == data.count(b"\n")
     if bare and (not ends or _LONE_DOT.search(data)):
-        data = _BARE.sub(b"\r\n", data)
+        data = _with_crlf(data)
     if not data or data.endswith(b"\r\n"):
         return data
     return (data[:-1] if data.endswith((b"\r", b"\n")) else data) + b"\r\n"
 
 
+def _with_crlf(data: bytes) -> bytes:
+    """Rule 2's exceptions. Whole-message replaces: a regex substitution would hold an object for each line."""
+    found = _HEADER_END.search(data)
+    start = found.start() if found else len(data)
+    header = data[:start].replace(b"\r\n", b"\n").replace(b"\r", b" ")
+    body = data[start:].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    return (header + body).replace(b"\n", b"\r\n")
+
+
+def _with_dots_doubled(data: bytes) -> bytes:
+    data = data.replace(b"\r\n.", b"\r\n..")
+    return b"." + data if data.startswith(b".") else data
+
+
 def one_line(text: bytes | str) -> str:
-    """A server's words, in one line."""
-    return " ".join((text.decode("utf-8", "replace") if isinstance(text, bytes) else text).split())
+    """A server's words, in one line; what is not printable, such as a terminal's controls, is shown as "?"."""
+    words = " ".join((text.decode("utf-8", "replace") if isinstance(text, bytes) else text).split())
+    return "".join(char if char.isprintable() else "?" for char in words)
+
+
+def _refusal_of_recipient(code: int, text: bytes) -> Exception:
+    # RFC 5321 section 4.5.3.1.10: 552 may mean "too many recipients", which passes. Not so where an enhanced code (RFC
+    # 3463) says that the mailbox is full or the message too long.
+    if code == 552 and not text.startswith((b"5.2.2", b"5.2.3", b"5.3.4")):
+        return Later(f"{code} {one_line(text)}")
+    return _refusal(code, text)
 
 
 def _refusal(code: int, text: bytes) -> Exception:

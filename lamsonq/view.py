@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, overload
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template, select_autoescape
 from jinja2.sandbox import SandboxedEnvironment
@@ -57,16 +57,37 @@ def render(variables: Variables, template: str) -> str:
     return load(template).render(variables)
 
 
+@overload
 def respond(
-    first: str | Variables,
-    second: Variables | None = None,
+    variables: str,
+    Body: Variables,
+    Html: str | None = None,
     *,
+    images: Images | None = None,
+    **headers: str,
+) -> MailResponse: ...
+
+
+@overload
+def respond(
+    variables: Variables,
     Body: str | None = None,
     Html: str | None = None,
+    *,
+    images: Images | None = None,
+    **headers: str,
+) -> MailResponse: ...
+
+
+def respond(
+    variables: str | Variables,
+    Body: str | Variables | None = None,
+    Html: str | None = None,
+    *,
     images: Images | None = None,
     **headers: str,
 ) -> MailResponse:
-    """A message from templates: `respond("x.msg", variables)` or `respond(variables, Body="x.msg", From=...)`.
+    """A message from templates: `respond("x.msg", variables)` or `respond(variables, Body="x.txt", From=...)`.
 
     The values of `headers` are filled with `% variables`; an underscore in a name stands for the hyphen. A `.msg`
     without a To answers the sender of `variables["message"]`. `images` are shown by the Html template:
@@ -75,27 +96,30 @@ def respond(
 
     Source: Lamson's and Salmon's `view.respond`.
     """
+    msg = variables if isinstance(variables, str) else None
+    if msg is not None and isinstance(Body, str):
+        raise UsageError("view.respond: a .msg has its own text; Body= goes with the form without a .msg")
+    if msg is None and not isinstance(Body, str | None):
+        raise TypeError("view.respond: the variables come first and alone, or behind the name of a .msg")
+    known: Variables = {}
+    for given in (variables, Body):
+        known = known if given is None or isinstance(given, str) else given
     response = MailResponse()
-    variables = first if not isinstance(first, str) else second or {}
     if images and Html is None:
         raise UsageError("view.respond: images= are shown by an Html template; attach(...) is for files")
     if images:
-        variables = {**variables, "images": embed(response, images)}
-    if isinstance(first, str):
-        if Body is not None:
-            raise UsageError("view.respond: a .msg has its own text; Body= goes with the form without a .msg")
-        read_msg(response, first, variables)
-        complete(response, variables, headers)
-        _check_addressed(response, first)
-    else:
-        if second is not None:
-            raise TypeError("view.respond: the variables come first and alone, or behind the name of a .msg")
-        if Body is None and Html is None:
-            raise UsageError("view.respond needs a template: Body=..., Html=..., or both")
-        response.Body = render(variables, Body) if Body is not None else None
-        complete(response, variables, headers)
+        known = {**known, "images": embed(response, images)}
+    if msg is not None:
+        read_msg(response, msg, known)
+    elif isinstance(Body, str):
+        response.Body = render(known, Body)
+    elif Html is None:
+        raise UsageError("view.respond needs a template: Body=..., Html=..., or both")
+    complete(response, known, headers)
+    if msg is not None:
+        _check_addressed(response, msg)
     if Html is not None:
-        response.Html = render(variables, Html)
+        response.Html = render(known, Html)
         if response.Body is None:
             response.Body = text_of(response.Html)
     return response
@@ -140,6 +164,8 @@ def read_msg(response: MailResponse, template: str, variables: Variables) -> Non
 
 def has_headers(template: str) -> bool:
     """Whether a template begins with headers, as a `.msg` does: lines `Name: value`, From or Subject among them."""
+    if getattr(environment(), "loader", None) is None:  # another kind of LOADER: it only renders
+        return False
     names = [line.partition(": ")[0] for line in _split(template)[0].splitlines()]
     return {"From", "Subject"} & set(names) != set() and all(name.replace("-", "").isalpha() for name in names)
 

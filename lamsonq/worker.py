@@ -23,10 +23,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from queue import Empty, SimpleQueue
 
+from lamsonq.about import About, about, within
 from lamsonq.attempt import Attempt, Call, Spawn
 from lamsonq.errors import Dead, Failure, Later, LeaseLost, QueueError, SettingsError, Undelivered, reason_of
 from lamsonq.jobs import DONE, Done, Job, Outcome, Put, derived_key
-from lamsonq.logs import About, about, within
 from lamsonq.mail import MailRequest
 from lamsonq.queue import Queue, message_of
 from lamsonq.routing import Router, RoutingBase, unplanned

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import sys
 
-from lamsonq.commands import completion, mailboxes, project, queues, servers
+from lamsonq.commands import project, queues, servers
+from lamsonq.commands.blast import blast
+from lamsonq.commands.cleanse import cleanse
 from lamsonq.commands.options import Commands
 from lamsonq.commands.routes import routes
 from lamsonq.commands.send import send
@@ -29,11 +31,11 @@ COMMANDS = (
     routes,
     send,
     sendmail,
-    mailboxes.blast,
-    mailboxes.cleanse,
+    blast,
+    cleanse,
     queues.fsck,
     project.demo,
-    completion.completion,
+    project.completion,
     project.help_,
     project.version,
 )

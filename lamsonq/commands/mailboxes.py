@@ -1,131 +1,160 @@
-"""blast and cleanse: what goes through a whole mailbox."""
+"""Mailboxes that blast and cleanse read: an mbox file or a maildir, one message at a time.
+
+Rules:
+
+1. Only one message is in memory, whatever the size of the mailbox.
+2. In an mbox a message begins at a line `From sender date`, at the head of the file or behind an empty line. The line
+   and that empty line are not part of a message; every other byte is.
+3. A queue of ours is a maildir too: its messages come with the envelope that they were queued with.
+4. What cannot be read is an error of that one message.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import BinaryIO, Protocol
 
 import click
 
-from lamsonq.commands.options import argument, declare, option
-from lamsonq.commands.outgoing import relay_to, server_options
-from lamsonq.errors import Dead, Later, Refusal
+from lamsonq.address import is_path_address
+from lamsonq.backends.maildir_files import Oversize, Unreadable, read_job
+from lamsonq.backends.maildir_names import is_deleted, parse_name
+from lamsonq.errors import Refusal
+from lamsonq.mail import MailRequest
+from lamsonq.queue import message_of
 
-if TYPE_CHECKING:
-    import mailbox
-
-    from lamsonq.commands.sources import Mail, Source
+_FROM_LINE = re.compile(rb"From (\S*) .*[0-9]:[0-9]{2}")
+_LINE_MAX = 1 << 16
 
 
-@declare()
-@argument("path", metavar="[INPUT]")
-@option("input", "The mbox or maildir, when it is not the argument.", "given", metavar="INPUT")
-@server_options(8823)
-def blast(path: str | None, given: str | None, **server: Any) -> None:
-    """Send every message of an mbox or a maildir to a server, unmodified: for tests.
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One message of a mailbox.
 
-    The sender is that of Return-Path or of the line in front, the recipients are those of To; what lies in a queue goes
-    out as it was received. What is refused is told on stderr, the others go on; exits with 1 then.
+    `read` gives it, or raises ValueError with the reason why not; `size` is how much of the mailbox it is, in the
+    mailbox's own unit.
     """
-    from lamsonq.commands.sources import open_source
-    from lamsonq.errors import Undelivered
 
-    source = open_source(_one_of(path, given, "the mbox or maildir to send", "input"))
-    relay = relay_to(**server)
-    sent = errors = 0
+    name: str
+    size: int
+    read: Callable[[], MailRequest]
+
+
+class Mailbox(Protocol):
+    """A mailbox: its messages, and how much there is in all."""
+
+    def __iter__(self) -> Iterator[Entry]: ...
+
+    def size(self) -> int: ...
+
+
+def open_mailbox(path: str) -> Mailbox:
+    """The mailbox at a path. Raises Refusal when there is none."""
+    if os.path.isdir(os.path.join(path, "new")) and os.path.isdir(os.path.join(path, "cur")):
+        return _Maildir(path)
     try:
-        for mail in _progress(source):
-            try:
-                relay.deliver(mail.read())
-                sent += 1
-            except (Undelivered, Later, Dead, OSError, ValueError) as error:
-                if not sent and not errors and _is_unreachable(error):
-                    raise Refusal(_text(error)) from error
-                click.echo(f"ERROR: {mail.name}: {_text(error)}", err=True)
-                errors += 1
-    finally:
-        relay.close()
-    if errors:
-        click.get_current_context().exit(1)
-
-
-def _text(error: Exception) -> str:
-    from lamsonq.errors import Undelivered, reason_of
-
-    return str(error) if isinstance(error, Undelivered | ValueError) else reason_of(error)
-
-
-@declare()
-@argument("source", metavar="[INPUT]")
-@argument("target", metavar="[OUTPUT]")
-@option("input", "The mbox or maildir, when it is not the argument.", "given_source", metavar="INPUT")
-@option("output", "The maildir to make, when it is not the argument.", "given_target", metavar="OUTPUT")
-def cleanse(source: str | None, target: str | None, given_source: str | None, given_target: str | None) -> None:
-    """Write every message of an mbox or a maildir, put right where it is malformed, into a maildir.
-
-    What cannot be put right is told on stderr and left out; exits with 1 then.
-    """
-    from lamsonq.commands.cleansing import cleansed
-    from lamsonq.commands.sources import open_source
-
-    if given_source is not None and target is None:
-        source, target = None, source  # the one word is the output
-    read = _one_of(source, given_source, "the mbox or maildir to read", "input")
-    write = _one_of(target, given_target, "the maildir to write", "output")
-    found = open_source(read)
-    maildir = _new_maildir(read, write)
-    errors = 0
-    for mail in _progress(found):
-        try:
-            data = cleansed(mail.read().Data)
-        except ValueError as error:
-            click.echo(f"ERROR: {mail.name}: {error}", err=True)
-            errors += 1
-            continue
-        try:
-            maildir.add(data)
-        except OSError as error:
-            raise Refusal(f"cannot write into {write}: {error.strerror}") from error
-    click.echo(f"TOTAL ERRORS: {errors}" if errors else "Completed without errors")
-    click.get_current_context().exit(1 if errors else 0)
-
-
-def _one_of(word: str | None, given: str | None, what: str, name: str) -> str:
-    if (word is None) == (given is None):
-        raise click.UsageError(f"Give {what} once, as an argument or with -{name}.", click.get_current_context())
-    return word or given or ""
-
-
-def _new_maildir(source: str, target: str) -> mailbox.Maildir:
-    import mailbox
-
-    if os.path.lexists(target) and not os.path.isdir(os.path.join(target, "new")):
-        raise Refusal(f"{target} exists and is no maildir: give another name")
-    if os.path.exists(target) and os.path.samefile(source, target):
-        raise Refusal(f"{target} is what is read: give another name for what is written")
-    try:
-        return mailbox.Maildir(target, create=True)
+        with open(path, "rb") as file:
+            start = file.readline(_LINE_MAX)
+            if os.path.isfile(path) and (not start or _FROM_LINE.match(start)):
+                return _Mbox(path)
     except OSError as error:
-        raise Refusal(f"cannot make {target}: {error.strerror}") from error
+        if not isinstance(error, FileNotFoundError | IsADirectoryError):
+            raise Refusal(f"cannot read {path}: {error.strerror}") from error
+    raise Refusal(f"{path} does not exist or is not a valid mbox or maildir")
 
 
-def _is_unreachable(error: Exception) -> bool:
-    """Whether no server answered at all: then the next message would meet the same."""
-    from lamsonq.errors import Undelivered
-
-    return isinstance(error, Undelivered) and all(
-        isinstance(failure.error, Later) and isinstance(failure.error.__cause__, OSError) for failure in error.failures
-    )
-
-
-def _progress(source: Source) -> Iterator[Mail]:
+def with_progress(mailbox: Mailbox) -> Iterator[Entry]:
     """The messages; on a terminal a bar shows how far it is, on stderr."""
     if not sys.stderr.isatty():
-        yield from source
+        yield from mailbox
         return
-    with click.progressbar(range(source.size()), file=sys.stderr) as bar:
-        for mail in source:
-            yield mail
-            bar.update(mail.size)
+    with click.progressbar(range(mailbox.size()), file=sys.stderr) as bar:
+        for entry in mailbox:
+            yield entry
+            bar.update(entry.size)
+
+
+class _Maildir:
+    """A message is a file in new or cur; the unit of its size is one message."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def size(self) -> int:
+        return sum(1 for _ in self._files())
+
+    def _files(self) -> Iterator[os.DirEntry[str]]:
+        for folder in ("new", "cur"):
+            with os.scandir(os.path.join(self.path, folder)) as found:
+                yield from (file for file in found if not file.name.startswith(".") and not is_deleted(file.name))
+
+    def __iter__(self) -> Iterator[Entry]:
+        for file in self._files():
+            yield Entry(file.path, 1, lambda path=file.path: _read_file(path))  # type: ignore[misc]
+
+
+def _read_file(path: str) -> MailRequest:
+    name = parse_name(os.path.basename(path))
+    if name is None:
+        raise ValueError("a newer version of lamsonq has written it")
+    try:
+        job = read_job(path, name)
+    except Unreadable as error:
+        raise ValueError(str(error)) from error
+    except (OSError, Oversize) as error:
+        raise ValueError(getattr(error, "strerror", None) or "it cannot be read") from error
+    return message_of(job, os.path.dirname(path))
+
+
+class _Mbox:
+    """The unit of size is an octet."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def size(self) -> int:
+        return os.path.getsize(self.path)
+
+    def __iter__(self) -> Iterator[Entry]:
+        with open(self.path, "rb") as file:
+            for number, (sender, size, data) in enumerate(_split(file), 1):
+                yield Entry(f"{self.path}, mail {number}", size, lambda s=sender, d=data: _with_sender(s, d))  # type: ignore[misc]
+
+
+def _split(file: BinaryIO) -> Iterator[tuple[str, int, bytes]]:
+    """Sender, octets in the file and bytes of each message."""
+    lines: list[bytes] = []
+    start, whole, empty = b"", True, True
+    for line in iter(lambda: file.readline(_LINE_MAX), b""):
+        if whole and empty and _FROM_LINE.match(line):
+            if start:
+                yield _message(start, lines)
+            start, lines, empty = line, [], False
+        else:
+            empty = whole and line in (b"\n", b"\r\n")
+            lines.append(line)
+        whole = line.endswith(b"\n")
+    if start:
+        yield _message(start, lines)
+
+
+def _message(start: bytes, lines: list[bytes]) -> tuple[str, int, bytes]:
+    size = len(start) + sum(map(len, lines))
+    if len(lines) > 1 and lines[-1] in (b"\n", b"\r\n"):
+        lines.pop()
+    found = _FROM_LINE.match(start)
+    return found[1].decode("utf-8", "replace") if found else "", size, b"".join(lines)
+
+
+def _with_sender(sender: str, data: bytes) -> MailRequest:
+    """The message; the line in front of it knows the sender where there is no Return-Path."""
+    request = MailRequest(None, None, None, data)
+    if "return-path" in request:
+        return request
+    if sender.strip("<>").lower() in ("", "mailer-daemon"):
+        return MailRequest(None, "", None, data)
+    return MailRequest(None, sender, None, data) if is_path_address(sender) else request

@@ -1,4 +1,4 @@
-"""How commands are declared and refused: both spellings of options, and errors of one line.
+"""How commands are declared and refused: both spellings of options, groups of them, and errors of one line.
 
 Rules:
 
@@ -11,15 +11,19 @@ Rules:
 from __future__ import annotations
 
 import difflib
+import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
 from lamsonq import __version__
-from lamsonq.commands.completers import completer_of
+from lamsonq.commands.completion import completer_of
 from lamsonq.errors import Refusal
+
+if TYPE_CHECKING:
+    from lamsonq.relay import Relay
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -184,3 +188,48 @@ def switch(name: str, help: str, *more: str, **attributes: Any) -> Callable[[F],
 
 
 json_option = switch("json", "Print JSON for a program to read.", "as_json")
+
+
+def group(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator, in the order in which help shows them."""
+
+    def decorate(function: F) -> F:
+        for each in reversed(options):
+            function = each(function)
+        return function
+
+    return decorate
+
+
+def one_of(word: str | None, given: str | None, what: str, name: str) -> str:
+    """What may be given as an argument or by an option: the one that was. Raises UsageError."""
+    if (word is None) == (given is None):
+        raise click.UsageError(f"Give {what} once, as an argument or with -{name}.", click.get_current_context())
+    return word or given or ""
+
+
+# ---- the server that send, sendmail and blast give their messages to -------------------------------------------
+
+
+def smarthost_options(port: int) -> Callable[[F], F]:
+    """Where that server is, and how it is spoken to."""
+    return group(
+        option("port", "The server's port.", type=click.IntRange(1, 65535), default=port, metavar="N"),
+        option("host", "The server; a path is its unix socket.", default="127.0.0.1", metavar="HOST"),
+        switch("lmtp", "Speak LMTP."),
+        switch("debug", "Show the dialogue with the server on stderr."),
+    )
+
+
+def relay_to(host: str, port: int, *, lmtp: bool, debug: bool, **login: Any) -> Relay:
+    """The relay that the smarthost options mean. Raises Refusal for options that exclude each other."""
+    from lamsonq.relay import Relay
+
+    if not host:
+        raise Refusal("give the server that takes the mail: -host 127.0.0.1")
+    if "/" in host:
+        host = os.path.abspath(host)
+    try:
+        return Relay(host=host, port=port, debug=int(debug), lmtp=lmtp, **login)
+    except (TypeError, ValueError) as error:
+        raise Refusal(str(error)) from error

@@ -1,4 +1,4 @@
-"""gen, demo, help and version: how one begins."""
+"""gen, demo, completion, help and version: how one begins."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from lamsonq import __version__
+from lamsonq.commands import completion as shells
 from lamsonq.commands.options import GONE, Commands, argument, declare, option, switch
 from lamsonq.errors import Refusal
 
@@ -103,6 +104,18 @@ def demo() -> None:
     from lamsonq import demo
 
     click.get_current_context().exit(demo.run())
+
+
+@declare()
+@click.argument("shell", type=click.Choice(shells.SHELLS))
+@click.pass_context
+def completion(ctx: click.Context, shell: str) -> None:
+    """Print the script that completes commands, options, boots, queues and files in a shell.
+
+    In ~/.bashrc or ~/.zshrc: eval "$(lamsonq completion bash)", or zsh; for fish, lamsonq completion fish >
+    ~/.config/fish/completions/lamsonq.fish
+    """
+    click.echo(shells.script(shell, ctx.find_root().command))
 
 
 def _names(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:

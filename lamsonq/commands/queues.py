@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lamsonq.commands.options import argument, declare, json_option, option, switch
-from lamsonq.errors import Refusal
+from lamsonq.errors import Later, Refusal
+from lamsonq.jobs import DONE
 
 if TYPE_CHECKING:
     from lamsonq.queue import Queue
@@ -50,7 +52,7 @@ def queue(path: str | None, name: str | None, state: str | None, as_json: bool, 
     _look_for(name)
     opened = Queue(name)
     if not as_json:
-        click.echo(f"Using queue: {name!r}")
+        _print(f"Using queue: {name!r}")
     act = _QUEUE_ACTIONS[wishes[0]]
     act(opened, wish[wishes[0]], state or "ready", as_json)
 
@@ -66,10 +68,17 @@ def _look_for(name: str) -> None:
 
 
 def _pop(queue: Queue, *_: Any) -> None:
-    key, message = queue.pop()
-    click.echo(f"KEY:  {key}")
-    if message is not None:
-        _print_message(message.Data)
+    """Print the oldest message; it is out of the queue only when it is printed."""
+    for job in queue.backend.reserve(1):
+        printed = False
+        try:
+            _print(f"KEY:  {job.key}")
+            _print_message(job.body)
+            printed = True
+        finally:
+            queue.backend.settle(job, DONE if printed else Later(counted=False))
+        return
+    click.echo("KEY:  None")
 
 
 def _get(queue: Queue, key: str, *_: Any) -> None:
@@ -79,11 +88,24 @@ def _get(queue: Queue, key: str, *_: Any) -> None:
     _print_message(job.body)
 
 
+def _print(line: str) -> None:
+    _print_message(f"{line}\n".encode("utf-8", "surrogateescape"))
+
+
 def _print_message(data: bytes) -> None:
-    """The bytes as they are: a message may be in any character set."""
-    sys.stdout.flush()
-    sys.stdout.buffer.write(data)
-    sys.stdout.buffer.flush()
+    """The bytes as they are: a message may be in any character set. Raises Refusal when they cannot be printed."""
+    if sys.stdout is None:
+        raise Refusal("there is no standard output to print to")
+    try:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            sys.stdout.close()  # what it still holds cannot be printed at the end either
+        raise Refusal(f"cannot print: {error.strerror}") from error
 
 
 def _remove(queue: Queue, key: str, *_: Any) -> None:

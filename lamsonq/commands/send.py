@@ -6,8 +6,7 @@ from typing import Any
 
 import click
 
-from lamsonq.commands.options import declare, option, switch
-from lamsonq.commands.outgoing import relay_to, server_options
+from lamsonq.commands.options import declare, option, relay_to, smarthost_options, switch
 from lamsonq.errors import Dead, Later, Refusal
 
 
@@ -17,7 +16,7 @@ from lamsonq.errors import Dead, Later, Refusal
 @option("subject", "Its subject.", required=True, metavar="TEXT")
 @option("body", "Its text.", required=True, metavar="TEXT")
 @option("attach", "A file to attach; may be given several times.", multiple=True, metavar="FILE")
-@server_options(8825)
+@smarthost_options(8825)
 @option("username", "Log in as this user.", metavar="NAME")
 @option("password-file", "With the password in the first line of this file.", metavar="FILE")
 @option(

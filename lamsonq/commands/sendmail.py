@@ -10,6 +10,7 @@ Rules:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -17,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lamsonq.commands.options import Command, declare
-from lamsonq.commands.outgoing import relay_to, server_options
+from lamsonq.commands.options import Command, declare, relay_to, smarthost_options
 from lamsonq.errors import Failure, Later, Refusal, SMTPError
 
 if TYPE_CHECKING:
@@ -40,6 +40,12 @@ class _NoMessage(Refusal):
     exit_code = os.EX_DATAERR
 
 
+class _NoInput(Refusal):
+    """There is no standard input."""
+
+    exit_code = os.EX_NOINPUT
+
+
 class _Misused(click.UsageError):
     """What click says about the command line, with the exit code of sendmail."""
 
@@ -58,6 +64,16 @@ class _Sendmail(Command):
         except click.UsageError as error:
             raise _Misused(error) from error
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit):
+            raise
+        except (Exception, KeyboardInterrupt) as error:  # whatever it is: the caller keeps the message and tries again
+            with contextlib.suppress(Exception):
+                click.echo(f"ERROR: {type(error).__name__}: {' '.join(str(error).split())}", err=True)
+            ctx.exit(os.EX_TEMPFAIL)
+
 
 # -h is sendmail's hop count: a caller that gives one must not be answered with our help.
 @declare(cls=_Sendmail, context_settings={"help_option_names": ["-help", "--help"]})
@@ -71,7 +87,7 @@ class _Sendmail(Command):
 @click.option("-B", "-N", "-R", "-V", "asked", metavar="X", multiple=True, help="Ignored: the relay decides.")
 @click.option("-A", "-C", "-L", "-O", "-X", "-e", "-h", "-p", "ours", metavar="X", multiple=True, help="Ignored.")
 @click.option("-G", "-U", "-c", "-m", "-n", "-v", "plain", is_flag=True, help="Ignored.")
-@server_options(8825)
+@smarthost_options(8825)
 def sendmail(
     recipients: tuple[str, ...],
     from_header: bool,
@@ -96,6 +112,8 @@ def sendmail(
         raise _Misuse(f"-b{mode} is not for us: lamsonq sendmail takes a message (-bm) and nothing else")
     if not recipients and not from_header:
         raise _Misuse("give the recipients, or -t to take them from the message")
+    if sys.stdin is None:
+        raise _NoInput("there is no standard input to read the message from")
     relay = _relay(**server)
     host = submission.host_name()
     from_address = _sender(sender, f"{submission.user_name()}@{host}", host)

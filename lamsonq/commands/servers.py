@@ -14,13 +14,12 @@ import json
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
 
-from lamsonq.commands.options import declare, json_option, option, switch
+from lamsonq.commands.options import declare, group, json_option, option, switch
 from lamsonq.errors import PidFileError, Refusal, UsageError
 
 if TYPE_CHECKING:
@@ -34,11 +33,10 @@ LOG_PID = "run/log.pid"
 LOG_FORMAT = "%(asctime)s [%(process)d] %(levelname)s:%(name)s:%(message)s"
 
 
-def _server_options(pid: str) -> Callable[[F], F]:
-    """What every command has that starts a server."""
-    options = (
+def daemon_options(pid: str) -> Callable[[F], F]:
+    """What every command has that starts a server: where, and as whom, it runs."""
+    return group(
         option("pid", "The pid file, which is locked while the server runs.", default=pid, metavar="FILE"),
-        switch("FORCE", "Start although there is a pid file; one that a running server holds stays its own.", "-f"),
         option("chroot", "Make this the root directory; other paths are inside of it.", metavar="DIR"),
         option("chdir", "Change to this directory first.", default=".", metavar="DIR"),
         option("uid", "Be this user; only the port is taken as root.", metavar="NAME|N"),
@@ -48,18 +46,17 @@ def _server_options(pid: str) -> Callable[[F], F]:
         click.option("--daemon/--no-daemon", "daemon", default=True, help="Run in the background, or stay here."),
     )
 
-    def decorate(function: F) -> F:
-        for each in reversed(options):
-            function = each(function)
-        return function
 
-    return decorate
+force_option = switch(
+    "FORCE", "Start although there is a pid file; one that a running server holds stays its own.", "-f"
+)
 
 
 @declare()
 @option("boot", "The boot module.", default="config.boot", metavar="MODULE")
 @option("workers", "How many processes.", type=click.IntRange(1, 1000), default=1, metavar="N")
-@_server_options(SMTP_PID)
+@daemon_options(SMTP_PID)
+@force_option
 def start(boot: str, workers: int, **options: Any) -> None:
     """Start a server: run the receiver of a boot module.
 
@@ -74,7 +71,7 @@ def start(boot: str, workers: int, **options: Any) -> None:
         _check_states(found, workers)
         return found
 
-    _serve(receiver, lambda: _check_project(boot), workers, **options)
+    _serve(boot, receiver, lambda: _check_project(boot), workers, **options)
 
 
 def _check_project(boot: str) -> None:
@@ -91,7 +88,7 @@ def _check_project(boot: str) -> None:
 @declare()
 @option("boot", "The boot module.", default="config.boot", metavar="MODULE")
 @option("workers", "How many processes.", type=click.IntRange(1, 1000), default=1, metavar="N")
-@_server_options(SMTP_PID)
+@daemon_options(SMTP_PID)
 @switch("KILL", "End the old one at once, whatever it does.")
 @click.pass_context
 def restart(ctx: click.Context, /, pid: str, chroot: str | None, chdir: str, kill: bool, **_options: Any) -> None:
@@ -139,7 +136,8 @@ def _words_of_start(ctx: click.Context) -> list[str]:
     metavar="N",
 )
 @option("host", "The address to listen on.", default="127.0.0.1", metavar="ADDRESS")
-@_server_options(LOG_PID)
+@daemon_options(LOG_PID)
+@force_option
 def log(port: int, host: str, **options: Any) -> None:
     """Start a server that takes all mail, logs it to logs/logger.log and keeps it in run/queue.
 
@@ -153,7 +151,7 @@ def log(port: int, host: str, **options: Any) -> None:
         if not os.path.isdir("config") and not os.path.isdir(RUN):
             raise UsageError(f"{os.getcwd()} is no project: it has neither config/ nor run/ (lamsonq gen makes one)")
 
-    _serve(receiver, check, 1, **options)
+    _serve("log", receiver, check, 1, **options)
 
 
 def _log_server(host: str, port: int) -> Receiver:
@@ -175,6 +173,7 @@ def _log_server(host: str, port: int) -> Receiver:
 
 
 def _serve(
+    name: str,
     boot: Callable[[], Receiver],
     check: Callable[[], None],
     workers: int,
@@ -192,20 +191,26 @@ def _serve(
     from lamsonq import identity, process, reload
 
     record = reload.inherited()
-    if not reload.already_placed():
+
+    def place() -> None:
         identity.assume(uid, gid, chroot, umask)
         try:
             os.chdir(os.path.expanduser(chdir))
         except OSError as error:
             raise Refusal(f"cannot change to {chdir}: {error.strerror}") from error
+
+    if record is None:
+        place()
     command = reload.Command.here(_words_of_start(click.get_current_context()))
 
     def boot_here() -> Receiver:
         if record is not None:
+            if not reload.already_placed():
+                place()  # here, so that restart hears what is wrong with it
             check()
         return _logging_here(boot()) if debug else boot()
 
-    service = process.Service(boot_here, pid, workers, command=command)
+    service = process.Service(boot_here, pid, name, workers, command=command)
     if record is not None:
         process.resume(service, record, daemon=daemon and not debug)
         return
@@ -325,14 +330,13 @@ def _server(path: str) -> dict[str, Any]:
     if running is None:
         return _not_running(path)
     running.close()
-    known = {"pid_file": path, "running": True, "pid": running.pid, "boot": _boot_of(running.pid)}
-    return known | tally.figures(path, running.pid)
+    return {"pid_file": path, "running": True, "pid": running.pid} | tally.figures(path, running.pid)
 
 
 def _not_running(path: str) -> dict[str, Any]:
     from lamsonq import tally
 
-    return {"pid_file": path, "running": False, "pid": None, "boot": None} | tally.figures(path, -1)
+    return {"pid_file": path, "running": False, "pid": None} | tally.figures(path, -1)
 
 
 def _server_or_trouble(path: str) -> dict[str, Any]:
@@ -341,19 +345,6 @@ def _server_or_trouble(path: str) -> dict[str, Any]:
         return _server(path)
     except Refusal as refusal:
         return _not_running(path) | {"trouble": str(refusal)}
-
-
-def _boot_of(pid: int) -> str | None:
-    """Which boot a server runs: what its own command line says."""
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode("utf-8", "replace").split("\0")
-    except OSError:
-        return None
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        name, _, value = word.partition("=")
-        if name in ("-boot", "--boot"):
-            return value or following
-    return "config.boot" if "start" in words else "log"
 
 
 def _queues(run: str) -> dict[str, dict[str, int | float | None]]:

@@ -121,5 +121,12 @@ def full_name() -> str:
     try:
         entry = pwd.getpwuid(os.getuid())
     except KeyError:
-        return os.environ.get("NAME", "")
-    return os.environ.get("NAME") or entry.pw_gecos.partition(",")[0].replace("&", entry.pw_name.capitalize())
+        return _readable(os.environ.get("NAME", ""))
+    gecos = entry.pw_gecos.partition(",")[0].replace("&", entry.pw_name.capitalize())
+    return _readable(os.environ.get("NAME") or gecos)
+
+
+def _readable(name: str) -> str:
+    """A name that nobody gave for this message must not keep it from being sent, whatever character set it is in."""
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return "".join(letter for letter in text if letter.isprintable())

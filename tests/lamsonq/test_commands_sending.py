@@ -22,7 +22,7 @@ import pytest
 import trustme
 
 from lamsonq.commands import submission
-from lamsonq.commands.sources import open_source
+from lamsonq.commands.mailboxes import open_mailbox
 from lamsonq.mail import MailRequest
 from lamsonq.queue import Queue
 
@@ -525,7 +525,7 @@ def test_an_mbox_is_split_as_the_standard_library_splits_it(here: Path, seed: in
         box.add(f"From: a{number}@x.org\n\n" + "\n".join(lines) + "\n" * chance.randrange(1, 4))
     box.flush()
     expected = [box.get_bytes(key) for key in box.iterkeys()]
-    assert [mail.read().Data.rstrip(b"\n") for mail in open_source("in.mbox")] == [e.rstrip(b"\n") for e in expected]
+    assert [entry.read().Data.rstrip(b"\n") for entry in open_mailbox("in.mbox")] == [e.rstrip(b"\n") for e in expected]
 
 
 @pytest.mark.parametrize("size", [10_000, pytest.param(100_000, marks=pytest.mark.slow)])
@@ -538,8 +538,8 @@ def test_a_large_mailbox_needs_no_memory(here: Path, size: int) -> None:
             file.write(f"From a@x.org Mon Jan  1 00:00:00 2024\nTo: b{number}@y.org\n\nhello\n\n")
     tracemalloc.start()
     try:
-        assert sum(1 for _ in open_source("in.mbox")) == size
-        assert sum(1 for _ in open_source("in")) == size // 10
+        assert sum(1 for _ in open_mailbox("in.mbox")) == size
+        assert sum(1 for _ in open_mailbox("in")) == size // 10
         assert tracemalloc.get_traced_memory()[1] < 500_000
     finally:
         tracemalloc.stop()

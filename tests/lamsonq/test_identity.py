@@ -290,6 +290,7 @@ def test_without_the_option_a_server_stays_who_it_was_started_as(system: System)
         assert identities(pid)["Uid"] == before["Uid"]
 
 
+@pytest.mark.slow
 @as_root
 def test_a_reload_goes_on_as_the_user_and_keeps_the_port(system: System) -> None:
     parent, child = system.start("-uid", "blog")
@@ -310,6 +311,7 @@ def test_a_restart_becomes_the_user_again(system: System) -> None:
     assert [identities(pid) for pid in system.family()] == [AS_BLOG, AS_BLOG]
 
 
+@pytest.mark.slow
 @as_root
 def test_the_log_file_is_made_anew_when_it_was_moved_away_also_by_a_user(system: System) -> None:
     system.start("-uid", "blog")
@@ -358,6 +360,7 @@ def test_a_python_that_the_user_cannot_read_is_named(system: System) -> None:
         above.chmod(0o755)
 
 
+@pytest.mark.slow
 @as_root
 def test_a_user_can_start_a_server_as_himself_and_as_nobody_else(system: System) -> None:
     as_blog = ["setpriv", "--reuid", str(UID), "--regid", str(GID), "--groups", f"{GID},{CERTS}"]
@@ -376,6 +379,7 @@ def test_a_user_can_start_a_server_as_himself_and_as_nobody_else(system: System)
     assert [identities(pid) for pid in system.family()] == [AS_BLOG, AS_BLOG]
 
 
+@pytest.mark.slow
 @as_root
 def test_a_program_that_the_boot_starts_has_no_way_back_to_root(system: System) -> None:
     with (system.project / "config/boot.py").open("a") as boot:
@@ -395,6 +399,7 @@ def test_a_failed_start_leaves_its_line_and_nothing_of_root(system: System) -> N
 # ---- a root directory ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @as_root
 def test_a_server_lives_in_its_root_directory_with_all_its_paths(system: System) -> None:
     users = ["-uid", str(UID), "-gid", str(GID)]

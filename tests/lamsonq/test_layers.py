@@ -9,7 +9,7 @@ import lamsonq
 PACKAGE = Path(lamsonq.__file__).parent
 LAYERS = [
     "errors address headers mime marks plaintext statuscodes tally identity systemd",
-    "mail bounce bouncetext dsn response jobs modules table settings state logs",
+    "mail bounce bouncetext dsn response jobs modules table settings state about logs",
     "sockets connection mx transaction pidfile",
     "backends attempt queue relay view deferred",
     "routing confirm scanners spam html",

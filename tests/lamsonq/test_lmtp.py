@@ -548,7 +548,8 @@ def WAIT(message, who):
     assert waits_until(lambda: not receiver._commits and not receiver._sessions)
 
 
-def test_stop_lets_a_message_have_all_its_replies(start: Start) -> None:
+def test_stop_lets_a_message_have_all_its_replies(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lamsonq.smtp.LEAVE_AFTER", 0.0)
     gate = threading.Event()
     receiver = start(deliver=lambda _: gate.wait(10))
     with Client(receiver) as idle, Client(receiver) as waiting:

@@ -23,10 +23,11 @@ from hypothesis import given
 from hypothesis import settings as settings_of
 from hypothesis import strategies as st
 
-from lamsonq import logs, settings
+from lamsonq import about, settings
+from lamsonq.about import About
 from lamsonq.commands.project import generate
 from lamsonq.jobs import Done, Outcome, derived_key
-from lamsonq.logs import About, JSONFormatter, LineFormatter
+from lamsonq.logs import JSONFormatter, LineFormatter
 from lamsonq.mail import MailRequest
 from lamsonq.queue import Queue
 from lamsonq.routing import RoutingBase
@@ -91,7 +92,7 @@ def test_a_line_tells_when_where_and_what() -> None:
 
 
 def test_what_the_line_is_about_is_told_as_far_as_it_is_known() -> None:
-    with logs.about(About("1.M2P3Q4.host", "run/posts")):
+    with about.about(About("1.M2P3Q4.host", "run/posts")):
         found = written("hello")
     assert (found["id"], found["queue"]) == ("1.M2P3Q4.host", "run/posts")
     assert "handler" not in found
@@ -180,7 +181,7 @@ def test_every_call_of_a_logger_is_one_line_of_json(message: str, args: list[obj
 
 def test_the_plain_line_may_show_the_id_too() -> None:
     formatter = LineFormatter("%(id)s|%(queue)s|%(handler)s|%(recipient)s|%(message)s")
-    with logs.about(About("7", "run/posts").for_call("desk.START", "desk@y.test")):
+    with about.about(About("7", "run/posts").for_call("desk.START", "desk@y.test")):
         assert formatter.format(logging.makeLogRecord({"msg": "hi"})) == "7|run/posts|desk.START|desk@y.test|hi"
     assert formatter.format(logging.makeLogRecord({"msg": "hi"})) == "||||hi"
 
@@ -312,6 +313,16 @@ def test_the_id_is_the_key_of_what_the_function_pushes(lines: Lines, start: Call
     until(lambda: f"Message to desk@y.test was handled by {handlers}.DESK" in lines.about(id))
 
 
+def test_the_reply_names_the_id_also_where_nothing_is_kept(
+    lines: Lines, start: Callable[..., int], module: Write, router: RoutingBase
+) -> None:
+    router.load([module('import logging\n@route("a@y.test")\n@stateless\ndef START(m):\n    logging.info("seen")\n')])
+    reply = send(start(), "a@y.test")
+    (id,) = lines.received()
+    assert reply == f"2.0.0 Ok: handled as {id}"
+    assert lines.line("seen")["id"] == id
+
+
 def test_an_async_function_and_its_threads_are_logged_under_the_id(
     lines: Lines, start: Callable[..., int], handlers: str
 ) -> None:
@@ -438,7 +449,7 @@ def test_a_job_that_no_function_takes_is_logged_under_its_key(
 
 
 def test_keys_that_a_receiver_makes_never_meet_those_of_a_jobs_parts() -> None:
-    message = logs.received("1.M2P3Q4.host")
+    message = about.received("1.M2P3Q4.host")
     assert [message.next_key() for _ in range(3)] == ["1.M2P3Q4.host", "1.M2P3Q4R0R1.host", "1.M2P3Q4R0R2.host"]
     assert message.for_call("x", "y").next_key() == "1.M2P3Q4R0R3.host"
     assert About("1.M2P3Q4.host").next_key() is None
@@ -454,7 +465,7 @@ def test_what_a_handler_delivers_itself_is_logged_under_the_message_that_it_hand
         key="",
         settle=lambda o, _: outcomes.append(o),
     )
-    with logs.about(About("the job", "run/posts")):
+    with about.about(About("the job", "run/posts")):
         router.deliver(mail("slow@y.test"))
     attempt.start()
     assert [isinstance(outcome, Done) for outcome in outcomes] == [True]
@@ -470,7 +481,7 @@ def test_one_word_in_the_shipped_file_makes_every_line_json(here: Path) -> None:
     assert text.count('formatter = "line"') == 1
     (here / "logging.toml").write_text(text.replace('formatter = "line"', 'formatter = "json"'))
     settings.load_logging("logging.toml")
-    with logs.about(About("7")):
+    with about.about(About("7")):
         logging.info("hello")
     found = json.loads((here / "logs/lamsonq.log").read_text())
     assert (found["id"], found["message"]) == ("7", "hello")

@@ -1443,7 +1443,7 @@ def test_the_sleep_ends_when_a_delayed_job_is_due(make: Callable[..., Maildir], 
 def test_nothing_to_do_comes_back_in_time(queue: Maildir) -> None:
     begun = time.monotonic()
     assert queue.reserve(1, wait=0.1) == []
-    assert 0.09 < time.monotonic() - begun < 1
+    assert 0.09 < time.monotonic() - begun < 10
 
 
 def test_wake_ends_the_sleep_also_before_it(queue: Maildir) -> None:

@@ -19,8 +19,13 @@ from pathlib import Path
 import pytest
 
 import lamsonq
+from lamsonq import testing
+from lamsonq.mail import MailRequest, MailResponse
 from lamsonq.queue import Queue
-from lamsonq.state import SQLiteStorage
+from lamsonq.routing import ROUTE_FIRST_STATE, RoutingBase
+from lamsonq.server import QueueReceiver
+from lamsonq.state import SQLiteStorage, StateStorage
+from lamsonq.testing import TestConversation
 
 ROOT = Path(lamsonq.__file__).parents[1]
 PAGE = (ROOT / "docs" / "coming-from-lamson.md").read_text()
@@ -299,12 +304,76 @@ def move(moved: Moved) -> None:
     moved.replace(
         "config/boot.py",
         "ConfirmationStorage(db=shelve.open('run/confirmations'))",
-        "SQLiteConfirmationStorage('run/confirmations.db')",
+        "SQLiteConfirmationStorage('run/confirm.db')",
     )
     (moved.path / "states.jsonl").write_text(moved.script("export_states.py run/states"))
     moved.script("import_states.py states.jsonl")
     (moved.path / "confirmations.jsonl").write_text(moved.script("export_confirmations.py run/confirmations"))
     moved.script("import_confirmations.py confirmations.jsonl")
+
+
+def test_a_waiting_mail_without_envelope_is_handled_for_us_and_no_stranger_gets_a_copy(
+    router: RoutingBase, module: Callable[..., str]
+) -> None:
+    name = module(
+        """
+        @route("list@ours.example")
+        @stateless
+        def START(message):
+            CALLS.append(message.To)
+        """
+    )
+    router.load([name])
+    router.UNDELIVERABLE_QUEUE = Queue("run/undeliverable")
+    Path("run").mkdir(exist_ok=True)
+    posts = mailbox.Maildir("run/posts")
+    posts.add(b"From: a@x.example\nTo: list@ours.example, bob@other.example\nCc: eve@other.example\n\nhello\n")
+    QueueReceiver("run/posts", router=router).start(one_shot=True)
+    assert sys.modules[name].CALLS == ["list@ours.example"]
+    assert router.UNDELIVERABLE_QUEUE.count() == 0
+
+
+def test_a_storage_of_ones_own_may_say_none_and_use_the_old_names(
+    router: RoutingBase, module: Callable[..., str]
+) -> None:
+    class Storage(StateStorage):
+        def __init__(self) -> None:
+            self.kept: dict[tuple[str, str], str] = {}
+
+        def get(self, key: str, sender: str) -> str:
+            return self.kept.get((key, sender))  # type: ignore[return-value]
+
+        def set(self, key: str, sender: str, state: str) -> None:
+            self.kept[key, sender] = state
+
+    name = module(
+        """
+        @route("desk@ours.example")
+        def START(message):
+            CALLS.append("START")
+            return NEXT
+
+        @route_like(START)
+        def NEXT(message):
+            CALLS.append("NEXT")
+        """
+    )
+    router.load([name])
+    router.STATE_STORE = Storage()
+    for _ in range(2):
+        router.deliver(MailRequest("p", "a@x.example", "desk@ours.example", b"\n"))
+    assert sys.modules[name].CALLS == [ROUTE_FIRST_STATE, "NEXT"]
+
+
+def test_attach_all_parts_of_a_plain_mail_is_its_text() -> None:
+    response = MailResponse(To="c@d", From="a@b", Subject="Re: x")
+    response.attach_all_parts(MailRequest("p", None, None, b"Subject: x\n\nh\xc3\xa9llo\n"))
+    assert (response.Body, response.attachments) == ("héllo\n", [])
+
+
+def test_a_conversation_needs_a_server_that_answers() -> None:
+    with pytest.raises(ValueError, match=r"relay\(port=8823\), or use RouterConversation"):
+        TestConversation(testing.relay(), "a@b", "hello")
 
 
 def test_an_application_of_lamson_moves_in_with_its_conversations_confirmations_and_waiting_mail(moved: Moved) -> None:

@@ -94,7 +94,7 @@ def test_children_end_when_their_parent_is_killed(project: Project) -> None:
 
 
 def test_a_surviving_child_does_not_hold_the_pid_file(project: Project) -> None:
-    project.boot("Waiting.stop = lambda self, grace=30.0: None\n")
+    project.boot("Waiting.stop = lambda self, grace=30.0: None\nfrom lamsonq import child\nchild.MARGIN = 2.0\n")
     parent = project.start()
     os.kill(parent, signal.SIGKILL)
     until(lambda: gone(parent))

@@ -806,6 +806,23 @@ def test_a_reply_that_drips_times_out_as_a_whole() -> None:
     listener.close()
 
 
+class Dawdler(Server):
+    """Needs a quarter of a second for whatever it says."""
+
+    def _answer(self, command: str, default: str) -> str:
+        time.sleep(0.25)
+        return super()._answer(command, default)
+
+
+def test_a_server_that_takes_nearly_all_the_time_for_every_step_is_given_up_before_the_last() -> None:
+    server = Dawdler({"AUTH": "504 5.5.4 not this one"})
+    server.offers.append("AUTH CRAM-MD5 PLAIN LOGIN")
+    # A greeting, a reply to EHLO and three to AUTH: 1.25 s, where 0.3 s are allowed for each and 0.9 s for all.
+    error = failures_of(Relay("127.0.0.1", server.port, "u", "p", timeout=0.3), received())["b@y.test"]
+    server.close()
+    assert str(error) == f"relay 127.0.0.1:{server.port}: timed out"
+
+
 # -- the object ---------------------------------------------------------------------------------------------------
 
 

@@ -113,6 +113,7 @@ class Client(threading.Thread):
                 return
 
 
+@pytest.mark.slow
 def test_clients_are_served_through_three_reloads_and_every_250_is_handled_once(desk: MailProject) -> None:
     desk.start("-workers", "2")
     parent = desk.pid()
@@ -278,7 +279,7 @@ def test_what_a_server_has_handled_is_told_by_status_and_survives_a_reload(desk:
     told = json.loads(desk.run("status", "--json").stdout)
     found = told["servers"][0]
     assert (found["running"], found["workers"], found["failed"]) == (True, 2, 0)
-    assert before < started == found["started"] < found["last"] < time.time()
+    assert before < started == found["started"] < found["last_settled"] < time.time()
     assert 0 < found["uptime"] < time.time() - before
     assert found["per_minute"] == 3
     assert told["queues"]["run/posts"]["ready"] == 1
@@ -286,6 +287,20 @@ def test_what_a_server_has_handled_is_told_by_status_and_survives_a_reload(desk:
     assert told["queues"]["run/undeliverable"]["oldest"] is None
     assert desk.run("stop", "-ALL").returncode == 0
     assert list((desk.path / "run").glob("smtp*")) == []
+
+
+def test_a_handler_that_crashes_counts_as_failed(desk: MailProject) -> None:
+    with (desk.path / "handlers.py").open("a") as handlers:
+        handlers.write("    if message['subject'] == 'crash':\n        raise RuntimeError('no luck')\n")
+    with (desk.path / "config" / "boot.py").open("a") as boot:
+        boot.write("from lamsonq import tally\ntally.EVERY = 0.05\n")
+    parent = desk.start()
+    assert send(desk.port, "<a>") == 250
+    assert send(desk.port, "<b>", "crash") == 250
+    pid_file = str(desk.path / "run" / "smtp.pid")
+    told = ("handled", "failed")
+    until(lambda: sum(figures(pid_file, parent)[name] or 0 for name in told) == 2)
+    assert [figures(pid_file, parent)[name] for name in told] == [1, 1]
 
 
 @pytest.mark.slow
@@ -442,7 +457,7 @@ def test_a_second_term_or_a_quit_gives_back_at_once_and_uncounted_what_a_handler
         time.sleep(0.05)  # two TERMs that come together are one to the kernel
         if number == signal.SIGTERM:
             os.kill(parent, number)
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 20
     assert jobs.backend.counts() == {"ready": 1, "delayed": 0, "dead": 0, "reserved": 0}
     job = jobs.backend.get(key)
     assert job is not None

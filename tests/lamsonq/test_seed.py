@@ -77,7 +77,10 @@ class Shell:
         return self("lamsonq", "stop", "-ALL", "run")
 
 
-@pytest.fixture(params=[("gen", "osb"), ("gen", "-project", "osb")], ids=["gen osb", "gen -project osb"])
+@pytest.fixture(
+    params=[("gen", "osb"), pytest.param(("gen", "-project", "osb"), marks=pytest.mark.slow)],
+    ids=["gen osb", "gen -project osb"],
+)
 def shell(request: pytest.FixtureRequest, here: Path) -> Iterator[Shell]:
     Shell(here)("lamsonq", *request.param)
     shell = Shell(here / "osb")
@@ -133,6 +136,7 @@ def test_the_example_of_a_test_in_the_readme_passes(here: Path) -> None:
     assert "1 passed" in Shell(here / "osb")("pytest", "tests/test_example.py")
 
 
+@pytest.mark.slow
 def test_of_three_queue_receivers_on_one_queue_one_handles_each_message(here: Path) -> None:
     Shell(here)("lamsonq", "gen", "osb")
     shell = Shell(here / "osb")
@@ -154,6 +158,7 @@ def test_of_three_queue_receivers_on_one_queue_one_handles_each_message(here: Pa
     assert sorted(got) == sorted(senders)
 
 
+@pytest.mark.slow
 def test_the_tutorials_lines_pass_the_strict_type_check(here: Path) -> None:
     Shell(here)("lamsonq", "gen", "osb")
     shell = Shell(here / "osb")

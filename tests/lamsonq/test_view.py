@@ -166,3 +166,12 @@ def test_templates_run_in_a_sandbox(tmp_path: Path) -> None:
     (tmp_path / "evil.txt").write_text("{{ ''.__class__.__mro__ }}")
     with pytest.raises(jinja2.exceptions.SecurityError):
         view.render({}, "evil.txt")
+
+
+def test_the_templates_may_stand_by_position_as_lamsons_users_write_them() -> None:
+    response = view.respond({"name": "Jo"}, "body.txt", "body.html", From="a@b", To="c@d")
+    assert (response.Body, response.Html) == (
+        view.render({"name": "Jo"}, "body.txt"),
+        view.render({"name": "Jo"}, "body.html"),
+    )
+    assert view.respond(variables={"name": "Jo"}, Body="body.txt").Body == response.Body

@@ -85,8 +85,9 @@ def routed(router: RoutingBase, handled: Handled, module: Callable[..., str], po
 
 
 @pytest.fixture
-def serve() -> Iterator[Callable[[Receiver], None]]:
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Receiver], None]]:
     """`serve(receiver)` runs it until the test has ended."""
+    monkeypatch.setattr("lamsonq.smtp.LEAVE_AFTER", 0.0)  # who keeps a connection for later is sent away at once
     with contextlib.ExitStack() as stack:
 
         def start(receiver: Receiver) -> None:

@@ -127,6 +127,10 @@ class Postfix:
         until(lambda: all(each["queue_name"] == "deferred" for each in self.queue()), "deferred", self.log)
         run(["postqueue", "-c", str(self.folder), "-f"])
 
+    def forget(self) -> None:
+        """Drop everything that waits."""
+        run(["postsuper", "-c", str(self.folder), "-d", "ALL"])
+
     def close(self) -> None:
         """End it, with all its processes."""
         if self._master.poll() is None:

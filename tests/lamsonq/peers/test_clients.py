@@ -103,6 +103,7 @@ def test_over_lmtp_each_recipient_is_answered_for(routed: RoutingBase, handled: 
     assert [message.To for message in handled.messages] == ["bob@y.test", "joe@y.test"]
 
 
+@pytest.mark.slow
 def test_many_sessions_at_once_with_several_recipients_each(handler: SMTPReceiver, handled: Handled) -> None:
     smtp_source(handler, "-s", "8", "-m", "100", "-r", "3", "-l", "3000")
     messages = handled.messages
@@ -113,6 +114,7 @@ def test_many_sessions_at_once_with_several_recipients_each(handler: SMTPReceive
     assert all(len(message.Data) >= 3000 for message in messages), "some are not whole"
 
 
+@pytest.mark.slow
 def test_many_sessions_fill_a_spool_that_loses_nothing(spool: SMTPReceiver, posts: Queue) -> None:
     smtp_source(spool, "-s", "8", "-m", "200")
     found = [MailRequest(None, job.sender, list(job.recipients), job.body)["message-id"] for job in jobs_in(posts)]

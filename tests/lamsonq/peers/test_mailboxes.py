@@ -75,6 +75,7 @@ def test_mutt_lists_opens_and_flags_what_waits_and_leaves_it_whole(
     assert_each_handled_once(posts, handled, 5)
 
 
+@pytest.mark.slow
 def test_what_is_worked_while_mutt_shows_it_does_not_come_back(
     mutt: Callable[[], Mutt], posts: Queue, handled: Handled
 ) -> None:
@@ -108,6 +109,7 @@ def test_mutt_saves_its_flags_again_and_again_while_jobs_come_and_go(
     assert_each_handled_once(posts, handled, 60)
 
 
+@pytest.mark.slow
 def test_what_is_deleted_in_mutt_is_no_job_any_more(mutt: Callable[[], Mutt], posts: Queue, handled: Handled) -> None:
     push(posts, 3)
     opened = mutt()
@@ -217,6 +219,7 @@ def test_dovecot_takes_what_a_relay_gives_it_by_lmtp_and_refuses_for_each_recipi
 # -- what others deliver ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_procmail_delivers_into_a_queue_is_worked(
     posts: Queue, handled: Handled, serve: Serve, tmp_path: Path
 ) -> None:

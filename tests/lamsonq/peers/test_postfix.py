@@ -74,13 +74,20 @@ class Front:
 
 
 @pytest.fixture(scope="module")
-def one_postfix() -> Iterator[Front]:
+def running_postfix() -> Iterator[Front]:
     ports = {name: free_port_of() for name in ("smtp", "lmtp", "bounces", "beyond")}
     with open_folder() as folder:
         path = str(folder / "lmtp.sock")
         postfix = Postfix(folder, free_port_of(), MAIN.format(unix=path, **ports))
         yield Front(postfix, ports, path)
         postfix.close()
+
+
+@pytest.fixture
+def one_postfix(running_postfix: Front) -> Iterator[Front]:
+    """What a test leaves there, because it failed or because nobody took it, does not come to the next one."""
+    yield running_postfix
+    running_postfix.postfix.forget()
 
 
 @pytest.fixture(params=WAYS)
@@ -104,6 +111,7 @@ def test_a_message_comes_through_postfix_with_all_its_bytes(
     front.wait_until_empty()
 
 
+@pytest.mark.slow
 def test_what_is_put_off_comes_again_and_is_handled_once(
     front: Front, routed: RoutingBase, handled: Handled, serve: Serve
 ) -> None:
@@ -120,6 +128,7 @@ def test_what_is_put_off_comes_again_and_is_handled_once(
     assert handled.ids() == ["<later@x.test>"]
 
 
+@pytest.mark.slow
 def test_what_comes_while_we_are_down_waits_at_postfix(
     front: Front, routed: RoutingBase, handled: Handled, serve: Serve
 ) -> None:
@@ -152,6 +161,7 @@ def test_postfix_bounces_whom_we_refuse_and_the_bounce_is_known_as_one(
     assert [message.To for message in handled.messages] == [front.to("bob")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["lmtp", "unix"])
 def test_over_lmtp_only_that_recipient_comes_again_who_was_put_off(
     way: str, one_postfix: Front, routed: RoutingBase, handled: Handled, serve: Serve
@@ -169,6 +179,7 @@ def test_over_lmtp_only_that_recipient_comes_again_who_was_put_off(
     assert [message.To for message in handled.messages[2:]] == [front.to("joe")]
 
 
+@pytest.mark.slow
 def test_many_messages_through_postfix_are_all_handled_once(
     front: Front, routed: RoutingBase, handled: Handled, serve: Serve
 ) -> None:
@@ -183,6 +194,7 @@ def test_many_messages_through_postfix_are_all_handled_once(
 # -- Postfix as the smarthost -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_relay_sends_through_postfix(one_postfix: Front, posts: Queue, handled: Handled, serve: Serve) -> None:
     """Our outbox -> our relay -> Postfix -> another lamsonq, with envelope and bytes."""
     serve(SMTPReceiver("127.0.0.1", one_postfix.ports["beyond"], deliver=handled, router=RoutingBase()))

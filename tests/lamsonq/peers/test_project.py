@@ -61,14 +61,8 @@ def sink(handled: Handled, serve: Callable[[Receiver], None]) -> int:
     return receiver.port
 
 
-@pytest.mark.parametrize(
-    "way",
-    [
-        pytest.param("smtp:[127.0.0.1]:8823", marks=pytest.mark.slow),
-        pytest.param("lmtp:inet:127.0.0.1:8823", marks=pytest.mark.slow),
-        "lmtp:unix:lamsonq/lmtp.sock",
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["smtp:[127.0.0.1]:8823", "lmtp:inet:127.0.0.1:8823", "lmtp:unix:lamsonq/lmtp.sock"])
 def test_the_blog_is_posted_to_through_postfix_and_answers_through_it(way: str, sink: int, handled: Handled) -> None:
     port = free_port_of()
     lines = configuration(way) + configuration("reject_unverified_recipient")
