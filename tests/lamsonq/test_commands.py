@@ -307,7 +307,7 @@ def test_restart_takes_the_options_of_start(project: Path) -> None:
     user, group = str(os.getuid()), str(os.getgid())
     try:
         second = lamsonq(
-            *("restart", "-boot=config.queue", "-pid=run/q.pid", "-chdir=sub", "-workers=2", "-KILL", "-FORCE"),
+            *("restart", "-boot=config.queue", "-pid=run/q.pid", "-chdir=sub", "-workers=2", "-KILL"),
             *("--daemon", "-uid", user, "-gid", group),
         )
         assert second.stdout == f"Attempting to stop lamsonq at pid {pid}\n"

@@ -197,7 +197,7 @@ def test_no_end_of_data_can_be_smuggled_in_a_message(server: Server, relay: Rela
     [
         (b"a\nb", b"a\r\nb\r\n"),
         (b"a\nb\n", b"a\r\nb\r\n"),
-        (b"a\n\rb", b"a\r\n\r\nb\r\n"),
+        (b"a\n\rb", b"a\r\n b\r\n"),  # in the header, where a line of its own would be another field
         (b"a\rb\r\n", b"a\rb\r\n"),
         (b"a\r\r\nb\nc", b"a\r\r\nb\nc\r\n"),
         (b"a\r\nb\n", b"a\r\nb\r\n"),
