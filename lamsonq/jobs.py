@@ -2,26 +2,32 @@
 
 A job is a record around untouched bytes. Its life:
 
-        put ----> ready ----- reserve ----> reserved ---- settle(Done) ----> gone
-                    ^                          |
-                    |                          +--------- settle(Later) ---> delayed
-                    +------- when due ---------|-----------------------------   |
-                    ^                          +--------- settle(Dead) ----> dead
-                    +------- the worker died --+
+        put ----> ready ----- reserve ----> reserved ---- settle(Done) -----> gone, or done where an archive is kept
+         |          ^                          |
+         |          |                          +--------- settle(Expired) --> gone
+         |          |                          +--------- settle(Later) ----> delayed
+         |          +------- when due ---------|-----------------------------   |
+         |          ^                          +--------- settle(Dead) -----> dead
+         |          +------- the worker died --+
+         +--> not kept: another such job waits (unique), or its gate is shut (debounce, cron)
 
 Rules, which every backend keeps:
 
-1. `put` returns when the job would survive a power failure, or raises.
+1. `put` returns when the job would survive a power failure, or raises. A key that is there already is put once.
 2. `reserve` counts the delivery before the handler runs, so a job that kills its worker is found out.
 3. `settle` is the one commit point: the outcome, and the `puts` that came of the attempt, become valid together or
    not at all. Whoever has lost the claim gets `LeaseLost` and has changed nothing.
 4. The body is never rewritten. What must be known about it travels in the record, never inside the message.
+5. What is decided at a put (unique, gate) is decided in the step that keeps the job, so that of many producers one
+   wins; a crash in between can repeat a job but not lose one, and never repeats a tick.
+6. Ready jobs come by priority (0 first), then in the order of their keys.
 """
 
 from __future__ import annotations
 
+import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -30,19 +36,21 @@ from lamsonq.errors import Dead, Later
 DELIVERIES_MAX = 3
 """How often a job may take its worker down with it before it is a dead letter."""
 
-GIVE_UP_AFTER = 5 * 24 * 3600.0
-"""Seconds after which a job that keeps saying *later* is a dead letter (RFC 5321 section 4.5.4.1: 4-5 days)."""
+PRIORITY_MAX = 2**32 - 1
+"""The number of the least urgent; 0 is the most urgent."""
+
+STATES = ("ready", "delayed", "reserved", "dead", "done")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One message, or one call of a function on it, that waits to be worked.
+    """One message, or one call of a function, that waits to be worked.
 
     `sender` is the envelope's reverse-path: "" for the null sender, None where nobody recorded one (a file that
     another program put into a maildir). `recipients` are the envelope's, () where nobody recorded them. `target`
-    None means route by address, a dotted name means run exactly that function. `received` and `due` are seconds
-    since the epoch. `deliveries` counts earlier claims that were never settled, `attempts` counts failures. `claim`
-    is the backend's own mark of this reservation.
+    None means route by address; a dotted name or a request type means run exactly that function. `received`, `due`
+    and `expires` are seconds since the epoch. Of two jobs with the same `unique` one waits. `deliveries` counts earlier
+    claims that were never settled, `attempts` counts failures. `claim` is the backend's own mark of this reservation.
     """
 
     key: str
@@ -53,81 +61,250 @@ class Job:
     target: str | None = None
     received: float = 0.0
     due: float | None = None
+    expires: float | None = None
+    priority: int = 0
+    unique: str | None = None
     deliveries: int = 0
     attempts: int = 0
     metadata: Mapping[str, str] = field(default_factory=dict)
     claim: str = ""
 
 
+@dataclass(frozen=True, slots=True)
 class Done:
-    """The attempt succeeded: the job is gone."""
+    """The attempt succeeded: the job is gone; with `kept` it lies in the archive, in the state done."""
+
+    kept: bool = False
+
+
+class Expired:
+    """The job came too late: it is gone, and was not run."""
 
 
 DONE = Done()
+KEPT = Done(kept=True)
+EXPIRED = Expired()
 
-Outcome = Done | Later | Dead
+Outcome = Done | Later | Dead | Expired
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A gate is open: the job is due at `due` (None: at once), and the gate's number becomes `last`."""
+
+    last: float
+    due: float | None = None
+
+
+class Gate(Protocol):
+    """Whether a job is to be put at all, decided by one number that the queue keeps under `key`."""
+
+    @property
+    def key(self) -> str:
+        """Which number."""
+
+    @property
+    def memory(self) -> float:
+        """Seconds after `last` at which the number may be forgotten."""
+
+    def passage(self, last: float | None, now: float) -> Passage | None:
+        """Whether the job passes; `last` is the number, None where there is none yet. Pure."""
+
+
+@dataclass(frozen=True, slots=True)
+class Debounce:
+    """Of many like jobs one in `window` seconds is run: the first at once (with `always_delay`: after the window), one
+    more at the end of the window for all that come within it.
+
+    The number is when the last of them was due. Source: Deferrable's debounce, whose three keys this one replaces.
+    """
+
+    key: str
+    window: float
+    always_delay: bool = False
+
+    @property
+    def memory(self) -> float:
+        return self.window
+
+    def passage(self, last: float | None, now: float) -> Passage | None:
+        if last is None or not now - self.window < last <= now + self.window:
+            # Nothing of late; or the clock has been put back, and what is kept says nothing.
+            return Passage(now + self.window, now + self.window) if self.always_delay else Passage(now)
+        if last > now:
+            return None  # one waits that will do for this one too
+        due = now + self.window if self.always_delay else last + self.window
+        return Passage(due, due)
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """One job for each moment of a schedule, whoever puts it and however often: the number only rises."""
+
+    key: str
+    at: float
+
+    @property
+    def memory(self) -> float:
+        return float("inf")
+
+    def passage(self, last: float | None, now: float) -> Passage | None:  # noqa: ARG002 - the moment is not now
+        return Passage(self.at) if last is None or last < self.at else None
 
 
 @dataclass(frozen=True, slots=True)
 class Put:
-    """A job on its way into a store: ready, or (with an outcome) straight to the delayed or the dead.
+    """A job on its way into a store: ready, or (with an outcome) straight to the delayed, the dead or the archive.
 
-    A `Later` outcome without `at` waits as long as the job's `attempts` say. The outcome's report is kept beside it.
+    A job whose `due` lies ahead is delayed too. A `Later` without `at` waits as long as the job's `attempts` say. The
+    outcome's report is kept beside the job, behind `report`, which it may bring from elsewhere.
     """
 
     store: Backend
     job: Job
-    outcome: Later | Dead | None = None
+    outcome: Later | Dead | Done | None = None
+    gate: Gate | None = None
+    report: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """At most so many jobs with the same `per` at once (`concurrency`), or begun in a second (`rate`).
+
+    `per` is "recipient_domain", "sender" or "target".
+    """
+
+    per: str
+    concurrency: int | None = None
+    rate: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.per not in _LANES:
+            raise ValueError(f"Limit({self.per!r}): one of {', '.join(_LANES)}")
+        if (self.concurrency is None) == (self.rate is None):
+            raise ValueError(f"Limit({self.per!r}) takes concurrency=... or rate=..., one of them")
+        if (self.concurrency is not None and self.concurrency < 1) or (self.rate is not None and not self.rate > 0):
+            raise ValueError(f"Limit({self.per!r}) must let something through")
+
+    def lane(self, job: Job) -> str:
+        """What this job shares the limit with."""
+        return _LANES[self.per](job)
+
+
+def _domain(job: Job) -> str:
+    return job.recipients[0].rpartition("@")[2].lower() if job.recipients else ""
+
+
+_LANES: dict[str, Callable[[Job], str]] = {
+    "recipient_domain": _domain,
+    "sender": lambda job: (job.sender or "").lower(),
+    "target": lambda job: job.target or "",
+}
 
 
 class Backend(Protocol):
     """Where jobs are kept. One object per queue and process; all methods may be called from any thread,
-    except that one thread at a time reserves."""
+    except that one thread at a time reserves and waits. Whatever cannot be read or written is a QueueError."""
 
     name: str
     """The queue as its user wrote it: `run/posts`."""
 
+    capabilities: frozenset[str]
+    """What not every store can: "limits" (`limit`), "transactions" (`put` with `conn`), "processes" (several processes
+    see the same queue), "files" (each message is a file)."""
+
     def new_key(self) -> str:
-        """A key that no other process, thread or machine makes."""
+        """A key that no other process, thread or machine makes; keys sort in the order in which they were made."""
 
-    def put(self, puts: Sequence[Put]) -> None:
-        """Keep these jobs (each `store` is this backend). Durable on return; on an exception none is kept."""
+    def put(self, puts: Sequence[Put], conn: object = None) -> list[bool]:
+        """Keep these jobs (each `store` is this backend). Durable on return; on an exception none is kept.
 
-    def reserve(self, n: int, wait: float = 0.0, *, bound: bool = False) -> list[Job]:
-        """Claim up to n ready jobs, oldest first; when none is ready, wait up to `wait` seconds or until `wake`.
-
-        `bound=True` takes only jobs that have a target. Comes back early, perhaps with nothing.
+        False stands where a job was not kept because of `unique` or its gate. With `conn`, a connection to the same
+        database, they are kept when its transaction commits.
         """
 
-    def wake(self) -> None:
-        """Make a waiting `reserve` return; from any thread, also before it waits."""
+    def reserve(self, n: int, wait: float = 0.0, *, only: Collection[str] | None = None) -> list[Job]:
+        """Claim up to n ready jobs; when none is ready, wait up to `wait` seconds or until `wake`.
 
-    def settle(self, job: Job, outcome: Outcome, puts: Sequence[Put] = ()) -> None:
-        """Finish this reservation and publish what came of it, as one. Raises LeaseLost."""
+        `only` takes no jobs but those with one of these targets. Comes back early, perhaps with nothing.
+        """
+
+    def wait(self, seconds: float) -> None:
+        """Sleep until there may be something to reserve, `wake` is called or the time is over. Claims nothing."""
+
+    def wake(self) -> None:
+        """Make a waiting `reserve` or `wait` return; from any thread, also before it waits."""
+
+    def claim(self, key: str) -> Job | None:
+        """Claim this one job, if it is ready, delayed, dead or done; uncounted, for tools."""
+
+    def settle(self, job: Job, outcome: Outcome, puts: Sequence[Put] = ()) -> list[bool]:
+        """Finish this reservation and publish what came of it, as one; tells of each put what `put` would.
+
+        Raises LeaseLost.
+        """
+
+    def touch(self, job: Job) -> None:
+        """Raises LeaseLost when this reservation no longer holds; where claims have a lease, renews it."""
 
     def release_stale(self) -> int:
         """Give back the claims of dead workers (`reserve` does this as well); how many were found."""
 
+    def forgive(self) -> None:
+        """The claims of this process no longer count as deliveries: it is being stopped, and may be killed."""
+
     def keys(self, state: str = "ready") -> list[str]:
-        """The keys in one state, oldest first: ready, delayed, reserved or dead."""
+        """The keys in one of STATES, in their order. Raises ValueError for another word."""
 
     def get(self, key: str) -> Job | None:
         """A job in any state, without claiming it."""
+
+    def state(self, key: str) -> str | None:
+        """Which of STATES a job is in; None when there is none."""
 
     def report(self, key: str) -> str:
         """The reasons and tracebacks that were kept beside a job, oldest first; "" when there are none."""
 
     def remove(self, key: str) -> bool:
-        """Delete a job that is ready, delayed or dead; False when there is none."""
+        """Delete a job that is not reserved; False when there is none."""
 
     def kick(self, key: str) -> bool:
-        """Make a delayed or dead job ready, its counts at zero; False when there is none."""
+        """Make a delayed, dead or done job ready, its counts at zero; False when there is none."""
+
+    def purge(self, state: str, before: float | None = None) -> int:
+        """Delete all jobs of one state (not reserved), or those that have been in it since `before`; how many."""
+
+    def pause(self) -> None:
+        """Let nothing be reserved, by any process, until `resume`."""
+
+    def resume(self) -> None:
+        """End a pause."""
+
+    def paused(self) -> bool:
+        """Whether the queue is paused."""
 
     def counts(self) -> dict[str, int]:
-        """How many jobs are ready, delayed, reserved and dead."""
+        """How many jobs are in each of STATES."""
+
+    def oldest(self) -> float | None:
+        """When the oldest ready job was put, in seconds since the epoch; None when none is ready."""
+
+    def limit(self, limits: Sequence[Limit]) -> None:
+        """From now on `reserve` keeps these limits. Raises SettingsError where the store cannot."""
 
     def close(self) -> None:
         """Give up this process's claims and watches. Idempotent."""
+
+
+def due_after(outcome: Later, failures: int, now: float) -> float:
+    """When a job comes again that has failed so often, this time included, if the outcome does not say so itself."""
+    return now + exponential(failures) if outcome.at is None else outcome.at
+
+
+def exponential(failures: int) -> float:
+    """Seconds to wait after so many failures: 2-4, 4-8, ... up to an hour; at random, so that jobs that failed together
+    do not come back together."""
+    return float(min(2 ** min(max(failures, 1), 20) * 2, 3600)) * random.uniform(0.5, 1)
 
 
 def derived_key(key: str, number: int) -> str:

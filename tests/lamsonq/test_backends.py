@@ -1,0 +1,39 @@
+"""The conformance suite, on every backend that is always there; and that it finds a backend which is at fault."""
+
+from __future__ import annotations
+
+import itertools
+from typing import ClassVar
+
+import pytest
+
+from lamsonq.backends.memory import Memory
+from lamsonq.conformance import BackendConformance, Clock
+from lamsonq.jobs import Backend
+
+_numbers = itertools.count(1)
+
+
+class MemoryStores:
+    """Queues in memory under names of their own."""
+
+    kind: ClassVar[type[Memory]] = Memory
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self._prefix = f"memory:{next(_numbers)}/"
+        self._opened: list[Memory] = []
+
+    def open(self, name: str = "posts") -> Memory:
+        self._opened.append(self.kind(self._prefix + name, now=self.clock))
+        return self._opened[-1]
+
+    def die(self, backend: Backend) -> None:
+        assert isinstance(backend, Memory)
+        backend.forget()
+
+
+class TestMemory(BackendConformance):
+    @pytest.fixture
+    def stores(self) -> MemoryStores:
+        return MemoryStores()
