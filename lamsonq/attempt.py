@@ -7,7 +7,8 @@ Rules:
 1. This pipeline is the only one. A receiver of any kind, and `Router.deliver`, differ only in their `settle`.
 2. `settle(outcome, puts)` is called exactly once, unless the attempt was given up from outside; then never, and
    whatever the function still does is dropped.
-3. What the function pushed waits in `puts` until it has returned, and is dropped when it raises.
+3. What the function pushed waits in `puts` until it has returned, and is dropped when it raises. A `Later` or `Dead`
+   that it *returns* is its outcome too, but what it pushed leaves: an answer that says why not, for example.
 4. No thread waits for its turn in a conversation within this process, nor for an `async def` function: the attempt
    lets its thread go, and goes on in another that `spawn` finds for it. For another process that has the conversation
    a thread waits, up to `patience` seconds.
@@ -29,10 +30,11 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lamsonq import about
-from lamsonq.errors import Dead, Later, LeaseLost, SMTPError, Undelivered, outcome_of, reason_of
-from lamsonq.jobs import DONE, Done, Outcome, Put
+from lamsonq import about, clock, events
+from lamsonq.errors import Dead, Later, LeaseLost, SMTPError, Undelivered, reason_of
+from lamsonq.jobs import DONE, Done, Job, Put, Result
 from lamsonq.mail import MailRequest
+from lamsonq.policy import DEFAULT, Policy
 from lamsonq.state import Conversation, Conversations, StateStorage
 from lamsonq.tally import TALLY
 
@@ -42,7 +44,7 @@ LOG = logging.getLogger()
 ROUTING = logging.getLogger("routing")
 """Lamson's logger for a function that has crashed."""
 
-Settle = Callable[[Outcome, list[Put]], None]
+Settle = Callable[[Result, list[Put]], None]
 Spawn = Callable[[Callable[[], None]], object]
 
 PATIENCE = 10.0
@@ -50,6 +52,9 @@ PATIENCE = 10.0
 
 ELSEWHERE_PATIENCE = 0.2
 """Seconds that an attempt waits for another process to leave the conversation."""
+
+RESPONDS_WITHIN = 0.5
+"""Seconds in which the loop of the async functions takes its next turn, unless one of them blocks it."""
 
 _current: contextvars.ContextVar[Attempt | None] = contextvars.ContextVar("lamsonq_attempt", default=None)
 
@@ -88,10 +93,12 @@ class Call:
     captures: Mapping[str, str] = field(default_factory=dict)
     route: str = ""
     stateful: Stateful | None = None
+    policy: Policy = DEFAULT
 
 
 class Attempt:
-    """A call on its way. `key` is the job's: the same message after a crash has the same key."""
+    """A call on its way. `key` is the job's: the same message after a crash has the same key. `job` is None for mail
+    straight from SMTP. `touched` is told when the function asks for more time; it raises LeaseLost."""
 
     def __init__(
         self,
@@ -101,7 +108,10 @@ class Attempt:
         key: str,
         settle: Settle,
         patience: float = ELSEWHERE_PATIENCE,
+        job: Job | None = None,
+        touched: Callable[[], object] = lambda: None,
     ) -> None:
+        self.job = job
         self.call = call
         self.message = message
         self.key = key
@@ -112,7 +122,8 @@ class Attempt:
         self.about = about.current().for_call(call.name, call.recipient)
         """What every line says that is logged on the way."""
         self.states: dict[Conversation, str] = {}
-        self._outer = current()
+        self.outer = current()
+        self._touched = touched
         self._puts: list[Put] = []
         self._afterwards: list[Callable[[], object]] = []
         self._settle = settle
@@ -129,6 +140,23 @@ class Attempt:
         if self.given_up:
             raise LeaseLost(f"{self.call.name} took too long; this attempt was given up, and what it pushes is dropped")
         self._puts.append(put)
+
+    def touch(self) -> None:
+        """The function needs more time: its time-out begins anew. Raises LeaseLost when it was given up."""
+        if not self.open:
+            raise LeaseLost(f"{self.call.name} took too long; this attempt was given up")
+        self._touched()
+        if self.started is not None:
+            self.started = time.monotonic()
+
+    @property
+    def awaits(self) -> bool:
+        """Whether the function is an `async def` that holds no thread."""
+        return self._awaited is not None
+
+    def can_be_cancelled(self) -> bool:
+        """Whether giving up stops it: it awaits, on a loop that nobody blocks."""
+        return self._awaited is not None and _handler_loop().responds()
 
     def afterwards(self, act: Callable[[], object]) -> None:
         """Do this when the attempt has succeeded and is settled, or, inside another attempt, when that one has.
@@ -167,16 +195,28 @@ class Attempt:
         return True
 
     def hung(self, seconds: float) -> Later | Dead:
-        """What becomes of a function that did not return in time: dead, with the place where it was.
+        """What becomes of a function that did not return in time, with the place where it was: as its policy says, and
+        dead without one.
 
         An `async def` function that only waits for its turn on the loop, because another one blocks that, is not at
         fault: later, uncounted.
         """
         if self._awaited is not None and _handler_loop().is_blocked_by_another(self._task):
             return Later("another async function blocks the event loop", counted=False)
-        outcome = Dead(f"{self.call.name or 'deliver'} did not return within {seconds:g} seconds")
-        outcome.add_note(f"Where it was:\n{''.join(self._where())}")
-        return outcome
+        reason = f"{self.call.name or 'deliver'} did not return within {seconds:g} seconds"
+        where = f"Where it was:\n{''.join(self._where())}"
+        if self.call.policy is DEFAULT:
+            dead = Dead(reason)
+            dead.add_note(where)
+            return dead
+        error = TimeoutError(reason)
+        error.add_note(where)
+        return self._judge(error)
+
+    def _judge(self, error: BaseException) -> Later | Dead:
+        job = self.job
+        failures, received = (job.attempts, job.received) if job is not None else (0, 0.0)
+        return self.call.policy.judge(error, failures, received, clock.now())
 
     def _where(self) -> list[str]:
         thread = self._thread
@@ -201,11 +241,11 @@ class Attempt:
 
     def _is_inside(self, conversation: Conversation) -> bool:
         """Whether a function that has this conversation is delivering to it itself."""
-        outer = self._outer
+        outer = self.outer
         while outer is not None:
             if outer._entered is not None and outer._entered.conversation == conversation:
                 return True
-            outer = outer._outer
+            outer = outer.outer
         return False
 
     def _resume(self) -> None:
@@ -264,6 +304,8 @@ class Attempt:
             return
         context = contextvars.copy_context()
         context.run(_current.set, self)
+        if self.job is not None and self.job.metadata:
+            context.run(events.consume, self.job.metadata)
         self._thread = threading.get_ident()
         self.started = time.monotonic()
         try:
@@ -299,6 +341,9 @@ class Attempt:
         self._spawn(judge)
 
     def _returned(self, value: object) -> None:
+        if isinstance(value, Later | Dead):
+            self._finish(self._judge(value), keep=True)
+            return
         stateful = self.call.stateful
         if stateful is not None:
             try:
@@ -309,7 +354,7 @@ class Attempt:
         self._finish(DONE)
 
     def _raised(self, error: BaseException) -> None:
-        outcome = outcome_of(error)
+        outcome = self._judge(error)
         self.states.clear()
         stateful = self.call.stateful
         if stateful is not None and not isinstance(error, Later | Dead | SMTPError | Undelivered):
@@ -318,14 +363,14 @@ class Attempt:
             ROUTING.error("!!! ERROR handling %s: %s", self.call.name, outcome.reason, exc_info=error)
         self._finish(outcome)
 
-    def _finish(self, outcome: Outcome) -> None:
+    def _finish(self, outcome: Result, *, keep: bool = False) -> None:
         if not self._close():
             self._leave()
             return
         try:
             outcome = self._commit_states(outcome)
-            self._settle(outcome, self._puts if isinstance(outcome, Done) else [])
-            if self._outer is None and (isinstance(outcome, Done | Dead) or outcome.counted):
+            self._settle(outcome, self._puts if keep or isinstance(outcome, Done) else [])
+            if self.outer is None and (not isinstance(outcome, Later) or outcome.counted):
                 TALLY.count(isinstance(outcome, Done))
             if self.states and self.call.stateful is not None:
                 self.call.stateful.store.forget(self.states, self.key)
@@ -341,8 +386,8 @@ class Attempt:
             self._leave()
 
     def _tidy_up(self) -> None:
-        if self._outer is not None and self._outer.open:
-            self._outer._afterwards += self._afterwards
+        if self.outer is not None and self.outer.open:
+            self.outer._afterwards += self._afterwards
             return
         for act in self._afterwards:
             try:
@@ -350,7 +395,7 @@ class Attempt:
             except Exception:  # any code: the message is dealt with all the same
                 LOG.exception("after %s had succeeded", self.call.name)
 
-    def _commit_states(self, outcome: Outcome) -> Outcome:
+    def _commit_states(self, outcome: Result) -> Result:
         if not self.states or self.call.stateful is None:
             return outcome
         try:
@@ -386,13 +431,13 @@ def publish(puts: Iterable[Put]) -> None:
     for put in puts:
         by_store.setdefault(id(put.store), []).append(put)
     for of_one_store in by_store.values():
-        of_one_store[0].store.put(of_one_store)
+        events.tell_puts(of_one_store, of_one_store[0].store.put(of_one_store))
 
 
-def publishing(tell: Callable[[Outcome, list[Put]], object], failed: type[Later] = Later) -> Settle:
+def publishing(tell: Callable[[Result, list[Put]], object], failed: type[Later] = Later) -> Settle:
     """The settle of an attempt that has no job: publish, then `tell`; what could not be kept makes it a `failed`."""
 
-    def settle(outcome: Outcome, puts: list[Put]) -> None:
+    def settle(outcome: Result, puts: list[Put]) -> None:
         try:
             publish(puts)
         except Exception as error:  # any store: what was not kept was not done
@@ -440,8 +485,14 @@ class _HandlerLoop:
         return task is not None and asyncio.current_task(self.loop) is task
 
     def is_blocked_by_another(self, task: asyncio.Task[Any] | None) -> bool:
-        """Whether some other task executes, so that this one cannot."""
-        return asyncio.current_task(self.loop) not in (None, task)
+        """Whether some other task executes and does not let go, so that this one cannot."""
+        return not self.responds() and asyncio.current_task(self.loop) not in (None, task)
+
+    def responds(self) -> bool:
+        """Whether tasks come and go on the loop."""
+        turn = threading.Event()
+        self.loop.call_soon_threadsafe(turn.set)
+        return turn.wait(RESPONDS_WITHIN)
 
     def run(self, attempt: Attempt, awaitable: Awaitable[Any], context: contextvars.Context) -> None:
         async def await_it() -> Any:

@@ -41,6 +41,9 @@ MARGIN = 5.0
 REPLACE = 86
 """The exit code of a child that ended because its receiver was stuck."""
 
+RETIRED = 87
+"""The exit code of a child that ended because it had nothing to do, and is not to be replaced."""
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
 """The signals that a server minds. They are blocked wherever nobody could mind them: at a fork, at an exec."""
 
@@ -149,7 +152,9 @@ class Child:
             logging.error("The receiver failed.", exc_info=self.failure)
             self._say(FAILED + answer_of(self.failure))
             return self.failure.exit_code if isinstance(self.failure, Refusal) else 1
-        return REPLACE if self.stuck or self.receiver.stuck else 0
+        if self.stuck or self.receiver.stuck or self.receiver.worn_out:
+            return REPLACE
+        return RETIRED if self.receiver.retired else 0
 
 
 def answer_of(error: BaseException) -> bytes:

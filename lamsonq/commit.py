@@ -29,7 +29,7 @@ from lamsonq.address import canonical
 from lamsonq.attempt import PATIENCE, Attempt, Call, key_of, publishing
 from lamsonq.backends.maildir_names import new_key as new_id
 from lamsonq.errors import Dead, Failure, Later, SMTPError, Undelivered, outcome_of, reason_of
-from lamsonq.jobs import Done, Job, Outcome, Put
+from lamsonq.jobs import Done, Job, Put, Result
 from lamsonq.queue import job_of, new_key
 from lamsonq.routing import RoutingBase, unplanned
 
@@ -219,9 +219,9 @@ class _Run:
         self._attempt: Attempt | None = None
         self._begun = 0.0
         self._about = about.current()
-        self._settled: asyncio.Future[Outcome] = committer.loop.create_future()
+        self._settled: asyncio.Future[Result] = committer.loop.create_future()
 
-    async def outcome(self) -> Outcome:
+    async def outcome(self) -> Result:
         """Run the call and wait for it: in a conversation for PATIENCE, in its function for the time-out."""
         self._committer.running.add(self)
         try:
@@ -262,7 +262,7 @@ class _Run:
             LOG.exception("%s could not be run", self.call.name)
             self._tell(_Unkept(reason_of(error)))
 
-    def _tell(self, outcome: Outcome, puts: Sequence[Put] = ()) -> None:
+    def _tell(self, outcome: Result, puts: Sequence[Put] = ()) -> None:
         self.keys = [put.job.key for put in puts]
 
         def settle() -> None:
@@ -281,7 +281,7 @@ class _Run:
             return min(self._begun + PATIENCE - time.monotonic(), 1.0)
         return started + self._committer.timeout - time.monotonic()
 
-    def _overdue(self) -> Outcome | None:
+    def _overdue(self) -> Result | None:
         """The outcome of a call that took too long; None when it has just been settled."""
         attempt = self._attempt
         assert attempt is not None
@@ -317,7 +317,7 @@ def _always(reply: str) -> _Answer:
     return answer
 
 
-def _shares(outcome: Outcome, recipients: Sequence[str]) -> dict[str, list[Failure]] | None:
+def _shares(outcome: Result, recipients: Sequence[str]) -> dict[str, list[Failure]] | None:
     """Who of these failed and why, if `deliver=` has named them; None when the outcome is everybody's."""
     cause = outcome.__cause__ if isinstance(outcome, Later | Dead) else None
     if not isinstance(cause, Undelivered) or str(outcome) != str(outcome_of(cause)):

@@ -87,16 +87,18 @@ class SMTPError(Exception):
 class Failure:
     """One call of a plan that failed: which function, for whom, and the exception that says later or never.
 
-    `target` is the dotted name of the function, or None where no state function was involved (a relay).
+    `target` is the dotted name of the function, or None where no state function was involved (a relay). `judged` is
+    what the function's policy made of the error, if one was asked.
     """
 
     recipient: str
     target: str | None
     error: Exception
+    judged: Later | Dead | None = None
 
     def outcome(self) -> Later | Dead:
         """Whether this call may be tried again."""
-        return outcome_of(self.error)
+        return self.judged or outcome_of(self.error)
 
 
 class Undelivered(Exception):
@@ -112,7 +114,8 @@ class LeaseLost(Exception):
 
 
 def outcome_of(error: BaseException) -> Later | Dead:
-    """The one place where an exception becomes *later* or *never*; the exception stays attached as the cause."""
+    """What an exception says by itself, *later* or *never*; it stays attached as the cause. What becomes of a crash in
+    a function is for its policy to say (lamsonq.policy)."""
     if isinstance(error, Later | Dead):
         return error
     if isinstance(error, Undelivered):  # a relay's: worth another try while anybody may still get it

@@ -85,7 +85,11 @@ DONE = Done()
 KEPT = Done(kept=True)
 EXPIRED = Expired()
 
-Outcome = Done | Later | Dead | Expired
+Result = Done | Later | Dead
+"""What an attempt ends with."""
+
+Outcome = Result | Expired
+"""What a job is settled with."""
 
 
 @dataclass(frozen=True, slots=True)

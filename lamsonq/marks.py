@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+from lamsonq.policy import Policy
+
 F = TypeVar("F", bound=Callable[..., Any])
 StateKeyGenerator = Callable[[str, Any], str]
 
@@ -31,11 +33,15 @@ class RouteMark:
 
 @dataclass(frozen=True, slots=True)
 class Marks:
-    """All that the decorators said of one function."""
+    """All that the decorators said of one function. `name` is the request type of a deferred call, if it is not the
+    function's dotted name; `schedule` is when it is put by itself (crontab(5))."""
 
     routes: tuple[RouteMark, ...] = ()
     stateless: bool = False
     nolocking: bool = False
+    policy: Policy | None = None
+    name: str | None = None
+    schedule: str | None = None
 
 
 @dataclass
@@ -54,7 +60,8 @@ def marks_of(function: Callable[..., Any]) -> Marks:
     return getattr(function, _ATTRIBUTE, None) or Marks()
 
 
-def _mark(function: F, **changes: Any) -> F:
+def mark(function: F, **changes: Any) -> F:
+    """Add to the marks of a function, and remember it in its module."""
     setattr(function, _ATTRIBUTE, replace(marks_of(function), **changes))
     marked = MODULES.setdefault(function.__module__, ModuleMarks()).functions
     if function not in marked:
@@ -80,7 +87,7 @@ class route:
             raise TypeError(
                 f"@route on {function.__qualname__}: state functions are functions of a module, not methods"
             )
-        return _mark(function, routes=(*marks_of(function).routes, self.mark))
+        return mark(function, routes=(*marks_of(function).routes, self.mark))
 
 
 class route_like:
@@ -92,17 +99,17 @@ class route_like:
             raise TypeError(f"@route_like: {other.__module__}.{other.__qualname__} has no @route to copy")
 
     def __call__(self, function: F) -> F:
-        return _mark(function, routes=(*marks_of(function).routes, *self.routes))
+        return mark(function, routes=(*marks_of(function).routes, *self.routes))
 
 
 def stateless(function: F) -> F:
     """Decorator: runs for every message that matches, whatever the sender's state; what it returns is ignored."""
-    return _mark(function, stateless=True)
+    return mark(function, stateless=True)
 
 
 def nolocking(function: F) -> F:
     """Decorator: runs without the conversation's lock, so two messages of one sender may run at once."""
-    return _mark(function, nolocking=True)
+    return mark(function, nolocking=True)
 
 
 def state_key_generator(function: Callable[[str, Any], str]) -> Callable[[str, Any], str]:

@@ -13,17 +13,23 @@ The class has the methods of Lamson's, and works with any backend (lamsonq/backe
 
 from __future__ import annotations
 
+import math
 import os
-import time
+from dataclasses import replace
+from datetime import datetime, timedelta
 from email.message import Message
 
-from lamsonq import about, attempt
+from lamsonq import about, attempt, clock, events
 from lamsonq.address import canonical
 from lamsonq.backends import open_backend
 from lamsonq.errors import Later, QueueError
-from lamsonq.jobs import DONE, Backend, Job, Put
+from lamsonq.jobs import DONE, Backend, Gate, Job, Put
 from lamsonq.mail import Envelope, MailRequest
+from lamsonq.policy import priority_of
 from lamsonq.response import MailResponse
+
+Moment = float | timedelta | datetime
+"""Seconds from now, or a moment."""
 
 Pushable = MailRequest | MailResponse | Message | bytes | str
 
@@ -49,21 +55,56 @@ class Queue:
         self.oversize_dir = oversize_dir
         self.backend = open_backend(self.dir, pop_limit=pop_limit, oversize_dir=oversize_dir)
 
-    def push(self, message: Pushable, now: bool = False) -> str:
-        """Queue a message; its key. Raises QueueError, whose `data` is the message; TypeError for what is none;
-        LeaseLost in a handler that has been given up because it took too long."""
-        key = new_key(self.backend)
-        put = Put(self.backend, job_of(message, key))
-        running = attempt.current()
-        if running is not None and not now:
-            running.put(put)
-            return key
+    def push(
+        self,
+        message: Pushable,
+        now: bool = False,
+        *,
+        delay: Moment | None = None,
+        expires: Moment | None = None,
+        priority: int = 0,
+        unique: str | None = None,
+        conn: object = None,
+    ) -> str:
+        """Queue a message; its key, or "" where another with the same `unique` waits already.
+
+        It is handled after `delay` and not after `expires` (seconds from now, or a datetime); `priority` 0 comes first.
+        `conn` is a connection to the queue's own database: the message is there when its transaction has committed.
+        Raises QueueError, whose `data` is the message; TypeError for what is none; LeaseLost in a handler that has been
+        given up because it took too long.
+        """
+        at = clock.now()
+        job = replace(
+            job_of(message, new_key(self.backend)),
+            due=None if delay is None else moment(delay, at),
+            expires=None if expires is None else moment(expires, at),
+            priority=priority_of(priority),
+            unique=unique,
+            metadata=events.produced(),
+        )
         try:
-            self.backend.put([put])
+            return self.enqueue(job, now=now, conn=conn) or ""
         except QueueError as error:
             error.data = message
             raise
-        return key
+
+    def enqueue(self, job: Job, *, gate: Gate | None = None, now: bool = False, conn: object = None) -> str | None:
+        """Put a job; its key, or None where `unique` or the gate let it go. In a handler it leaves with its success.
+
+        Raises QueueError, LeaseLost.
+        """
+        put = Put(self.backend, job, gate=gate)
+        running = attempt.current()
+        if running is not None and not now and conn is None:
+            running.put(put)
+            return job.key
+        [kept] = self.backend.put([put], conn) if conn is not None else self.backend.put([put])
+        events.tell_puts([put], [kept])
+        return job.key if kept else None
+
+    def new_key(self) -> str:
+        """A key that nothing else has."""
+        return self.backend.new_key()
 
     def pop(self) -> tuple[str, MailRequest] | tuple[None, None]:
         """Take the oldest ready message out of the queue: for scripts, because it is gone even if they fail then.
@@ -120,6 +161,18 @@ class Queue:
         return f"<Queue {self.dir}>"
 
 
+def moment(when: Moment, now: float) -> float:
+    """Seconds since the epoch. Raises TypeError or ValueError for what is no moment."""
+    if isinstance(when, datetime):
+        return when.timestamp()
+    span = when.total_seconds() if isinstance(when, timedelta) else when
+    if isinstance(span, bool) or not isinstance(span, int | float):
+        raise TypeError(f"a moment is a number of seconds from now, a timedelta or a datetime, not {when!r}")
+    if not math.isfinite(span):
+        raise ValueError(f"{when} is no moment")
+    return now + span
+
+
 def new_key(backend: Backend) -> str:
     """A key for what is to be kept: made from the id of the message that is being received, if there is one."""
     return about.current().next_key() or backend.new_key()
@@ -135,7 +188,7 @@ def job_of(message: Pushable, key: str) -> Job:
     """The job that keeps a message. Raises TypeError for what is no message."""
     if isinstance(message, MailRequest):
         return _job_of_request(message, key)
-    now = time.time()
+    now = clock.now()
     if isinstance(message, MailResponse):
         recipients = tuple(message.recipients)
         return Job(key=key, body=message.to_bytes(), sender=message.sender, recipients=recipients, received=now)
@@ -165,7 +218,7 @@ def _job_of_request(message: MailRequest, key: str) -> Job:
         sender=sender,
         recipients=tuple(as_received.get(recipient, recipient) for recipient in wanted),
         peer=_peer_text(envelope.peer),
-        received=envelope.received or time.time(),
+        received=envelope.received or clock.now(),
     )
 
 

@@ -26,7 +26,7 @@ _VARIABLE = re.compile(r"""<[^<>\n]*>|"[^"\n]*"|'[^'\n]*'|\S+@\S+|0x[0-9a-f]+|\d
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One failure: `at` in seconds since the epoch, None where an older version has not told; `attempt` counts from 1."""
+    """One failure: `at` in seconds since the epoch, None where nobody has told; `attempt` counts from 1."""
 
     at: float | None
     attempt: int
@@ -68,7 +68,7 @@ def entries(report: str) -> list[Entry]:
 
 @dataclass(slots=True)
 class Group:
-    """Dead letters of one kind. `keys` are in the order of the queue, `first` and `last` when such failures happened."""
+    """Dead letters of one kind: `keys` in the order of the queue, `first` and `last` when such failures happened."""
 
     fingerprint: str
     reason: str

@@ -27,8 +27,8 @@ from typing import Any
 
 from lamsonq.address import canonical
 from lamsonq.attempt import ELSEWHERE_PATIENCE, PATIENCE, Attempt, Call, Settle, Stateful, key_of, publishing
-from lamsonq.errors import Dead, Failure, Later, Refusal, Undelivered, outcome_of, reason_of
-from lamsonq.jobs import Done, Job, Outcome, Put
+from lamsonq.errors import Dead, Failure, Later, Refusal, Undelivered, reason_of
+from lamsonq.jobs import Done, Job, Put, Result
 from lamsonq.mail import MailRequest
 from lamsonq.marks import (
     MODULES,
@@ -42,6 +42,7 @@ from lamsonq.marks import (
     stateless,
 )
 from lamsonq.modules import changed_at, load_handlers, reread
+from lamsonq.policy import DEFAULT
 from lamsonq.queue import Queue, job_of, new_key
 from lamsonq.state import START, Conversation, Conversations, MemoryStorage, StateStorage
 from lamsonq.table import Handler, Route, Table, build_table
@@ -227,7 +228,7 @@ class RoutingBase:
             LOG.debug("Matched %r against %s.", recipient, route_.expression)
             for handler in route_.handlers:
                 if handler.marks.stateless:
-                    calls.append(Call(handler.function, recipient, handler.name, captures, route_.expression))
+                    calls.append(_call(handler, route_, captures, recipient))
                 else:
                     at = at if candidates else len(calls)
                     candidates.append((handler, route_, captures))
@@ -282,7 +283,7 @@ class RoutingBase:
         stateful = None
         if conversation is not None:
             stateful = self._stateful(conversation, locked=not handler.marks.nolocking)
-        return Call(handler.function, recipient, handler.name, captures, route_.expression, stateful)
+        return _call(handler, route_, captures, recipient, stateful)
 
     def _stateful(self, conversation: Conversation, *, locked: bool) -> Stateful:
         return Stateful(conversation, self.STATE_STORE, self._conversations, locked, self._rechoose, self._next_states)
@@ -321,7 +322,7 @@ class RoutingBase:
         wanted = job.metadata.get("route")
         route_, captures = next((f for f in found if f[0].expression == wanted), found[0])
         if handler.marks.stateless:
-            return Call(handler.function, message.To, handler.name, captures, route_.expression)
+            return _call(handler, route_, captures, message.To)
         call = self._stateful_call(handler, route_, captures, message, message.To)
         if call.stateful is None:
             return call
@@ -437,15 +438,15 @@ class RoutingBase:
         for call in calls:
             outcome = self._run(call, request)
             if not isinstance(outcome, Done):
-                failures.append(Failure(call.recipient, call.name, _error_of(outcome)))
+                failures.append(Failure(call.recipient, call.name, _error_of(outcome), outcome))
         if failures:
             raise Undelivered(failures) from failures[0].error
 
-    def _run(self, call: Call, message: MailRequest) -> Outcome:
-        outcomes: list[Outcome] = []
+    def _run(self, call: Call, message: MailRequest) -> Result:
+        outcomes: list[Result] = []
         steps: SimpleQueue[Callable[[], object]] = SimpleQueue()
 
-        def tell(outcome: Outcome, _puts: list[Put]) -> None:
+        def tell(outcome: Result, _puts: list[Put]) -> None:
             outcomes.append(outcome)
             steps.put(outcomes.copy)  # nothing to do, but to wake up
 
@@ -493,9 +494,9 @@ class RoutingBase:
 
 
 def _error_of(outcome: Later | Dead) -> Exception:
-    """What the function raised, if that says the same as the outcome does."""
+    """What the function raised, where that is what the outcome is about."""
     cause = outcome.__cause__
-    return cause if isinstance(cause, Exception) and type(outcome_of(cause)) is type(outcome) else outcome
+    return cause if isinstance(cause, Exception) and reason_of(cause) == reason_of(outcome) else outcome
 
 
 def unplanned(message: MailRequest, calls: Sequence[Call]) -> list[MailRequest]:
@@ -514,6 +515,13 @@ def unplanned(message: MailRequest, calls: Sequence[Call]) -> list[MailRequest]:
 def _request_of(message: Any) -> MailRequest:
     """A MailResponse, as the receiver of it would see it."""
     return MailRequest("localhost", message.sender, message.recipients, message.to_bytes())
+
+
+def _call(
+    handler: Handler, route_: Route, captures: dict[str, str], recipient: str, stateful: Stateful | None = None
+) -> Call:
+    policy = handler.marks.policy or DEFAULT
+    return Call(handler.function, recipient, handler.name, captures, route_.expression, stateful, policy)
 
 
 def _pusher(queue: Queue) -> Callable[[MailRequest], None]:

@@ -24,6 +24,14 @@ class Receiver(Protocol):
     def stuck(self) -> bool:
         """Whether a handler hangs, so that this process should be replaced once it has drained."""
 
+    @property
+    def worn_out(self) -> bool:
+        """Whether it has ended because it has done enough: another process takes its place."""
+
+    @property
+    def retired(self) -> bool:
+        """Whether it has ended because it had nothing to do: nobody takes its place."""
+
     def bind(self) -> None:
         """Take the port or check the queue, before children are forked. Idempotent. Raises Refusal."""
 

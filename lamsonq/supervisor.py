@@ -32,6 +32,7 @@ from lamsonq.child import (
     MARGIN,
     READY,
     REPLACE,
+    RETIRED,
     SIGNALS,
     STUCK,
     TALLY_LINE,
@@ -376,6 +377,9 @@ class Parent:
             return
         if self.loading and not child.ready:
             self._abandon(refusal_of(failure))
+            return
+        if code == RETIRED:
+            logging.info("Process %d had nothing to do and has ended.", child.pid)
             return
         quick = code != REPLACE and time.monotonic() - child.born < _QUICK
         self.quick_deaths = self.quick_deaths + 1 if quick else 0

@@ -87,20 +87,38 @@ def build_table(modules: Iterable[str], captures: Mapping[str, str]) -> Table:
 
 def _add(table: Table, module: str, function: Callable[..., Any], captures: Mapping[str, str]) -> None:
     marks = marks_of(function)
-    if not marks.routes:
+    if not marks.routes and (marks.policy is None or marks.stateless or marks.nolocking):
         raise RouteError(f"{module}.{function.__name__} has a decorator of lamsonq.routing but no @route")
+    _check_policy(module, function, marks)
     held = _held(sys.modules[module], function)
     if held is None:
+        where = marks.routes[0].where if marks.routes else "@deferrable"
         raise RouteError(
-            f"{marks.routes[0].where}: {module}.{function.__name__} is routed, but the module holds another"
+            f"{where}: {module}.{function.__name__} is marked, but the module holds another"
             f" {function.__name__}; give the two functions different names"
         )
+    if not marks.routes:
+        return  # a deferred call: lamsonq.deferred finds it by its name
     if inspect.isgeneratorfunction(held) or inspect.isasyncgenfunction(held):
         raise RouteError(f"{marks.routes[0].where}: {module}.{function.__name__} is a generator: nobody would run it")
     handler = Handler(held, module, marks_of(held))
     for mark in marks.routes:
         where = f"{mark.where}: @route({mark.format!r})"
         table.register(_resolved(mark.format, {**captures, **mark.captures}, where), handler, where)
+
+
+def _check_policy(module: str, function: Callable[..., Any], marks: Marks) -> None:
+    """What decides when a job is put cannot be kept by a state function: messages are put by whoever pushes them."""
+    if marks.routes and marks.policy is not None and (at_put := marks.policy.at_put):
+        raise RouteError(
+            f"{marks.routes[0].where}: {module}.{function.__name__} has a route, so {at_put[0]} is not for its"
+            " @deferrable: give it where the message is pushed, push(message, delay=..., expires=..., priority=...)"
+        )
+    if marks.routes and (marks.schedule is not None or marks.name is not None):
+        word = "@periodic" if marks.schedule is not None else "name=..."
+        raise RouteError(
+            f"{marks.routes[0].where}: {word} is for plain functions, and {module}.{function.__name__} has a route"
+        )
 
 
 def _resolved(format: str, captures: Mapping[str, str], where: str) -> str:

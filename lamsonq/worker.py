@@ -1,13 +1,14 @@
-"""From a queue to a function: reserve, attempt, settle.
+"""From queues to functions: reserve, attempt, settle.
 
 Rules:
 
-1. One thread fetches, and feeds `workers` threads. Nothing is claimed that cannot start, except a few that wait for
-   their turn in a conversation.
-2. A message that asks for several calls is first replaced, in one settle, by one job bound to each of them: from
-   then on each succeeds and fails alone, and what has succeeded never runs again.
-3. A failure stays in this queue, bound to the function that failed: delayed, or dead with its traceback.
-4. A function that does not return in time is settled without it, and this process asks to be replaced.
+1. One thread per queue fetches, and all feed the same `workers` threads. Nothing is claimed that cannot start, except a
+   few jobs that wait for their turn in a conversation.
+2. Where several queues have something to do, they get threads in proportion to their weights.
+3. A function that does not return in time is settled without it, and this process asks to be replaced.
+4. There is no scheduler: whoever works a queue puts the periodic jobs of that queue, each moment once (jobs.Tick).
+5. TERM: first the claims no longer count as deliveries, so that a KILL which follows harms no job; then what runs is
+   finished.
 """
 
 from __future__ import annotations
@@ -17,52 +18,64 @@ import logging
 import os
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from queue import Empty, SimpleQueue
 
+from lamsonq import clock, deferred, events, schedule
 from lamsonq.about import About, about, within
-from lamsonq.attempt import Attempt, Call, Spawn
-from lamsonq.errors import Dead, Failure, Later, LeaseLost, QueueError, SettingsError, Undelivered, reason_of
-from lamsonq.jobs import DONE, Done, Job, Outcome, Put, derived_key
+from lamsonq.attempt import Attempt, Spawn
+from lamsonq.errors import Dead, Later, LeaseLost, QueueError, SettingsError, reason_of
+from lamsonq.jobs import Job, Limit, Outcome, Put, Tick
 from lamsonq.mail import MailRequest
-from lamsonq.queue import Queue, message_of
-from lamsonq.routing import Router, RoutingBase, unplanned
+from lamsonq.queue import Queue
+from lamsonq.routing import Router, RoutingBase
+from lamsonq.source import RETRY_AFTER, Owed, Source
 
 LOG = logging.getLogger()
 """The root logger, as the tutorial shows these lines."""
-
-RETRY_AFTER = 10.0
-"""Seconds after which a job comes again that could not be begun or settled, through no fault of its own."""
 
 TROUBLE_PAUSE = 1.0
 """Seconds between two tries while the queue cannot be used."""
 
 IN_LINE = 100
-"""How many claimed jobs may wait for their turn in a conversation or for an async function."""
+"""How many claimed jobs may wait for their turn in a conversation."""
 
+AWAITING = 1000
+"""How many `async def` functions may be under way."""
 
-class _Owed(Exception):
-    """A job could not be settled; the fetcher gives it back as soon as that is possible."""
+LOOK_EVERY = 5.0
+"""Seconds between two looks for periodic functions that have been imported meanwhile."""
+
+PURGE_EVERY = 600.0
+"""Seconds between two looks for what has been kept long enough."""
+
+QueueName = str | os.PathLike[str] | Queue
 
 
 class QueueReceiver:
-    """Works a queue off. Many may work on one queue, in threads, processes or both.
+    """Works queues off. Many may work on one queue, in threads, processes or both.
 
-    `queue_dir` names the queue (a folder or a URL) or is a Queue. `sleep` is after how many seconds an idle receiver
-    says so in the log again: a file that appears wakes it at once. `size_limit` (bytes, 0 = none) and `oversize_dir`
-    say what becomes of larger messages. `workers` is how many functions run at once. `deliver` takes each message
-    instead of the router, as in `QueueReceiver("run/outbox", deliver=relay.deliver)`. `timeout` is how many seconds a
-    function may take. `bound=True` works only the jobs that are bound to a function.
+    `queue_dir` names the queue (a folder or a URL) or is a Queue; or it is several, `["run/posts", "run/bulk"]`,
+    also with weights, `{"run/posts": 3, "run/bulk": 1}`, or QueueReceivers, each with its own `router` or `deliver`.
 
-    Source: Lamson's and Salmon's `server.QueueReceiver`.
+    - `sleep` is after how many seconds an idle receiver says so in the log again: a file that appears wakes it at once.
+    - `size_limit` (bytes, 0 = none) and `oversize_dir` say what becomes of larger messages.
+    - `workers` is how many functions run at once, `timeout` how many seconds one may take.
+    - `deliver` takes each message instead of the router, as in `QueueReceiver("run/outbox", deliver=relay.deliver)`.
+    - `bound=True` works only the jobs that are bound to a function which this process has.
+    - `shutdown_after_number_of_empty_iterations` ends the receiver after so many rounds of `sleep` without a job, and
+      `max_jobs` after so many jobs; a process that ends for the latter is replaced.
+    - `limits` are kept between all processes that work the queue (see lamsonq.jobs.Limit).
+    - `archive` keeps what has succeeded for so many seconds, `keep_dead` the dead letters (None: until somebody
+      deletes them).
+
+    Source: Lamson's and Salmon's `server.QueueReceiver`; the empty iterations are pulpo-messaging's.
     """
 
     def __init__(
         self,
-        queue_dir: str | os.PathLike[str] | Queue,
+        queue_dir: QueueName | Iterable[QueueName | QueueReceiver] | Mapping[QueueName, int],
         sleep: float = 10,
         size_limit: int = 0,
         oversize_dir: str | None = None,
@@ -72,60 +85,102 @@ class QueueReceiver:
         router: RoutingBase = Router,
         timeout: float = 300.0,
         bound: bool = False,
+        weight: int = 1,
+        shutdown_after_number_of_empty_iterations: int | None = None,
+        max_jobs: int | None = None,
+        limits: Iterable[Limit] = (),
+        archive: float | None = None,
+        keep_dead: float | None = None,
     ) -> None:
-        if workers < 1:
-            raise ValueError(f"workers={workers}: a QueueReceiver needs at least one")
-        if not isinstance(queue_dir, Queue):
-            queue_dir = Queue(queue_dir, pop_limit=size_limit, oversize_dir=oversize_dir)
-        elif size_limit or oversize_dir:
-            raise TypeError("give pop_limit and oversize_dir to the Queue: this receiver gets one that is made already")
-        self.queue = queue_dir
-        self.queue_dir = queue_dir.dir
-        self.sleep = sleep
-        self.workers = workers
+        for name, number in (("workers", workers), ("weight", weight), ("max_jobs", max_jobs or 1)):
+            if number < 1:
+                raise ValueError(f"{name}={number}: a QueueReceiver needs at least one")
         self.deliver = deliver
         self.router = router
-        self.timeout = timeout
         self.bound = bound
+        self.sources: list[Source] = []
+        for item, share in _shares(queue_dir, weight):
+            if isinstance(item, QueueReceiver):
+                self.sources += item.sources
+                continue
+            if not isinstance(item, Queue):
+                item = Queue(item, pop_limit=size_limit, oversize_dir=oversize_dir)
+            elif size_limit or oversize_dir:
+                raise TypeError("give pop_limit and oversize_dir to the Queue: this one is made already")
+            self.sources.append(Source(item, deliver, router, bound=bound, weight=share, keep=archive is not None))
+        if not self.sources:
+            raise ValueError("a QueueReceiver needs at least one queue")
+        self.queue = self.sources[0].queue
+        self.queue_dir = self.queue.dir
+        self.sleep = sleep
+        self.workers = workers
+        self.timeout = timeout
+        self.empty_rounds = shutdown_after_number_of_empty_iterations
+        self.max_jobs = max_jobs
+        self.limits = tuple(limits)
+        self.archive = archive
+        self.keep_dead = keep_dead
         self.stuck = False
+        self.worn_out = False
+        self.retired = False
         self._left_running = False
         self._stopping = threading.Event()
         self._drained = threading.Event()
         self._drained.set()
         self._give_back_at: float | None = None
+        self._forgiven = False
         self._changed = threading.Condition()
         self._busy = 0
-        self._running: dict[Attempt, Job] = {}
-        self._in_trouble = False
-        self._owed: deque[tuple[Job, str]] = deque()
+        self._granted = 0
+        self._taken = 0
+        self._asking: list[Source] = []
+        self._credit: dict[Source, float] = dict.fromkeys(self.sources, 0.0)
+        self._idle: dict[Source, int] = dict.fromkeys(self.sources, 0)
+        self._running: dict[Attempt, tuple[Source, Job]] = {}
+        self._in_trouble: set[Source] = set()
+        self._purge_at = 0.0
+        self._looked_at = 0.0
+        self._next_tick: float | None = None
+        self._ticked: dict[str, float] = {}
+        self._failure: BaseException | None = None
 
     # -- the receiver's life -----------------------------------------------------------------------------------
 
     def bind(self) -> None:
-        """Make the queue's folders, so that what cannot be used refuses the boot. Raises Refusal."""
-        self.queue.backend.release_stale()
-        if self.deliver is None:
-            self.router.check()
-            undeliverable = self.router.UNDELIVERABLE_QUEUE
-            if undeliverable is not None and undeliverable.backend is self.queue.backend and not self.bound:
-                raise SettingsError(
-                    f"this boot works {self.queue_dir} off, where undeliverable messages go: it would put them there"
-                    " for ever; set Router.UNDELIVERABLE_QUEUE = None in it"
-                )
+        """Make the queues' folders, so that what cannot be used refuses the boot. Raises Refusal."""
+        for source in self.sources:
+            source.queue.backend.release_stale()
+            if self.limits:
+                source.queue.backend.limit(self.limits)
+            if source.deliver is None:
+                source.router.check()
+                undeliverable = source.router.UNDELIVERABLE_QUEUE
+                if undeliverable is not None and undeliverable.backend is source.queue.backend and not source.bound:
+                    raise SettingsError(
+                        f"this boot works {source.queue.dir} off, where undeliverable messages go: it would put them"
+                        " there for ever; set Router.UNDELIVERABLE_QUEUE = None in it"
+                    )
 
     def listening(self) -> str:
-        return f"working the queue {self.queue_dir}"
+        queues = " and ".join(source.queue.dir for source in self.sources)
+        return f"working the queue {queues}"
 
     def start(self, one_shot: bool = False) -> None:
-        """Work the queue until `stop`; with `one_shot` until it is empty. Blocks."""
+        """Work the queues until `stop`; with `one_shot` until they are empty. Blocks."""
         self.bind()
         self._drained.clear()
-        LOG.info("Queue receiver started on queue dir %s", self.queue_dir)
+        for source in self.sources:
+            LOG.info("Queue receiver started on queue dir %s", source.queue.dir)
+        events.tell("start", None)
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="lamsonq-queue")
         try:
-            self._work(pool, one_shot)
+            if one_shot:
+                self._work_off(pool)
+            else:
+                self._work(pool)
         finally:
             pool.shutdown(wait=not self._left_running, cancel_futures=self._left_running)
+            events.tell("stop", None)
             self._drained.set()
 
     def run_once(self) -> bool:
@@ -133,23 +188,30 @@ class QueueReceiver:
 
         A message that asks for several calls is only split into them; the next calls run those.
         """
-        jobs = self.queue.backend.reserve(1, bound=self.bound)
-        steps: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        for job in jobs:
-            attempt = self._begin(job, steps.put)
-            while attempt in self._running or not steps.empty():
-                try:
-                    steps.get(timeout=0.2)()
-                except Empty:
-                    self._give_up_the_late()
-        self._give_back_owed()
-        return bool(jobs)
+        self._put_periodic()
+        for source in self.sources:
+            jobs = source.reserve(1)
+            steps: SimpleQueue[Callable[[], None]] = SimpleQueue()
+            for job in jobs:
+                attempt = self._begin(source, job, steps.put)
+                while attempt in self._running or not steps.empty():
+                    with contextlib.suppress(LeaseLost, Owed):  # dealt with where it was raised
+                        try:
+                            steps.get(timeout=0.2)()
+                        except Empty:
+                            self._give_up_the_late()
+            source.give_back_owed()
+            if jobs:
+                return True
+        events.tell("empty", None)
+        return False
 
     def stop(self, grace: float = 30.0) -> None:
         """Take no more; finish what runs, and after `grace` seconds give the rest back uncounted. Returns at once."""
         self._give_back_at = time.monotonic() + grace
         self._stopping.set()
-        self.queue.backend.wake()
+        for source in self.sources:
+            source.queue.backend.wake()
         if self._changed.acquire(blocking=False):  # a signal handler may interrupt the thread that holds it
             self._changed.notify_all()
             self._changed.release()
@@ -162,144 +224,266 @@ class QueueReceiver:
         """Deliver one message that is in no queue. Raises Undelivered."""
         (self.deliver or self.router.deliver)(message)
 
-    # -- the fetcher -------------------------------------------------------------------------------------------
+    # -- the fetchers ------------------------------------------------------------------------------------------
 
-    def _work(self, pool: ThreadPoolExecutor, one_shot: bool) -> None:
-        idle = False
+    def _work(self, pool: ThreadPoolExecutor) -> None:
+        fetchers = [threading.Thread(target=self._fetch_or_stop, args=(s, pool), daemon=True) for s in self.sources[1:]]
+        for fetcher in fetchers:
+            fetcher.start()
+        try:
+            self._fetch(self.sources[0], pool, chief=True)
+        finally:
+            self._stopping.set()
+            for source in self.sources:
+                source.queue.backend.wake()
+        for fetcher in fetchers:
+            fetcher.join()
+        self._drain()
+        if self._failure is not None:
+            raise self._failure
+
+    def _fetch_or_stop(self, source: Source, pool: ThreadPoolExecutor) -> None:
+        try:
+            self._fetch(source, pool, chief=False)
+        except BaseException as error:  # raised again where `start` was called
+            self._failure = error
+            self.stop()
+
+    def _fetch(self, source: Source, pool: ThreadPoolExecutor, *, chief: bool) -> None:
+        """Keep the threads supplied from one queue; the chief also looks after what is under way."""
+        idle_since: float | None = None
         while not self._stopping.is_set():
-            self._give_up_the_late()
-            self._give_back_owed()
-            free = self._free_slots()
-            if not free or self._stopping.is_set():
+            if chief:
+                self._look_after()
+            source.give_back_owed()
+            free = self._ask(source)
+            if not free:
                 continue
             quiet = self._quiet()
-            jobs = self._reserve(free, 0 if not idle else self._patience()) if not one_shot else self._take(free)
+            jobs = self._reserve(source, free)
             for job in jobs:
-                self._submit(pool, job)
+                self._submit(source, pool, job)
+            self._grant_back(free)
             if jobs:
-                idle = False
-            elif one_shot and quiet:
+                idle_since, self._idle[source] = None, 0
+                continue
+            now = time.monotonic()
+            if idle_since is None or now - idle_since >= self.sleep:
+                if idle_since is not None:
+                    self._idle[source] += 1
+                if quiet and not self._stopping.is_set():
+                    idle_since = now
+                    events.tell("empty", None)
+                    if self._has_waited_enough():
+                        return
+                    LOG.debug("Sleeping for %d seconds...", self.sleep)
+            if not self._stopping.is_set():
+                source.queue.backend.wait(self._patience(chief))
+
+    def _work_off(self, pool: ThreadPoolExecutor) -> None:
+        """Until all queues are empty and nothing is under way."""
+        while not self._stopping.is_set():
+            self._look_after()
+            quiet, found = self._quiet(), False
+            for source in self.sources:
+                source.give_back_owed()
+                free = self._ask(source)
+                jobs = source.reserve(free) if free else []
+                for job in jobs:
+                    self._submit(source, pool, job)
+                self._grant_back(free)
+                found = found or bool(jobs) or not free
+            if quiet and not found:
                 return
-            elif one_shot:
-                self._wait_for_change()
-            elif quiet and not self._stopping.is_set():
-                idle = True
-                LOG.debug("Sleeping for %d seconds...", self.sleep)
-            else:
-                idle = True
+            if not found:
+                with self._changed:
+                    if self._busy or self._running:
+                        self._changed.wait(0.1)
         self._drain()
 
-    def _take(self, free: int, wait: float = 0.0) -> list[Job]:
-        return self.queue.backend.reserve(free, wait, bound=self.bound)
+    def _look_after(self) -> None:
+        self._give_up_the_late()
+        self._put_periodic()
+        self._purge()
 
-    def _reserve(self, free: int, wait: float) -> list[Job]:
+    def _reserve(self, source: Source, free: int) -> list[Job]:
         """Take jobs; while the queue cannot be used, wait and say so once."""
         try:
-            jobs = self._take(free, wait)
+            jobs = source.reserve(free)
         except QueueError as error:
-            if not self._in_trouble:
+            if source not in self._in_trouble:
                 LOG.error("%s; trying on", error)
-            self._in_trouble = True
+            self._in_trouble.add(source)
             self._stopping.wait(TROUBLE_PAUSE)
             return []
-        self._in_trouble = False
+        self._in_trouble.discard(source)
         return jobs
-
-    def _free_slots(self) -> int:
-        """How many more may start now; waits for a while when none may."""
-        with self._changed:
-            free = min(self.workers - self._busy, self.workers + IN_LINE - len(self._running))
-            if free <= 0:
-                self._changed.wait(1.0)
-            return max(free, 0)
 
     def _quiet(self) -> bool:
         """Whether nothing is under way."""
         with self._changed:
-            return not self._busy and not self._running and not self._owed
+            return not self._busy and not self._running and not any(source.owed for source in self.sources)
 
-    def _patience(self) -> float:
-        # While functions run, somebody must look at their clocks.
-        return min(self.sleep, 1.0) if self._running or self._owed else self.sleep
+    def _patience(self, chief: bool) -> float:
+        """Seconds to sleep while nothing comes: somebody must look at the clocks of functions that run."""
+        patience = min(self.sleep, 1.0) if self._running or any(source.owed for source in self.sources) else self.sleep
+        if chief and self._next_tick is not None:
+            patience = min(patience, max(0.0, self._next_tick - clock.now()))
+        return patience
 
-    def _wait_for_change(self) -> None:
+    def _has_waited_enough(self) -> bool:
+        """Whether this receiver is to end because nothing comes."""
+        if self.empty_rounds is None or min(self._idle.values()) < self.empty_rounds:
+            return False
+        LOG.info("Nothing has come for %d rounds: ending.", self.empty_rounds)
+        self.retired = True
+        self.stop()
+        return True
+
+    # -- who gets the threads ----------------------------------------------------------------------------------
+
+    def _ask(self, source: Source) -> int:
+        """How many jobs of this queue may start now, until `_grant_back`; waits for a while when none may."""
         with self._changed:
-            if self._busy or self._running or self._owed:
-                self._changed.wait(0.1)
+            self._asking.append(source)
+            try:
+                its_turn = self._changed.wait_for(lambda: self._stopping.is_set() or self._is_next(source), timeout=1.0)
+                if not its_turn or self._stopping.is_set():
+                    return 0
+                granted = 1 if len(self._asking) > 1 else self._free()
+                self._pay(source)
+                self._granted += granted
+                return granted
+            finally:
+                self._asking.remove(source)
+                self._changed.notify_all()
 
-    def _submit(self, pool: ThreadPoolExecutor, job: Job) -> None:
+    def _free(self) -> int:
+        awaiting = sum(attempt.awaits for attempt in self._running)
+        in_line = len(self._running) - awaiting
+        left = self.max_jobs - self._taken if self.max_jobs is not None else AWAITING
+        return min(
+            self.workers - self._busy - self._granted,
+            self.workers + IN_LINE - in_line - self._granted,
+            AWAITING - len(self._running) - self._granted,
+            left,
+        )
+
+    def _is_next(self, source: Source) -> bool:
+        """Smooth weighted round robin: of those who ask, the one with most credit."""
+        return self._free() > 0 and source is max(self._asking, key=lambda asking: self._credit[asking] + asking.weight)
+
+    def _pay(self, source: Source) -> None:
+        if len(self._asking) > 1:
+            for asking in self._asking:
+                self._credit[asking] += asking.weight
+            self._credit[source] -= sum(asking.weight for asking in self._asking)
+
+    def _grant_back(self, granted: int) -> None:
+        with self._changed:
+            self._granted -= granted
+            self._changed.notify_all()
+
+    def _submit(self, source: Source, pool: ThreadPoolExecutor, job: Job) -> None:
         def spawn(function: Callable[[], None]) -> None:
             with self._changed:
                 self._busy += 1
-            pool.submit(self._in_thread, function)
+            pool.submit(self._in_thread, source, function)
 
-        self._begin(job, spawn)
+        self._taken += 1
+        if self.max_jobs is not None and self._taken >= self.max_jobs and not self.worn_out:
+            LOG.info("%d jobs are enough: this process ends and is replaced.", self.max_jobs)
+            self.worn_out = True
+            self.stop(float("inf"))
+        self._begin(source, job, spawn)
 
-    def _in_thread(self, function: Callable[[], None]) -> None:
+    def _in_thread(self, source: Source, function: Callable[[], None]) -> None:
         try:
             function()
-        except (LeaseLost, _Owed):  # dealt with where it was raised
+        except (LeaseLost, Owed):  # dealt with where it was raised
             pass
         except Exception:  # a thread of the pool must live on, whatever happens
-            LOG.exception("Exception while working the queue %s", self.queue_dir)
+            LOG.exception("Exception while working the queue %s", source.queue.dir)
         finally:
             with self._changed:
                 self._busy -= 1
                 self._changed.notify_all()
 
+    # -- what is under way ---------------------------------------------------------------------------------------
+
     def _drain(self) -> None:
         """Wait for what runs; after the grace, and for what hangs, go without it."""
+        if not self.worn_out:
+            self._forgive()
         while True:
             self._give_up_the_late()
-            self._give_back_owed()
+            for source in self.sources:
+                source.give_back_owed()
             with self._changed:
-                if not self._running and not self._owed:
+                if not self._running and not any(source.owed for source in self.sources):
                     return
                 if time.monotonic() >= (self._give_back_at or 0):
                     break
                 self._changed.wait(0.2)
-        for attempt, job in list(self._running.items()):
+        for attempt, (source, job) in list(self._running.items()):
             self._left_running = self._left_running or attempt.started is not None
-            self._settle_instead(attempt, job, Later("the server was stopped", counted=False))
+            self._settle_instead(attempt, source, job, Later("the server was stopped", counted=False))
+
+    def _forgive(self) -> None:
+        for source in self.sources:
+            try:
+                source.queue.backend.forgive()
+            except Exception as error:  # the jobs are counted as delivered then, no more
+                LOG.warning("The claims on %s cannot be forgiven: %s", source.queue.dir, reason_of(error))
 
     def _give_up_the_late(self) -> None:
         now = time.monotonic()
-        for attempt, job in list(self._running.items()):
-            if attempt.started is not None and now - attempt.started > self.timeout:
-                with about(attempt.about):
-                    LOG.error("%s hangs on job %s; this process will be replaced", attempt.call.name, job.key)
+        for attempt, (source, job) in list(self._running.items()):
+            timeout = attempt.call.policy.timeout or self.timeout
+            if attempt.started is None or now - attempt.started <= timeout:
+                continue
+            cancelled = attempt.can_be_cancelled()  # a thread that hangs is lost
+            with about(attempt.about):
+                end = "it is cancelled" if cancelled else "this process will be replaced"
+                LOG.error("%s hangs on job %s; %s", attempt.call.name, job.key, end)
+            self._settle_instead(attempt, source, job, attempt.hung(timeout))
+            if not cancelled:
                 self.stuck = self._left_running = True
-                self._settle_instead(attempt, job, attempt.hung(self.timeout))
                 self.stop()
 
-    def _settle_instead(self, attempt: Attempt, job: Job, outcome: Outcome) -> None:
+    def _settle_instead(self, attempt: Attempt, source: Source, job: Job, outcome: Outcome) -> None:
         if attempt.give_up():
             self._forget(attempt)
-            with about(attempt.about), contextlib.suppress(LeaseLost, _Owed):
-                self._settle(job, attempt.call, outcome, [])  # taken away: nothing to settle; or given back later
+            with about(attempt.about), contextlib.suppress(LeaseLost, Owed):
+                source.settle(job, attempt.call, outcome)  # taken away: nothing to settle; or given back later
+
+    def _forget(self, attempt: Attempt) -> None:
+        with self._changed:
+            self._running.pop(attempt, None)
+            self._changed.notify_all()
 
     # -- one job -----------------------------------------------------------------------------------------------
 
-    def _begin(self, job: Job, spawn: Spawn) -> Attempt | None:
+    def _begin(self, source: Source, job: Job, spawn: Spawn) -> Attempt | None:
         """Find out what a claimed job asks for, and start it. In the fetching thread: that keeps the order."""
-        subject = About(job.key, self.queue_dir)
+        subject = About(job.key, source.queue.dir)
         with about(subject):
-            return self._begin_with(job, lambda function: spawn(within(subject, function)))
+            return self._begin_with(source, job, lambda function: spawn(within(subject, function)))
 
-    def _begin_with(self, job: Job, spawn: Spawn) -> Attempt | None:
+    def _begin_with(self, source: Source, job: Job, spawn: Spawn) -> Attempt | None:
         LOG.debug("Pulled message with key: %r off", job.key)
         try:
-            call, message = self._call_for(job, spawn)
+            call, message = source.call_for(job, spawn)
         except (Later, Dead) as outcome:
             failure = outcome
-            spawn(lambda: self._settle_failure(job, None, failure))
+            spawn(lambda: source.settle(job, None, failure))
             call = None
-        except (LeaseLost, _Owed):
+        except (LeaseLost, Owed):
             call = None
         except Exception as error:  # a state store, a disk, a reload: not the job's fault
-            LOG.error("Job %s of %s cannot be begun: %s", job.key, self.queue_dir, reason_of(error))
-            failure = Later(f"it could not be begun: {reason_of(error)}", time.time() + RETRY_AFTER, counted=False)
-            spawn(lambda: self._settle_failure(job, None, failure))
+            LOG.error("Job %s of %s cannot be begun: %s", job.key, source.queue.dir, reason_of(error))
+            failure = Later(f"it could not be begun: {reason_of(error)}", clock.now() + RETRY_AFTER, counted=False)
+            spawn(lambda: source.settle(job, None, failure))
             call = None
         if call is None:
             return None
@@ -307,133 +491,64 @@ class QueueReceiver:
 
         def settle(outcome: Outcome, puts: list[Put]) -> None:
             try:
-                self._settle(job, holder[0].call, outcome, puts)
+                source.settle(job, holder[0].call, outcome, puts)
             finally:
                 self._forget(holder[0])
 
-        attempt = Attempt(call, message, key=job.key, settle=settle)
+        backend = source.queue.backend
+        attempt = Attempt(call, message, key=job.key, settle=settle, job=job, touched=lambda: backend.touch(job))
         holder.append(attempt)
         with self._changed:
-            self._running[attempt] = job
+            self._running[attempt] = source, job
         attempt.start(spawn, here=False)
         return attempt
 
-    def _call_for(self, job: Job, spawn: Spawn) -> tuple[Call | None, MailRequest]:
-        """The one call that this job asks for; None when it is dealt with without one."""
-        message = message_of(job, self.queue_dir)
-        LOG.debug(
-            "Message received from Peer: %r, From: %r, to To %r.",
-            message.Peer,
-            message.From,
-            message.route_to,
-        )
-        if self.deliver is not None:
-            return Call(self.deliver, message.To), message
-        if job.target is not None:
-            return self.router.bound(job, message), message
-        calls = self.router.plan(message)
-        left = unplanned(message, calls)
-        if len(calls) == 1 and not left:
-            return calls[0], message.addressed(calls[0].recipient)
-        if any(call.stateful is not None for call in calls):
-            self._split(job, calls, left)  # at once: its conversation is to see the messages in order
-        else:
-            spawn(lambda: self._split(job, calls, left))
-        return None, message
+    # -- what nobody has asked for -------------------------------------------------------------------------------
 
-    def _split(self, job: Job, calls: list[Call], left: list[MailRequest]) -> None:
-        """Replace a job by one for each call of its plan (rule 2), and one for each part that nothing takes."""
-        store = self.queue.backend
-        puts = [Put(store, _bound(job, call, n)) for n, call in enumerate(calls, 1)]
-        for n, message in enumerate(left, len(calls) + 1):
-            undeliverable = self.router.undeliverable_queue(message)
-            reason = f"no route takes {', '.join(message.route_to) or 'a message without recipient'}"
-            if undeliverable is not None:
-                kept = replace(_part(job, message, n), key=undeliverable.backend.new_key())
-                puts.append(Put(undeliverable.backend, kept))
-            elif calls:
-                puts.append(Put(store, _part(job, message, n), Dead(reason)))
-            else:
-                self._settle_job(job, Dead(reason))
-                return
-        self._settle_job(job, DONE, puts)
+    def _periodic(self) -> list[Callable[..., object]]:
+        """The periodic functions whose queue is one of ours."""
+        if self.bound or not (found := deferred.periodic_functions()):
+            return []
+        ours = {id(source.queue.backend) for source in self.sources if source.deliver is None}
+        return [function for function in found if id(deferred.queue_of_function(function).backend) in ours]
 
-    def _settle(self, job: Job, call: Call, outcome: Outcome, puts: list[Put]) -> None:
-        if isinstance(outcome, Done):
-            self._settle_job(job, outcome, puts)
-        else:
-            self._settle_failure(job, call, outcome)
-
-    def _settle_failure(self, job: Job, call: Call | None, outcome: Later | Dead) -> None:
-        """Keep what failed, bound to what it failed at."""
-        if isinstance(outcome, Later) and not outcome.counted:
-            self._settle_job(job, outcome)
+    def _put_periodic(self) -> None:
+        """Put a job for each moment that has come, if nobody has."""
+        now = clock.now()
+        if self._looked_at <= now < min(self._next_tick or now + 1, self._looked_at + LOOK_EVERY):
             return
-        LOG.error("Job %s of %s failed: %s", job.key, self.queue_dir, reason_of(outcome))
-        store = self.queue.backend
-        refused = outcome.__cause__ if call is not None and call.name is None else None
-        if isinstance(refused, Undelivered) and refused.failures:
-            self._keep_refused(job, refused.failures)
-        elif call is not None and call.name is not None and job.target is None:
-            self._settle_job(job, DONE, [Put(store, _failed(_bound(job, call, 1)), outcome)])
-        else:
-            self._settle_job(job, outcome)
-
-    def _keep_refused(self, job: Job, failures: Sequence[Failure]) -> None:
-        """Keep those for whom our own `deliver` has failed; the others have got the message."""
-        if len(job.recipients) == 1:
-            self._settle_job(job, failures[0].outcome())
-            return
-        kept = [_failed(_for_recipient(job, failure.recipient, n)) for n, failure in enumerate(failures, 1)]
-        store = self.queue.backend
-        puts = [Put(store, part, failure.outcome()) for part, failure in zip(kept, failures, strict=True)]
-        self._settle_job(job, DONE, puts)
-
-    def _settle_job(self, job: Job, outcome: Outcome, puts: list[Put] | None = None) -> None:
-        """Raises LeaseLost, and _Owed: then the job comes again, and has to be routed as it was this time."""
-        store = self.queue.backend
-        try:
-            store.settle(job, outcome, puts or [])
-        except LeaseLost:
-            raise
-        except Exception as error:  # a full disk, most often: nothing was published, and giving back needs no space
-            LOG.error("Job %s of %s could not be settled: %s", job.key, self.queue_dir, reason_of(error))
-            self._owed.append((job, f"it could not be settled: {reason_of(error)}"))
-            store.wake()  # the fetcher tries to give it back
-            raise _Owed(job.key) from error
-
-    def _give_back_owed(self) -> None:
-        """Give back what could not be settled, uncounted; as often as it takes."""
-        for job, reason in [self._owed.popleft() for _ in range(len(self._owed))]:
+        since, self._looked_at = self._looked_at or now, now
+        functions = self._periodic()
+        for function in functions:
+            at = schedule.latest(deferred.schedule_of(function), since, now)
+            if at is None or self._ticked.get(name := deferred.request_type_of(function), 0.0) >= at:
+                continue
             try:
-                self.queue.backend.settle(job, Later(reason, time.time() + RETRY_AFTER, counted=False))
-            except LeaseLost:
-                pass
-            except Exception:  # still the same trouble, which was logged
-                self._owed.append((job, reason))
+                queue, job = deferred.queue_of_function(function), deferred.job_of_call(function)
+                queue.enqueue(job, gate=Tick(f"periodic:{name}", at), now=True)
+                self._ticked[name] = at
+            except QueueError as error:
+                LOG.error("The periodic job %s could not be put: %s", name, error)
+        self._next_tick = min((schedule.next_after(deferred.schedule_of(f), now) for f in functions), default=None)
 
-    def _forget(self, attempt: Attempt) -> None:
-        with self._changed:
-            self._running.pop(attempt, None)
-            self._changed.notify_all()
-
-
-def _bound(job: Job, call: Call, number: int) -> Job:
-    """The job that stands for one call of another job's plan."""
-    child = _for_recipient(job, call.recipient, number)
-    return replace(child, target=call.name, metadata={**job.metadata, "route": call.route})
-
-
-def _part(job: Job, message: MailRequest, number: int) -> Job:
-    """The job for those recipients of a job that nothing takes."""
-    recipients = tuple(r for r in job.recipients if r.lower() in message.route_to) or tuple(message.route_to)
-    return replace(_for_recipient(job, message.To, number), recipients=recipients)
+    def _purge(self) -> None:
+        if (self.archive is None and self.keep_dead is None) or time.monotonic() < self._purge_at:
+            return
+        self._purge_at = time.monotonic() + PURGE_EVERY
+        for source in self.sources:
+            for state, kept_for in (("done", self.archive), ("dead", self.keep_dead)):
+                if kept_for is not None:
+                    try:
+                        source.queue.backend.purge(state, before=clock.now() - kept_for)
+                    except QueueError as error:
+                        LOG.error("What is %s in %s could not be purged: %s", state, source.queue.dir, error)
 
 
-def _for_recipient(job: Job, recipient: str, number: int) -> Job:
-    key = derived_key(job.key, number)
-    return replace(job, key=key, recipients=(recipient,), deliveries=0, due=None, claim="")
-
-
-def _failed(job: Job) -> Job:
-    return replace(job, attempts=job.attempts + 1)
+def _shares(
+    queues: QueueName | Iterable[QueueName | QueueReceiver] | Mapping[QueueName, int], weight: int
+) -> Iterable[tuple[QueueName | QueueReceiver, int]]:
+    if isinstance(queues, str | os.PathLike | Queue):
+        return [(queues, weight)]
+    if isinstance(queues, Mapping):
+        return list(queues.items())
+    return [(queue, weight) for queue in queues]

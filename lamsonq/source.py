@@ -1,0 +1,217 @@
+"""A queue as its receiver sees it: what a claimed job asks for, and how what came of it is settled.
+
+Rules:
+
+1. A message that asks for several calls is first replaced, in one settle, by one job bound to each of them: from
+   then on each succeeds and fails alone, and what has succeeded never runs again.
+2. A failure stays in this queue, bound to the function that failed: delayed, or dead with its traceback.
+3. What cannot be settled, because the store cannot be written, is given back as soon as it can.
+4. A job that comes too late is not run.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from lamsonq import clock, deferred, events
+from lamsonq.attempt import Call, Spawn
+from lamsonq.errors import Dead, Failure, Later, LeaseLost, Undelivered, reason_of
+from lamsonq.jobs import DONE, EXPIRED, KEPT, Done, Expired, Job, Outcome, Put, derived_key
+from lamsonq.mail import MailRequest
+from lamsonq.queue import Queue, message_of
+from lamsonq.routing import RoutingBase, unplanned
+
+LOG = logging.getLogger()
+"""The root logger, as the tutorial shows these lines."""
+
+RETRY_AFTER = 10.0
+"""Seconds after which a job comes again that could not be begun or settled, through no fault of its own."""
+
+UNKNOWN_AFTER = 60.0
+"""Seconds after which a job comes again whose function this process does not know: a deploy may bring it."""
+
+
+class Owed(Exception):
+    """A job could not be settled; the fetcher gives it back as soon as that is possible."""
+
+
+class Source:
+    """One queue of a receiver. `deliver` takes each message instead of the router; `bound` takes only jobs that are
+    bound to a function which this process has; `keep` lays what has succeeded into the archive."""
+
+    def __init__(
+        self,
+        queue: Queue,
+        deliver: Callable[[MailRequest], object] | None,
+        router: RoutingBase,
+        *,
+        bound: bool = False,
+        weight: int = 1,
+        keep: bool = False,
+    ) -> None:
+        self.queue = queue
+        self.deliver = deliver
+        self.router = router
+        self.bound = bound
+        self.weight = weight
+        self.keep = keep
+        self.owed: deque[tuple[Job, str]] = deque()
+
+    def reserve(self, n: int) -> list[Job]:
+        """Claim up to n jobs. Raises QueueError."""
+        jobs = self.queue.backend.reserve(n, only=self._targets() if self.bound else None)
+        for job in jobs:
+            events.tell("pop", job)
+        return jobs
+
+    def _targets(self) -> frozenset[str]:
+        return frozenset(self.router.table.handlers) | deferred.targets()
+
+    # -- what a job asks for -----------------------------------------------------------------------------------
+
+    def call_for(self, job: Job, spawn: Spawn) -> tuple[Call | None, MailRequest]:
+        """The one call that this job asks for; None when it is dealt with without one.
+
+        Raises Later or Dead for a job that cannot be run, LeaseLost and Owed.
+        """
+        message = message_of(job, self.queue.dir)
+        if job.expires is not None and clock.now() > job.expires:
+            LOG.warning("Job %s of %s came too late and is dropped", job.key, self.queue.dir)
+            spawn(lambda: self._expire(job))
+            return None, message
+        if self.deliver is None and job.target is not None and job.target not in self.router.table.handlers:
+            call = deferred.call_for(job)
+            if call is None:
+                reason = f"no handler {job.target} in this process"
+                raise Later(reason, clock.now() + UNKNOWN_AFTER, counted=False)
+            return call, message
+        LOG.debug(
+            "Message received from Peer: %r, From: %r, to To %r.",
+            message.Peer,
+            message.From,
+            message.route_to,
+        )
+        if self.deliver is not None:
+            return Call(self.deliver, message.To), message
+        if job.target is not None:
+            return self.router.bound(job, message), message
+        calls = self.router.plan(message)
+        left = unplanned(message, calls)
+        if len(calls) == 1 and not left:
+            return calls[0], message.addressed(calls[0].recipient)
+        if any(call.stateful is not None for call in calls):
+            self._split(job, calls, left)  # at once: its conversation is to see the messages in order
+        else:
+            spawn(lambda: self._split(job, calls, left))
+        return None, message
+
+    def _expire(self, job: Job) -> None:
+        late = Dead("it came too late: its time to live was over")
+        self._settle_job(job, late if self.keep else EXPIRED)
+
+    def _split(self, job: Job, calls: list[Call], left: list[MailRequest]) -> None:
+        """Replace a job by one for each call of its plan (rule 1), and one for each part that nothing takes."""
+        store = self.queue.backend
+        puts = [Put(store, _bound(job, call, n)) for n, call in enumerate(calls, 1)]
+        for n, message in enumerate(left, len(calls) + 1):
+            undeliverable = self.router.undeliverable_queue(message)
+            reason = f"no route takes {', '.join(message.route_to) or 'a message without recipient'}"
+            if undeliverable is not None:
+                kept = replace(_part(job, message, n), key=undeliverable.backend.new_key())
+                puts.append(Put(undeliverable.backend, kept))
+            elif calls:
+                puts.append(Put(store, _part(job, message, n), Dead(reason)))
+            else:
+                self._settle_job(job, Dead(reason))
+                return
+        self._store(job, DONE, puts)
+
+    # -- settling ----------------------------------------------------------------------------------------------
+
+    def settle(self, job: Job, call: Call | None, outcome: Outcome, puts: Sequence[Put] = ()) -> None:
+        """Settle an attempt: what failed is kept, bound to what it failed at. Raises LeaseLost, Owed."""
+        if isinstance(outcome, Later) and not outcome.counted:
+            self._settle_job(job, outcome)
+            return
+        if isinstance(outcome, Done | Expired):
+            self._settle_job(job, outcome, puts)
+            return
+        LOG.error("Job %s of %s failed: %s", job.key, self.queue.dir, reason_of(outcome))
+        store = self.queue.backend
+        refused = outcome.__cause__ if call is not None and call.name is None else None
+        if isinstance(refused, Undelivered) and refused.failures:
+            self._keep_refused(job, refused.failures, outcome, puts)
+        elif call is not None and call.name is not None and job.target is None:
+            failed = Put(store, _failed(_bound(job, call, 1)), outcome)
+            self._store(job, DONE, [*puts, failed])
+            events.tell_settled(failed.job, outcome)
+        else:
+            self._settle_job(job, outcome, puts)
+
+    def _keep_refused(self, job: Job, failures: Sequence[Failure], outcome: Later | Dead, puts: Sequence[Put]) -> None:
+        """Keep those for whom our own `deliver` has failed; the others have got the message."""
+        if len(job.recipients) == 1:
+            self._settle_job(job, outcome, puts)
+            return
+        kept = [_failed(_for_recipient(job, failure.recipient, n)) for n, failure in enumerate(failures, 1)]
+        store = self.queue.backend
+        parts = [Put(store, part, failure.outcome()) for part, failure in zip(kept, failures, strict=True)]
+        self._store(job, DONE, [*puts, *parts])
+        for part, failure in zip(kept, failures, strict=True):
+            events.tell_settled(part, failure.outcome())
+
+    def _settle_job(self, job: Job, outcome: Outcome, puts: Sequence[Put] = ()) -> None:
+        """Settle, and say so."""
+        if isinstance(outcome, Done) and self.keep:
+            outcome = KEPT
+        kept = self._store(job, outcome, puts)
+        events.tell_puts(puts, kept)
+        events.tell_settled(job, outcome)
+
+    def _store(self, job: Job, outcome: Outcome, puts: Sequence[Put]) -> list[bool]:
+        """Raises LeaseLost, and Owed: then the job comes again, and has to be routed as it was this time."""
+        store = self.queue.backend
+        try:
+            return store.settle(job, outcome, puts)
+        except LeaseLost:
+            events.tell("lease_lost", job)
+            raise
+        except Exception as error:  # a full disk, most often: nothing was published, and giving back needs no space
+            LOG.error("Job %s of %s could not be settled: %s", job.key, self.queue.dir, reason_of(error))
+            self.owed.append((job, f"it could not be settled: {reason_of(error)}"))
+            store.wake()  # the fetcher tries to give it back
+            raise Owed(job.key) from error
+
+    def give_back_owed(self) -> None:
+        """Give back what could not be settled, uncounted; as often as it takes."""
+        for job, reason in [self.owed.popleft() for _ in range(len(self.owed))]:
+            try:
+                self.queue.backend.settle(job, Later(reason, clock.now() + RETRY_AFTER, counted=False))
+            except LeaseLost:
+                pass
+            except Exception:  # still the same trouble, which was logged
+                self.owed.append((job, reason))
+
+
+def _bound(job: Job, call: Call, number: int) -> Job:
+    """The job that stands for one call of another job's plan."""
+    child = _for_recipient(job, call.recipient, number)
+    return replace(child, target=call.name, metadata={**job.metadata, "route": call.route})
+
+
+def _part(job: Job, message: MailRequest, number: int) -> Job:
+    """The job for those recipients of a job that nothing takes."""
+    recipients = tuple(r for r in job.recipients if r.lower() in message.route_to) or tuple(message.route_to)
+    return replace(_for_recipient(job, message.To, number), recipients=recipients)
+
+
+def _for_recipient(job: Job, recipient: str, number: int) -> Job:
+    key = derived_key(job.key, number)
+    return replace(job, key=key, recipients=(recipient,), deliveries=0, due=None, unique=None, claim="")
+
+
+def _failed(job: Job) -> Job:
+    return replace(job, attempts=job.attempts + 1)
