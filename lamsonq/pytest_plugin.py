@@ -4,7 +4,7 @@
     lamsonq_boot = "config.testing"     # boots the project once, before the first test is collected
 
 `conversation` is a fixture that makes a RouterConversation which begins from nothing; `mailbox` is the queue that
-`testing.relay()` delivers into, emptied. `jobs` is a queue in memory, to which deferred calls go that name no queue, and
+`testing.relay()` delivers into, emptied. `jobs` is a queue in memory, to which deferred calls go that name no queue;
 `time_now` stops the clock of all jobs: `time_now.tick(60)`.
 """
 

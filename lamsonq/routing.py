@@ -70,8 +70,8 @@ Candidate = tuple[Handler, Route, dict[str, str]]
 """A stateful function whose route matches, with what the route captured."""
 
 CONVERSATION = "lamsonq.routing.CONVERSATION"
-"""The target of a job that is bound to no function yet, but to the sender's conversation: to whichever stateful function
-that asks for when the job is run."""
+"""The target of a job that is bound to no function yet, but to the sender's conversation: to whichever stateful
+function that asks for when the job is run."""
 
 RELOAD_INTERVAL = 1.0
 """Seconds between two looks at the handlers' files, with `RELOAD = True`."""

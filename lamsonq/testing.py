@@ -192,12 +192,16 @@ def enqueued(
     those with these arguments by name."""
     backend = deferred.queue_of(in_queue).backend
     jobs = [backend.get(key) for state in ("ready", "delayed") for key in backend.keys(state)]
-    target = deferred.request_type_of(function) if callable(function) else function
+    target = _target(function)
     return [
         job
         for job in jobs
         if job is not None and (target is None or job.target == target) and _has_arguments(job, with_arguments)
     ]
+
+
+def _target(function: Callable[..., Any] | str | None) -> str | None:
+    return deferred.request_type_of(function) if callable(function) else function
 
 
 def _has_arguments(job: Job, wanted: dict[str, Any]) -> bool:
@@ -220,7 +224,8 @@ def assert_enqueued(
     if not found:
         there = [f"{job.target}: {job.body!r:.200}" for job in enqueued(in_queue)]
         raise AssertionError(
-            f"no call of {function!r} with {with_arguments} waits. There is:\n" + ("\n".join(there) or "(nothing)")
+            f"no call of {_target(function)} with {with_arguments} waits. There is:\n"
+            + ("\n".join(there) or "(nothing)")
         )
     return found[0]
 
@@ -230,7 +235,7 @@ def assert_not_enqueued(
 ) -> None:
     """Assert that no such call waits."""
     found = enqueued(in_queue, function, **with_arguments)
-    assert not found, f"{len(found)} calls of {function!r} wait: {found[0].body!r}"
+    assert not found, f"{len(found)} calls of {_target(function)} wait: {found[0].body!r:.200}"
 
 
 def drain(
@@ -241,7 +246,7 @@ def drain(
     raising: bool = True,
     most: int = 10_000,
 ) -> int:
-    """Run what is ready in a queue, and what that puts there, with the worker of earnest, in this thread; how many jobs.
+    """Run what is ready in a queue, and what that puts there, with the worker of earnest and in this thread; how many.
 
     The first error of a function comes out, unless `raising` is False; its job is settled as its policy says, too.
     """
