@@ -44,6 +44,16 @@ IN_LINE = 100
 """How many claimed jobs may wait for their turn in a conversation or for an async function."""
 
 
+class _AnyTarget(frozenset[str]):
+    """Every target, but not none."""
+
+    def __contains__(self, target: object) -> bool:
+        return target is not None
+
+
+_ANY_TARGET = _AnyTarget()
+
+
 class _Owed(Exception):
     """A job could not be settled; the fetcher gives it back as soon as that is possible."""
 
@@ -133,7 +143,7 @@ class QueueReceiver:
 
         A message that asks for several calls is only split into them; the next calls run those.
         """
-        jobs = self.queue.backend.reserve(1, bound=self.bound)
+        jobs = self.queue.backend.reserve(1, only=_ANY_TARGET if self.bound else None)
         steps: SimpleQueue[Callable[[], None]] = SimpleQueue()
         for job in jobs:
             attempt = self._begin(job, steps.put)
@@ -190,7 +200,7 @@ class QueueReceiver:
         self._drain()
 
     def _take(self, free: int, wait: float = 0.0) -> list[Job]:
-        return self.queue.backend.reserve(free, wait, bound=self.bound)
+        return self.queue.backend.reserve(free, wait, only=_ANY_TARGET if self.bound else None)
 
     def _reserve(self, free: int, wait: float) -> list[Job]:
         """Take jobs; while the queue cannot be used, wait and say so once."""
