@@ -1546,7 +1546,8 @@ def test_a_queue_that_is_no_longer_used_gives_its_descriptors_back(tmp_path: Pat
     gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     queue = Maildir(str(tmp_path / "posts"))
-    queue.reserve(1, wait=0.01)
+    queue.folders.make()
+    queue.reserve(1, wait=0.05)
     assert len(os.listdir("/proc/self/fd")) > before
     del queue
     gc.collect()
