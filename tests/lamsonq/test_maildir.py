@@ -1055,12 +1055,13 @@ class OtherStore:
     """A store of another kind."""
 
     name = "nowhere:store"
+    capabilities: frozenset[str] = frozenset()
 
     def __init__(self) -> None:
         self.kept: list[Put] = []
         self.broken = False
 
-    def put(self, puts: Sequence[Put]) -> list[bool]:
+    def put(self, puts: Sequence[Put], conn: object = None) -> list[bool]:
         if self.broken:
             raise QueueError("nobody answers")
         self.kept += puts
