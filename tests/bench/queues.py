@@ -8,8 +8,8 @@ hits all alike; medians of the rounds, with the lowest and the highest. The peer
 
 What is compared: a push that would survive a power failure (huey and litequeue are told synchronous=FULL; huey's files
 cannot be synced, and say so), one producer; then taking and settling at synchronous=NORMAL, one job at a time, by one
-and by two processes. huey forgets a job when it hands it out; the others keep it until it is settled. Each measurement ends
-after some seconds, done or not, so that what is slow tells its rate as well.
+and by two processes. huey forgets a job when it hands it out; the others keep it until it is settled. Each measurement
+ends after some seconds, done or not, so that what is slow tells its rate as well.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ def filled(push: Push, size: int) -> tuple[int, float]:
         push()
         pushed += 1
     seconds, fsync = time.perf_counter() - begun, os.fsync
-    os.fsync = lambda fd: None
+    os.fsync = lambda fd: None  # noqa: ARG005 - typed as the original
     try:
         for _ in range(size - pushed):
             push()
