@@ -66,8 +66,8 @@ class Backlog:
         """A name has appeared. `known`: it is kept even if a later look would find it as well."""
         if len(self._heap) > 2 * LIMIT:
             self.outdate()
-        if not (self._horizon or known):
-            return
+        if not (self._horizon or (known and self._heap)):
+            return  # the next look finds it, in its place
         try:
             regular = stat.S_ISREG(os.lstat(os.path.join(folder, name)).st_mode)
         except OSError:  # it has gone already

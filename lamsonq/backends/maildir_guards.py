@@ -32,7 +32,7 @@ from collections.abc import Collection, Iterator, Sequence
 import msgspec
 
 from lamsonq.backends.durable import remove_file, sync_folder, write_file
-from lamsonq.backends.maildir_files import Folders, Place
+from lamsonq.backends.maildir_files import DELAYED, READY, Folders, Place
 from lamsonq.jobs import Gate, Passage
 
 VERSION = 1
@@ -141,7 +141,7 @@ class Guards:
             if passage is None:
                 self._withdraw(staged, place)
                 return None
-        if guard is not None and not os.path.lexists(guard):
+        if guard is not None and place.folder in (READY, DELAYED) and not os.path.lexists(guard):
             os.link(staged, guard)
         if place.gate is not None and passage is not None:
             self._write(self._number(place.gate.key), _after(place.gate, passage, before, self._short(staged)))
