@@ -282,6 +282,37 @@ def test_a_settle_delays_what_a_gate_delays(queue: Maildir, clock: Clock) -> Non
     assert names(queue, "held") == []
 
 
+VERSION_1_MANIFEST = """{"fate": {"folder": "", "name": "", "report": "", "reported": false, "unique": "%s"},
+ "publications": [
+  {"staged": "77.ab.9.0", "queue": "%s", "folder": "new", "name": "1.M1P1Q1R1.h,LQ=1b0p3", "report": "",
+   "foreign": false, "entry": "", "unique": "child", "gate": {"kind": "tick", "key": "g", "at": 5.0}, "open_end": true},
+  {"staged": "77.ab.9.1", "queue": "%s", "folder": "new", "name": "1.M1P1Q1R2.h,LQ=1b0", "report": "",
+   "foreign": false, "entry": "", "unique": null, "open_end": true,
+   "gate": {"kind": "debounce", "key": "h", "window": 60.0, "always_delay": true}},
+  {"staged": "77.ab.9.2", "queue": "%s", "folder": ".dead/new", "name": "1.M1P1Q1R3.h,LQ=1b0e1", "report": "bad\\n"}],
+ "version": 1}"""
+
+
+def test_a_settle_that_version_1_has_committed_is_finished(queue: Maildir) -> None:
+    """A sample of what is on disk; the last publication is as the first lamsonq wrote it."""
+    queue.folders.make()
+    claimed = Path(queue.folders.at("claimed", "77.ab"))
+    claimed.mkdir()
+    Path(f"{claimed}.lock").touch()
+    (claimed / "1.M1P1Q1.h,LQ=1b0d1k2c9q1").write_bytes(b"parent")
+    os.link(claimed / "1.M1P1Q1.h,LQ=1b0d1k2c9q1", queue.folders.at("guards", f"{mark_of('u')}.u"))
+    path = queue.folders.path
+    Path(queue.folders.at("held", "77.ab.9.json")).write_text(VERSION_1_MANIFEST % (mark_of("u"), path, path, path))
+    for number in range(3):
+        Path(queue.folders.at("held", f"77.ab.9.{number}")).write_bytes(b"%d" % number)
+    assert queue.release_stale() == 1
+    assert queue.counts() == {"ready": 1, "delayed": 1, "reserved": 0, "dead": 1, "done": 0}
+    assert (names(queue, "held"), queue.report("1.M1P1Q1R3.h")) == ([], "bad\n")
+    assert [kept(queue, gate=gate) for gate in (Tick("g", 5.0), Debounce("h", 60.0))] == [False, False]
+    assert [kept(queue, unique=unique) for unique in ("child", "u")] == [False, True]
+    assert take(queue).priority == 0
+
+
 # -- keys --------------------------------------------------------------------------------------------------------
 
 
