@@ -241,6 +241,20 @@ def test_what_was_abandoned_in_tmp_shuts_no_gate(queue: Maildir, clock: Clock) -
     assert kept(queue, gate=gate)
 
 
+def test_a_tick_that_is_put_again_under_its_key_when_it_is_done_is_kept_out(queue: Maildir) -> None:
+    put = Put(queue, Job(key="tick 5", body=b"x"), gate=Tick("g", 5.0))
+    assert queue.put([put]) == [True]
+    queue.settle(take(queue), DONE)
+    assert queue.put([put]) == [False]
+
+
+def test_one_key_twice_in_one_call_is_put_once(queue: Maildir) -> None:
+    key = queue.new_key()
+    assert queue.put([Put(queue, Job(key=key, body=body)) for body in (b"one", b"and another")]) == [True, True]
+    assert take(queue).body == b"one"
+    assert queue.counts()["ready"] == 0
+
+
 class Own:
     """A gate that somebody else has written."""
 
