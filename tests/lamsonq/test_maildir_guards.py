@@ -186,6 +186,34 @@ def test_a_number_is_kept_as_version_1_has_it(queue: Maildir, clock: Clock) -> N
     assert kept(queue, gate=Debounce("g", HOUR))
 
 
+def test_a_number_is_synced_before_its_job_has_a_name_and_both_folders_before_put_returns(
+    queue: Maildir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue.folders.make()
+    order: list[str] = []
+    real_fsync, real_rename, real_link = os.fsync, os.rename, os.link
+
+    def fsync(fd: int) -> None:
+        order.append("sync " + os.readlink(f"/proc/self/fd/{fd}").removeprefix(queue.folders.path + "/").split("/")[0])
+        real_fsync(fd)
+
+    def rename(source: str, target: str) -> None:
+        order.append("number" if target.endswith(".n") else "job")
+        real_rename(source, target)
+
+    def link(source: str, target: str) -> None:
+        order.append("guard")
+        real_link(source, target)
+
+    for name, function in (("fsync", fsync), ("rename", rename), ("link", link)):
+        monkeypatch.setattr(os, name, function)
+    assert kept(queue, unique="u", gate=Tick("g", 1.0))
+    assert order == ["sync tmp", "guard", "sync guards", "number", "job", "sync new", "sync guards"]
+    order.clear()
+    assert not kept(queue, unique="u", gate=Tick("g", 2.0))
+    assert order == ["sync tmp"]
+
+
 def test_a_number_of_a_newer_version_is_left_untouched(queue: Maildir) -> None:
     push(queue, gate=Tick("g", 1.0))
     [name] = guards(queue)
