@@ -143,10 +143,12 @@ class Maildir(Desk):
                 there = self._index.present(sought)
                 for file, place in zip(staged, places, strict=True):
                     paths.append("" if place.name.key in there else self._guards.publish(file, place))
+                    if paths[-1] is not None:
+                        there.add(place.name.key)
                 self._guards.sync(list(zip(places, paths, strict=True)))
             except Exception:  # the gate may be somebody's own
                 paths += [None] * (len(puts) - len(paths))
-                for file, place, path in zip(staged, places, paths, strict=True):
+                for file, place, path in reversed(list(zip(staged, places, paths, strict=True))):
                     self._guards.retract(file, place, path)
                 raise
         for file, path in zip(staged, paths, strict=True):
@@ -158,7 +160,7 @@ class Maildir(Desk):
         made: list[str] = []
         try:
             for put, place in zip(puts, places, strict=True):
-                path = self.folders.free("tmp", place.name)
+                path = self._guards.staging(place)
                 write_file(path, place.block, put.job.body)
                 made.append(path)
         except OSError:

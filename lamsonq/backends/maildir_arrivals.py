@@ -137,6 +137,8 @@ class Arrivals:
                 with contextlib.suppress(FileNotFoundError):  # another process was faster
                     old = os.path.join(first.folder, first.name)
                     path = self._folders.move(old, READY, fitted(name)._replace(due=0))
+                    if not self._seeing and len(self._ready) < _FEW:
+                        self._ready.clear()  # among those that have come meanwhile
                     self._ready.add(os.path.dirname(path), os.path.basename(path), known=True)
             self._delayed.pop()
 
@@ -145,7 +147,10 @@ class Arrivals:
     def _rank_ready(self, folder: str, name: str, regular: bool) -> str | None:
         if self._only is not None and (not is_bound(name) or name in self._passed_over):
             return None
-        return f"{priority_of(name):010d}{name}" if self._is_possible(folder, name, regular) else None
+        if not self._is_possible(folder, name, regular):
+            return None
+        priority = priority_of(name)
+        return f"{priority:010d}{name}" if priority else f"0000000000{name}"
 
     def _rank_delayed(self, folder: str, name: str, regular: bool) -> str | None:
         return f"{due_of(name):015d}" if self._is_possible(folder, name, regular) else None

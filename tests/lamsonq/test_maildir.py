@@ -1061,7 +1061,7 @@ class OtherStore:
         self.kept: list[Put] = []
         self.broken = False
 
-    def put(self, puts: Sequence[Put], conn: object = None) -> list[bool]:
+    def put(self, puts: Sequence[Put], conn: object = None) -> list[bool]:  # noqa: ARG002 - it has no transactions
         if self.broken:
             raise QueueError("nobody answers")
         self.kept += puts

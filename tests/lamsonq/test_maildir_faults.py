@@ -40,6 +40,12 @@ OUTCOMES: dict[str, Callable[[], Outcome]] = {
 ONE_OUTCOME = ["done", *(pytest.param(outcome, marks=pytest.mark.slow) for outcome in list(OUTCOMES)[1:])]
 
 
+@pytest.fixture(autouse=True)
+def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Syncs are counted and may fail, but the disk is spared: nothing here is about a power failure."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
@@ -130,6 +136,29 @@ def test_a_disk_that_goes_in_the_middle_of_a_put_leaves_one_job_or_none(
         if not failed:
             break
     assert at > 4
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+def test_ticks_of_one_call_are_undone_together(
+    make: Callable[..., Maildir], monkeypatch: pytest.MonkeyPatch, lasting: bool
+) -> None:
+    faults = Faults(monkeypatch)
+    for at in range(1000):
+        queue = make(f"{at}")
+        push(queue, b"0", gate=Tick("g", 0.0))
+        faults.fail(at, errno.ENOSPC, lasting=lasting)
+        told = True
+        try:
+            queue.put([put_of(queue, gate=Tick("g", float(n)), body=b"%d" % n) for n in (1, 2, 3)])
+        except QueueError:
+            told = False
+        failed = faults.heal()
+        assert told or lasting or bodies(queue) == [b"0"], (at, faults.seen)
+        queue.put([put_of(queue, gate=Tick("g", float(n)), body=b"%d" % n) for n in (0, 1, 2, 3)])
+        assert bodies(queue) == [b"0", b"1", b"2", b"3"], (at, faults.seen)
+        if not failed:
+            break
+    assert at > 20
 
 
 def killed_at(at: int, act: Callable[[], object]) -> bool:

@@ -186,6 +186,34 @@ def test_a_number_is_kept_as_version_1_has_it(queue: Maildir, clock: Clock) -> N
     assert kept(queue, gate=Debounce("g", HOUR))
 
 
+def test_a_number_is_synced_before_its_job_has_a_name_and_both_folders_before_put_returns(
+    queue: Maildir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue.folders.make()
+    order: list[str] = []
+    real_fsync, real_rename, real_link = os.fsync, os.rename, os.link
+
+    def fsync(fd: int) -> None:
+        order.append("sync " + os.readlink(f"/proc/self/fd/{fd}").removeprefix(queue.folders.path + "/").split("/")[0])
+        real_fsync(fd)
+
+    def rename(source: str, target: str) -> None:
+        order.append("number" if target.endswith(".n") else "job")
+        real_rename(source, target)
+
+    def link(source: str, target: str) -> None:
+        order.append("guard")
+        real_link(source, target)
+
+    for name, function in (("fsync", fsync), ("rename", rename), ("link", link)):
+        monkeypatch.setattr(os, name, function)
+    assert kept(queue, unique="u", gate=Tick("g", 1.0))
+    assert order == ["sync tmp", "guard", "sync guards", "number", "job", "sync new", "sync guards"]
+    order.clear()
+    assert not kept(queue, unique="u", gate=Tick("g", 2.0))
+    assert order == ["sync tmp"]
+
+
 def test_a_number_of_a_newer_version_is_left_untouched(queue: Maildir) -> None:
     push(queue, gate=Tick("g", 1.0))
     [name] = guards(queue)
@@ -241,6 +269,20 @@ def test_what_was_abandoned_in_tmp_shuts_no_gate(queue: Maildir, clock: Clock) -
     assert kept(queue, gate=gate)
 
 
+def test_a_tick_that_is_put_again_under_its_key_when_it_is_done_is_kept_out(queue: Maildir) -> None:
+    put = Put(queue, Job(key="tick 5", body=b"x"), gate=Tick("g", 5.0))
+    assert queue.put([put]) == [True]
+    queue.settle(take(queue), DONE)
+    assert queue.put([put]) == [False]
+
+
+def test_one_key_twice_in_one_call_is_put_once(queue: Maildir) -> None:
+    key = queue.new_key()
+    assert queue.put([Put(queue, Job(key=key, body=body)) for body in (b"one", b"and another")]) == [True, True]
+    assert take(queue).body == b"one"
+    assert queue.counts()["ready"] == 0
+
+
 class Own:
     """A gate that somebody else has written."""
 
@@ -280,6 +322,37 @@ def test_a_settle_delays_what_a_gate_delays(queue: Maildir, clock: Clock) -> Non
     assert job is not None
     assert (job.body, job.due) == (b"1", clock.now + HOUR)
     assert names(queue, "held") == []
+
+
+VERSION_1_MANIFEST = """{"fate": {"folder": "", "name": "", "report": "", "reported": false, "unique": "%s"},
+ "publications": [
+  {"staged": "77.ab.9.0", "queue": "%s", "folder": "new", "name": "1.M1P1Q1R1.h,LQ=1b0p3", "report": "",
+   "foreign": false, "entry": "", "unique": "child", "gate": {"kind": "tick", "key": "g", "at": 5.0}, "open_end": true},
+  {"staged": "77.ab.9.1", "queue": "%s", "folder": "new", "name": "1.M1P1Q1R2.h,LQ=1b0", "report": "",
+   "foreign": false, "entry": "", "unique": null, "open_end": true,
+   "gate": {"kind": "debounce", "key": "h", "window": 60.0, "always_delay": true}},
+  {"staged": "77.ab.9.2", "queue": "%s", "folder": ".dead/new", "name": "1.M1P1Q1R3.h,LQ=1b0e1", "report": "bad\\n"}],
+ "version": 1}"""
+
+
+def test_a_settle_that_version_1_has_committed_is_finished(queue: Maildir) -> None:
+    """A sample of what is on disk; the last publication is as the first lamsonq wrote it."""
+    queue.folders.make()
+    claimed = Path(queue.folders.at("claimed", "77.ab"))
+    claimed.mkdir()
+    Path(f"{claimed}.lock").touch()
+    (claimed / "1.M1P1Q1.h,LQ=1b0d1k2c9q1").write_bytes(b"parent")
+    os.link(claimed / "1.M1P1Q1.h,LQ=1b0d1k2c9q1", queue.folders.at("guards", f"{mark_of('u')}.u"))
+    path = queue.folders.path
+    Path(queue.folders.at("held", "77.ab.9.json")).write_text(VERSION_1_MANIFEST % (mark_of("u"), path, path, path))
+    for number in range(3):
+        Path(queue.folders.at("held", f"77.ab.9.{number}")).write_bytes(b"%d" % number)
+    assert queue.release_stale() == 1
+    assert queue.counts() == {"ready": 1, "delayed": 1, "reserved": 0, "dead": 1, "done": 0}
+    assert (names(queue, "held"), queue.report("1.M1P1Q1R3.h")) == ([], "bad\n")
+    assert [kept(queue, gate=gate) for gate in (Tick("g", 5.0), Debounce("h", 60.0))] == [False, False]
+    assert [kept(queue, unique=unique) for unique in ("child", "u")] == [False, True]
+    assert take(queue).priority == 0
 
 
 # -- keys --------------------------------------------------------------------------------------------------------
