@@ -24,7 +24,7 @@ from lamsonq.backends.sqlite_outgoing import write_down
 from lamsonq.clock import replaced
 from lamsonq.conformance import Clock, counted, drain, push, take
 from lamsonq.errors import BrokerError, Dead, Later, LeaseLost, QueueError, SettingsError
-from lamsonq.jobs import DELIVERIES_MAX, DONE, KEPT, Backend, Debounce, Job, Put, Tick
+from lamsonq.jobs import DELIVERIES_MAX, DONE, KEPT, Backend, Debounce, Job, Limit, Put, Tick
 from lamsonq.reports import entries
 
 FORK = multiprocessing.get_context("fork")
@@ -253,6 +253,9 @@ def test_every_statement_of_the_way_of_a_job_finds_its_rows_by_an_index(queue: S
     queue._database._connect = traced  # type: ignore[method-assign]
     for job in [*queue.reserve(3), *queue.reserve(3, only={"t", "u"})]:
         queue.settle(job, Later("x"), [Put(queue, Job(key=queue.new_key(), body=b"", unique="v"))])
+    queue.limit([Limit("target", concurrency=1), Limit("sender", rate=5)])
+    for job in queue.reserve(9):
+        queue.settle(job, DONE)
     queue.release_stale()
     queue.wait(0)
     for look in (queue.counts, queue.oldest, queue.keys, queue.paused):
@@ -696,6 +699,24 @@ def test_an_idle_worker_does_not_look_again_and_again(make: Callable[..., SQLite
     [job] = queue.reserve(1, wait=4)
     assert (job.due, time.monotonic() - begun < 1.5) == (None, True)
     assert len(looks) < 40
+
+
+def test_a_waiting_worker_hears_of_a_job_that_a_program_of_its_own_puts(make: Callable[..., SQLite]) -> None:
+    queue = make(now=time.time)
+    assert queue.reserve(1) == []
+
+    def work() -> None:
+        time.sleep(0.2)
+        push(queue, b"hello")
+
+    child = FORK.Process(target=work)
+    child.start()
+    begun = time.monotonic()
+    found: list[Job] = []
+    while not found and time.monotonic() - begun < 4:
+        found = queue.reserve(1, wait=4)
+    assert ([job.body for job in found], time.monotonic() - begun < 2) == ([b"hello"], True)
+    child.join()
 
 
 def test_without_watches_a_worker_looks_once_a_second(

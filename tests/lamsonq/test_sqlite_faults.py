@@ -181,6 +181,8 @@ for key in ("small", "large"):
     attempt(key, lambda: queue.put([Put(queue, Job(key=key, body=body))]))
 for _ in range(2):
     for job in attempt("claim", lambda: queue.reserve(1)) or ():
+        if job.key.startswith("child"):
+            continue
         puts = [Put(queue, Job(key="child of " + job.key, body=job.body))]
         attempt("child of " + job.key, lambda: queue.settle(job, DONE, puts))
 """
