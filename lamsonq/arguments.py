@@ -138,7 +138,7 @@ def _value(function: Callable[..., Any], name: str, told: Any, parameter: inspec
         return told
     try:
         return _from_told(told, parameter.annotation)
-    except (TypeError, ValueError, msgspec.ValidationError, RecursionError) as error:
+    except (TypeError, ValueError, msgspec.ValidationError, NotImplementedError, RecursionError) as error:
         raise ValueError(f"{_name(function)}: the argument {name!r} cannot be read: {error}") from error
 
 

@@ -37,6 +37,7 @@ from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 
 from lamsonq import arguments, attempt, clock, events
 from lamsonq.arguments import carries
+from lamsonq.backends.maildir_names import new_key
 from lamsonq.errors import Dead, Later, UsageError, reason_of
 from lamsonq.jobs import Debounce, Done, Gate, Job, Put, Result, exponential
 from lamsonq.mail import MailRequest
@@ -149,6 +150,9 @@ class Using(Generic[P]):
     def _job(self, body: bytes) -> tuple[Job, Gate | None]:
         policy, at = marks_of(self._function).policy or DEFAULT, clock.now()
         target = request_type_of(self._function)
+        meant = find(target)
+        if meant is not None and _name(meant) != _name(self._function):
+            raise TypeError(f"{target!r} means {_name(meant)}: give {_name(self._function)} another name=")
         delay, ttl = seconds(policy.delay), seconds(policy.ttl)
         due = at + delay if delay else None
         same = hashlib.sha256(f"{target}\n".encode() + _in_order(body)).hexdigest()
@@ -585,9 +589,11 @@ def _call_now(function: Callable[..., Any], body: bytes) -> None:
         steps.put(outcomes.copy)  # nothing to do, but to wake up
 
     message = MailRequest("eager", None, [], b"")
-    attempt.Attempt(
-        _call(function, body, request_type_of(function)), message, key="", settle=attempt.publishing(tell)
-    ).start(steps.put)
+    name = request_type_of(function)
+    job = Job(key=new_key(), body=body, target=name, received=clock.now(), metadata=events.produced())
+    attempt.Attempt(_call(function, body, name), message, key="", settle=attempt.publishing(tell), job=job).start(
+        steps.put
+    )
     while not outcomes:
         steps.get()()
     if not isinstance(outcomes[0], Done):

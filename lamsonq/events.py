@@ -1,7 +1,7 @@
 """What happens to jobs, told to whoever wants to know, and what travels with them from the producer to the consumer.
 
     class Counter:
-        def on_dead(self, job):
+        def on_error(self, job):
             ...
 
     register_event_consumer(Counter())

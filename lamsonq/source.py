@@ -18,8 +18,8 @@ from dataclasses import replace
 
 from lamsonq import clock, deferred, events
 from lamsonq.attempt import Call, Spawn
-from lamsonq.errors import Dead, Failure, Later, LeaseLost, Undelivered, reason_of
-from lamsonq.jobs import DONE, EXPIRED, KEPT, Done, Expired, Job, Outcome, Put, derived_key
+from lamsonq.errors import Dead, Failure, Later, LeaseLost, QueueError, SettingsError, Undelivered, reason_of
+from lamsonq.jobs import DONE, EXPIRED, KEPT, Done, Expired, Job, Limit, Outcome, Put, derived_key
 from lamsonq.mail import MailRequest
 from lamsonq.queue import Queue, message_of
 from lamsonq.routing import CONVERSATION, RoutingBase, unplanned
@@ -39,8 +39,7 @@ class Owed(Exception):
 
 
 class Source:
-    """One queue of a receiver. `deliver` takes each message instead of the router; `bound` takes only jobs that are
-    bound to a function which this process has; `keep` lays what has succeeded into the archive."""
+    """One queue of a receiver: what a QueueReceiver's arguments of the same names say of it."""
 
     def __init__(
         self,
@@ -50,15 +49,37 @@ class Source:
         *,
         bound: bool = False,
         weight: int = 1,
-        keep: bool = False,
+        timeout: float = 300.0,
+        limits: Sequence[Limit] = (),
+        archive: float | None = None,
+        keep_dead: float | None = None,
     ) -> None:
         self.queue = queue
         self.deliver = deliver
         self.router = router
         self.bound = bound
         self.weight = weight
-        self.keep = keep
+        self.timeout = timeout
+        self.limits = limits
+        self.archive = archive
+        self.keep_dead = keep_dead
         self.owed: deque[tuple[Job, str]] = deque()
+
+    def bind(self) -> None:
+        """See whether the queue can be used so. Raises Refusal."""
+        backend = self.queue.backend
+        backend.release_stale()
+        if self.limits:
+            backend.limit(self.limits)
+        if self.deliver is not None:
+            return
+        self.router.check()
+        undeliverable = self.router.UNDELIVERABLE_QUEUE
+        if undeliverable is not None and undeliverable.backend is backend and not self.bound:
+            raise SettingsError(
+                f"this boot works {self.queue.dir} off, where undeliverable messages go: it would put them there for"
+                " ever; set Router.UNDELIVERABLE_QUEUE = None in it"
+            )
 
     def reserve(self, n: int) -> list[Job]:
         """Claim up to n jobs. Raises QueueError."""
@@ -112,7 +133,7 @@ class Source:
 
     def _expire(self, job: Job) -> None:
         late = Dead("it came too late: its time to live was over")
-        self._settle_job(job, late if self.keep else EXPIRED)
+        self._settle_job(job, late if self.archive is not None else EXPIRED)
 
     def _split(self, job: Job, calls: list[Call], left: list[MailRequest]) -> None:
         """Replace a job by one for each call of its plan (rule 1), and one for each part that nothing takes."""
@@ -167,7 +188,7 @@ class Source:
 
     def _settle_job(self, job: Job, outcome: Outcome, puts: Sequence[Put] = ()) -> None:
         """Settle, and say so."""
-        if isinstance(outcome, Done) and self.keep:
+        if isinstance(outcome, Done) and self.archive is not None:
             outcome = KEPT
         kept = self._store(job, outcome, puts)
         events.tell_puts(puts, kept)
@@ -186,6 +207,16 @@ class Source:
             self.owed.append((job, f"it could not be settled: {reason_of(error)}"))
             store.wake()  # the fetcher tries to give it back
             raise Owed(job.key) from error
+
+    def purge(self) -> None:
+        """Delete what has been kept long enough."""
+        for state, kept_for in (("done", self.archive), ("dead", self.keep_dead)):
+            if kept_for is None:
+                continue
+            try:
+                self.queue.backend.purge(state, before=clock.now() - kept_for)
+            except QueueError as error:
+                LOG.error("What is %s in %s could not be purged: %s", state, self.queue.dir, error)
 
     def give_back_owed(self) -> None:
         """Give back what could not be settled, uncounted; as often as it takes."""

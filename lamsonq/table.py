@@ -78,12 +78,22 @@ class Table:
 def build_table(modules: Iterable[str], captures: Mapping[str, str]) -> Table:
     """The table of these imported modules. Raises RouteError, with file and line of the decorator."""
     table = Table()
+    named: dict[str, Callable[..., Any]] = {}
     for name in modules:
         marked = MODULES.get(name) or ModuleMarks()
         table.modules[name] = marked.state_key
         for function in marked.functions:
             _add(table, name, function, captures)
+            _check_name(named, function)
     return table
+
+
+def _check_name(named: dict[str, Callable[..., Any]], function: Callable[..., Any]) -> None:
+    """A request type means one function. Raises RouteError."""
+    name = marks_of(function).name
+    if name is not None and named.setdefault(name, function) is not function:
+        both = " and ".join(f"{f.__module__}.{f.__name__}" for f in (named[name], function))
+        raise RouteError(f"@deferrable(name={name!r}) is said of both {both}: a request type means one function")
 
 
 def _add(table: Table, module: str, function: Callable[..., Any], captures: Mapping[str, str]) -> None:

@@ -25,7 +25,7 @@ from queue import Empty, SimpleQueue
 from lamsonq import clock, deferred, events, schedule
 from lamsonq.about import About, about, within
 from lamsonq.attempt import Attempt, Spawn
-from lamsonq.errors import Dead, Later, LeaseLost, QueueError, SettingsError, reason_of
+from lamsonq.errors import Dead, Later, LeaseLost, QueueError, reason_of
 from lamsonq.jobs import Job, Limit, Outcome, Put, Tick
 from lamsonq.mail import MailRequest
 from lamsonq.queue import Queue
@@ -57,7 +57,7 @@ class QueueReceiver:
     """Works queues off. Many may work on one queue, in threads, processes or both.
 
     `queue_dir` names the queue (a folder or a URL) or is a Queue; or it is several, `["run/posts", "run/bulk"]`,
-    also with weights, `{"run/posts": 3, "run/bulk": 1}`, or QueueReceivers, each with its own `router` or `deliver`.
+    also with weights, `{"run/posts": 3, "run/bulk": 1}`, or QueueReceivers, each with handlers of its own.
 
     - `sleep` is after how many seconds an idle receiver says so in the log again: a file that appears wakes it at once.
     - `size_limit` (bytes, 0 = none) and `oversize_dir` say what becomes of larger messages.
@@ -98,16 +98,29 @@ class QueueReceiver:
         self.deliver = deliver
         self.router = router
         self.bound = bound
+        limits = tuple(limits)
         self.sources: list[Source] = []
         for item, share in _shares(queue_dir, weight):
             if isinstance(item, QueueReceiver):
-                self.sources += item.sources
+                self.sources += item._parts()
                 continue
             if not isinstance(item, Queue):
                 item = Queue(item, pop_limit=size_limit, oversize_dir=oversize_dir)
             elif size_limit or oversize_dir:
                 raise TypeError("give pop_limit and oversize_dir to the Queue: this one is made already")
-            self.sources.append(Source(item, deliver, router, bound=bound, weight=share, keep=archive is not None))
+            self.sources.append(
+                Source(
+                    item,
+                    deliver,
+                    router,
+                    bound=bound,
+                    weight=share,
+                    timeout=timeout,
+                    limits=limits,
+                    archive=archive,
+                    keep_dead=keep_dead,
+                )
+            )
         if not self.sources:
             raise ValueError("a QueueReceiver needs at least one queue")
         self.queue = self.sources[0].queue
@@ -117,9 +130,6 @@ class QueueReceiver:
         self.timeout = timeout
         self.empty_rounds = shutdown_after_number_of_empty_iterations
         self.max_jobs = max_jobs
-        self.limits = tuple(limits)
-        self.archive = archive
-        self.keep_dead = keep_dead
         self.stuck = False
         self.worn_out = False
         self.retired = False
@@ -144,22 +154,20 @@ class QueueReceiver:
         self._ticked: dict[str, float] = {}
         self._failure: BaseException | None = None
 
+    def _parts(self) -> list[Source]:
+        """The queues of a receiver that is a part of another. Raises TypeError for what only the whole can have."""
+        if self.max_jobs is not None or self.empty_rounds is not None:
+            raise TypeError(
+                "max_jobs and shutdown_after_number_of_empty_iterations are for a whole receiver: give them to the outer one"
+            )
+        return self.sources
+
     # -- the receiver's life -----------------------------------------------------------------------------------
 
     def bind(self) -> None:
         """Make the queues' folders, so that what cannot be used refuses the boot. Raises Refusal."""
         for source in self.sources:
-            source.queue.backend.release_stale()
-            if self.limits:
-                source.queue.backend.limit(self.limits)
-            if source.deliver is None:
-                source.router.check()
-                undeliverable = source.router.UNDELIVERABLE_QUEUE
-                if undeliverable is not None and undeliverable.backend is source.queue.backend and not source.bound:
-                    raise SettingsError(
-                        f"this boot works {source.queue.dir} off, where undeliverable messages go: it would put them"
-                        " there for ever; set Router.UNDELIVERABLE_QUEUE = None in it"
-                    )
+            source.bind()
 
     def listening(self) -> str:
         queues = " and ".join(source.queue.dir for source in self.sources)
@@ -439,7 +447,7 @@ class QueueReceiver:
     def _give_up_the_late(self) -> None:
         now = time.monotonic()
         for attempt, (source, job) in list(self._running.items()):
-            timeout = attempt.call.policy.timeout or self.timeout
+            timeout = attempt.call.policy.timeout or source.timeout
             if attempt.started is None or now - attempt.started <= timeout:
                 continue
             cancelled = attempt.can_be_cancelled()  # a thread that hangs is lost
@@ -532,16 +540,10 @@ class QueueReceiver:
         self._next_tick = min((schedule.next_after(deferred.schedule_of(f), now) for f in functions), default=None)
 
     def _purge(self) -> None:
-        if (self.archive is None and self.keep_dead is None) or time.monotonic() < self._purge_at:
-            return
-        self._purge_at = time.monotonic() + PURGE_EVERY
-        for source in self.sources:
-            for state, kept_for in (("done", self.archive), ("dead", self.keep_dead)):
-                if kept_for is not None:
-                    try:
-                        source.queue.backend.purge(state, before=clock.now() - kept_for)
-                    except QueueError as error:
-                        LOG.error("What is %s in %s could not be purged: %s", state, source.queue.dir, error)
+        if time.monotonic() >= self._purge_at:
+            self._purge_at = time.monotonic() + PURGE_EVERY
+            for source in self.sources:
+                source.purge()
 
 
 def _shares(

@@ -234,7 +234,7 @@ def _job(name: Name, block: bytes, body: bytes, received: float, claim: str) -> 
         recipients=record.recipients,
         peer=record.peer,
         target=record.target,
-        received=record.received,
+        received=record.received or received,
         due=name.due / 1000 if name.due else None,
         expires=name.expires / 1000 if name.expires else None,
         priority=name.priority,

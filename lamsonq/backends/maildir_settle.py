@@ -62,7 +62,10 @@ def fate_of(job: Job, name: Name, outcome: Outcome, now: float) -> Fate:
     name = name._replace(failures=failures, errors=1)
     if isinstance(outcome, Dead):
         return Fate(DEAD, name.text(), report, unique=unique)
-    return Fate(DELAYED, name._replace(due=milliseconds(due_after(outcome, failures, now))).text(), report)
+    due = due_after(outcome, failures, now)
+    if due <= now:  # a name tells milliseconds, which are rounded up: it would be found a moment too late
+        return Fate(READY, name.text(), report)
+    return Fate(DELAYED, name._replace(due=milliseconds(due)).text(), report)
 
 
 def given_back(name: Name) -> Name:

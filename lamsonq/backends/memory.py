@@ -12,7 +12,6 @@ import os
 import secrets
 import threading
 import time
-import weakref
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
@@ -54,16 +53,13 @@ class _Store:
         self.paused = False
 
 
-_stores: weakref.WeakValueDictionary[str, _Store] = weakref.WeakValueDictionary()
+_stores: dict[str, _Store] = {}
 _stores_lock = threading.Lock()
 
 
 def _store_of(name: str) -> _Store:
     with _stores_lock:
-        store = _stores.get(name)
-        if store is None:
-            store = _stores[name] = _Store()
-        return store
+        return _stores.setdefault(name, _Store())
 
 
 class Memory:

@@ -947,3 +947,51 @@ async def sleeps_a_little() -> None:
 def test_a_function_found_by_its_own_name_or_its_request_type(jobs: Queue) -> None:
     assert deferred.find("send_email") is deferred.find(f"{__name__}.send_email") is not None
     assert deferred.find("os.system") is None
+
+
+def test_a_request_type_means_one_function(module: Module, jobs: Queue) -> None:
+    source = "from lamsonq.deferred import deferrable\n@deferrable(name='twice')\ndef {}(): pass\n"
+    one, two = module(source.format("one")), module(source.format("two"))
+    with pytest.raises(RouteError, match="is said of both"):
+        RoutingBase().load([one, two])
+    with pytest.raises(TypeError, match=r"'twice' means .*one: give .*two another name="):
+        sys.modules[two].two.later()
+
+
+@deferrable
+def of_unknown_type(team: Unknown) -> None: ...
+
+
+def test_an_argument_whose_type_cannot_travel_is_a_dead_letter(jobs: Queue, work: Callable[[], int]) -> None:
+    publish(jobs, f"{__name__}.of_unknown_type", {"team": 1})
+    assert work() == 1
+    [key] = jobs.backend.keys("dead")
+    assert "carries(Unknown" in jobs.backend.report(key)
+
+
+class Unknown:
+    """A type that nobody has said how it travels."""
+
+
+def test_a_queue_in_memory_is_not_forgotten_while_others_are_used(jobs: Queue) -> None:
+    note.later(1)
+    name = jobs.dir
+    for number in range(300):
+        Queue(f"memory:other{number}")
+    assert Queue(name).count() == 1
+
+
+def test_an_eager_call_knows_its_job(jobs: Queue) -> None:
+    with eager():
+        send_email.later("a@b.example")
+    assert SEEN == [("a@b.example", "", {})]
+
+
+@pytest.mark.parametrize("url", ["run/q", "sqlite:run/q.db", "memory:at-once"])
+def test_what_is_tried_again_at_once_is_tried_again_in_the_same_round(url: str, here: Path, frozen: Clock) -> None:
+    one = Queue(url)
+    frozen.now += 0.0004
+    for _ in range(20):
+        crashes_at_once.using(queue=one).later()
+    QueueReceiver(one, router=RoutingBase()).start(one_shot=True)
+    assert one.backend.counts()["dead"] == 20

@@ -301,3 +301,28 @@ def resident() -> int:
     """Bytes of memory that this process has."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+# -- a receiver in a receiver --------------------------------------------------------------------------------------
+
+
+def test_the_parts_of_a_receiver_keep_what_was_said_of_them(mail: Mail, frozen: Clock) -> None:
+    one, other = queue(), queue()
+    part = QueueReceiver(one, deliver=lambda _: None, archive=100)
+    whole = QueueReceiver([part, QueueReceiver(other, deliver=lambda _: None)])
+    for each in (one, other):
+        each.push(mail())
+    whole.start(one_shot=True)
+    assert (one.backend.counts()["done"], other.backend.counts()["done"]) == (1, 0)
+    frozen.now += 101
+    whole._purge_at = 0.0
+    whole.start(one_shot=True)
+    assert one.backend.counts()["done"] == 0
+    limited = QueueReceiver(queue(), deliver=lambda _: None, limits=[Limit("sender", concurrency=1)])
+    with pytest.raises(SettingsError, match="limits per key"):
+        QueueReceiver([limited]).bind()
+
+
+def test_what_ends_a_receiver_is_said_of_the_whole() -> None:
+    with pytest.raises(TypeError, match="the outer one"):
+        QueueReceiver([QueueReceiver(queue(), deliver=lambda _: None, max_jobs=3)])
