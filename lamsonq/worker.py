@@ -158,7 +158,7 @@ class QueueReceiver:
         """The queues of a receiver that is a part of another. Raises TypeError for what only the whole can have."""
         if self.max_jobs is not None or self.empty_rounds is not None:
             raise TypeError(
-                "max_jobs and shutdown_after_number_of_empty_iterations are for a whole receiver: give them to the outer one"
+                "max_jobs and shutdown_after_number_of_empty_iterations are for a whole receiver: for the outer one"
             )
         return self.sources
 
