@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,11 +84,9 @@ class Page:
 
 
 class Run:
-    """A reader who types a page's blocks into a session in the current folder, with his queues in one kind of store.
-    `without` are modules, and whether each is missing: then a block that imports from it is passed over."""
+    """A reader who types a page's blocks into a session in the current folder, with his queues in one kind of store."""
 
-    def __init__(self, page: Page, store: str = "memory", without: Mapping[str, bool] | None = None) -> None:
-        self._missing = [name for name, missing in (without or {}).items() if missing]
+    def __init__(self, page: Page, store: str = "memory") -> None:
         number = next(_numbers)
         self.page = page
         self.queue = STORES[store].format(number)
@@ -104,8 +102,6 @@ class Run:
         source = _QUEUE.sub(self.queue, block.source)
         if block.path is not None:
             self._write(block.path, source)
-            return
-        if any(f"from {name} " in source for name in self._missing):
             return
         code = compile("\n" * block.line + source, str(DOCS / self.page.name), "exec")
         exec(code, vars(self.module))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,12 +10,14 @@ from pathlib import Path
 import pytest
 
 from lamsonq import events
+from lamsonq.deferred import deferrable
+from lamsonq.queue import Queue
+from lamsonq.testing import drain
 
 from .pages import STORES, Page, Run
 
 PAGE = Page("queues.md")
-WITHOUT = {"opentelemetry": importlib.util.find_spec("opentelemetry") is None}
-"""What a block needs that is no dependency of ours, and whether it is missing here."""
+TRACING = "OpenTelemetry"  # its block needs a library that is no dependency of ours
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +34,7 @@ def read(here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str]
     runs: list[Run] = []
 
     def begin(store: str) -> Run:
-        runs.append(Run(PAGE, store, WITHOUT))
+        runs.append(Run(PAGE, store))
         monkeypatch.setenv("LAMSONQ_QUEUE", runs[-1].url("jobs"))
         return runs[-1]
 
@@ -43,7 +44,7 @@ def read(here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str]
 
 
 @pytest.mark.parametrize("store", STORES)
-@pytest.mark.parametrize("section", PAGE.sections())
+@pytest.mark.parametrize("section", [section for section in PAGE.sections() if section != TRACING])
 def test_the_blocks_run(section: str, store: str, read: Callable[[str], Run]) -> None:
     read(store).section(section)
 
@@ -54,3 +55,24 @@ def test_the_tests_that_it_shows_pass(section: str, here: Path, read: Callable[[
     read("memory").section(section)
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", path], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+def test_spans_of_a_job_stand_under_the_span_that_put_it(read: Callable[[str], Run], jobs: Queue) -> None:
+    trace = pytest.importorskip("opentelemetry.trace", reason="the block is for those who have OpenTelemetry")
+    sdk = pytest.importorskip("opentelemetry.sdk.trace")
+    names = vars(read("memory").section(TRACING))
+    assert isinstance(names["OpenTelemetry"].NAMESPACE, str)
+    tracer = sdk.TracerProvider().get_tracer("test")
+    spans = []
+
+    @deferrable
+    def work() -> None:
+        spans.append(trace.get_current_span().get_span_context())
+        with tracer.start_as_current_span("inner") as span:
+            spans.append(span.get_span_context())
+
+    with tracer.start_as_current_span("outer") as outer:
+        work.using(queue=jobs).later()
+    assert drain(jobs) == 1
+    assert {span.trace_id for span in spans} == {outer.get_span_context().trace_id}
+    assert spans[0].span_id == outer.get_span_context().span_id
