@@ -199,8 +199,8 @@ class Source:
 
 
 def _bound(job: Job, call: Call, number: int) -> Job:
-    """The job that stands for one call of another job's plan. One without a name is what a conversation asks for that is
-    in a queue, or in no function here: were its job bound to nothing, it would ask for all calls again."""
+    """The job that stands for one call of another job's plan. One without a name is what a conversation asks for that
+    is in a queue, or in no function here: were its job bound to nothing, it would ask for all calls again."""
     child = _for_recipient(job, call.recipient, number)
     return replace(child, target=call.name or CONVERSATION, metadata={**job.metadata, "route": call.route})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import sys
 import threading
 import time
@@ -257,3 +258,46 @@ def test_a_dead_letter_says_what_its_function_said(mail: Mail) -> None:
     QueueReceiver(one, deliver=refuse).start(one_shot=True)
     [key] = one.backend.keys("dead")
     assert "attempt 1: no such list" in one.backend.report(key)
+
+
+# -- a thousand at once --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_thousand_functions_await_in_one_process_in_few_threads_and_little_memory(module: Module, mail: Mail) -> None:
+    one, router = queue(), RoutingBase()
+    name = module(
+        """
+        import asyncio
+        NOW, MOST = [0], [0]
+
+        @route("desk@example.com")
+        @stateless
+        async def START(message):
+            NOW[0] += 1
+            MOST[0] = max(MOST[0], NOW[0])
+            await asyncio.sleep(1.5)
+            NOW[0] -= 1
+            CALLS.append(1)
+        """
+    )
+    router.load([name])
+    for _ in range(3000):
+        one.push(mail())
+    before, memory = threading.active_count(), resident()
+    receiver = QueueReceiver(one, router=router, workers=8)
+    threads: list[int] = []
+    watcher = threading.Timer(1.0, lambda: threads.append(threading.active_count()))
+    watcher.start()
+    receiver.start(one_shot=True)
+    watcher.join()
+    assert len(sys.modules[name].CALLS) == 3000
+    assert sys.modules[name].MOST[0] > 900
+    assert threads[0] - before < 15
+    assert resident() - memory < 64 * 2**20
+
+
+def resident() -> int:
+    """Bytes of memory that this process has."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
