@@ -20,10 +20,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import lamsonq
 from lamsonq.marks import MODULES
 
-DOCS = Path(lamsonq.__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 STORES = {"memory": r"memory:{0}/\1", "maildir": r"run/\1", "sqlite": r"sqlite:run/queues.db?queue=\1"}
 """What "run/NAME" is in each kind of store."""
 
