@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import os
 import re
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from lamsonq.backends.maildir_files import STATES, Folders, Oversize, Unreadable, read_job
-from lamsonq.backends.maildir_index import Index
+from lamsonq.backends.maildir_files import FOLDERS, STATES, Folders, Oversize, Unreadable, read_job
+from lamsonq.backends.maildir_index import Index, put_at
 from lamsonq.backends.maildir_names import is_deleted, parse_name
 from lamsonq.errors import Refusal
 from lamsonq.jobs import Job
@@ -26,7 +25,6 @@ from lamsonq.queue import message_of
 
 _MESSAGE_ID = re.compile(rb"^message-id:\s*(\S+)", re.IGNORECASE | re.MULTILINE)
 _HEADER_END = re.compile(rb"\r?\n\r?\n")
-_SECONDS = re.compile(r"([0-9]{9,11})\.")
 
 
 @dataclass
@@ -37,6 +35,7 @@ class QueueReport:
     delayed: int = 0
     reserved: int = 0
     dead: int = 0
+    done: int = 0
     held: int = 0
     tmp: int = 0
     broken: dict[str, str] = field(default_factory=dict)
@@ -64,6 +63,7 @@ class Report:
     def _lines(self) -> Iterator[str]:
         for path, queue in self.queues.items():
             jobs = f"ready {queue.ready}, delayed {queue.delayed}, reserved {queue.reserved}, dead {queue.dead}"
+            jobs += f", done {queue.done}" if queue.done else ""
             yield f"{path}: {jobs}; left over: held {queue.held}, tmp {queue.tmp}; broken {len(queue.broken)}"
             for name, reason in queue.broken.items():
                 yield f"  {name}: {reason}"
@@ -90,7 +90,7 @@ def check(run: str | Path, accepted: Iterable[str] = (), handled: Iterable[str] 
             ids = _look(path, state, file, queue)
             wanted -= ids
         queue.held = _count(path / "held")
-        queue.tmp = sum(_count(path / sub) for sub in ("tmp", ".delayed/tmp", ".dead/tmp"))
+        queue.tmp = sum(_count(path / sub) for sub in ("tmp", ".delayed/tmp", ".dead/tmp", ".done/tmp"))
     report.missing = sorted(wanted)
     report.accounted -= len(wanted)
     return report
@@ -103,19 +103,8 @@ def counts(run: str | Path) -> dict[Path, dict[str, int]]:
 
 def oldest(queue: Path, now: float) -> float | None:
     """How long the oldest ready job of a queue has waited, in seconds; None when there is none. Reads names only."""
-    index = Index(Folders(str(queue)))
-    born = [_born(index, key) for key in index.keys("ready")]
-    return round(max(0.0, now - min(born)), 1) if born else None
-
-
-def _born(index: Index, key: str) -> float:
-    """When a job came: its key says so, and where another program has chosen that, its file."""
-    if number := _SECONDS.match(key):
-        return float(number[1])
-    try:
-        return os.stat((index.find(key) or ("", key))[1]).st_mtime
-    except OSError:  # taken while we looked
-        return time.time()
+    path = Index(Folders(str(queue))).oldest()
+    return None if path is None else round(max(0.0, now - min(now, put_at(path)[0])), 1)
 
 
 def queues(run: str | Path) -> Iterator[Path]:
@@ -129,7 +118,7 @@ def queues(run: str | Path) -> Iterator[Path]:
             inner[:] = [name for name in inner if name not in _OWN]
 
 
-_OWN = {"new", "cur", "tmp", "claimed", "held", "errors", ".delayed", ".dead"}
+_OWN = {folder.partition("/")[0] for folder in FOLDERS}
 
 
 def read_ids(path: str | None) -> list[str]:

@@ -9,19 +9,23 @@ Rules:
    however the process ends, so no clock can break a claim and none outlives its worker.
 2. Whoever gets the lock of another worker knows that it is dead, and is the only one who acts on it.
 3. The lock is made before the folder and goes after it: a folder without a lock is one whose lock was deleted by hand.
-4. A forked child closes its copies of the lock, which does not release it, and starts as a worker of its own.
+4. What a worker has written into its lock, "forgiven 17", tells that its claims up to that number are not to be counted
+   against their jobs: it is being stopped, and may be killed.
+5. A forked child closes its copies of the lock, which does not release it, and starts as a worker of its own.
 """
 
 from __future__ import annotations
 
-import fcntl
-import logging
 import os
-import secrets
 import weakref
 from collections.abc import Iterator
 
+<<<<<<< HEAD
 _LOCK = ".lock"
+_FORGIVEN = "forgiven "
+=======
+from lamsonq.backends.lives import LOCK, new_lock, take_lock
+>>>>>>> q-sqlite
 
 
 class Worker:
@@ -29,7 +33,7 @@ class Worker:
 
     def __init__(self, claimed: str) -> None:
         """Raises OSError."""
-        self.id, fd = _new_lock(claimed)
+        self.id, fd = new_lock(claimed)
         self.folder = os.path.join(claimed, self.id)
         os.mkdir(self.folder, 0o700)
         self._fd = fd
@@ -39,29 +43,14 @@ class Worker:
         """Stop being a worker: what is still in the folder is found by the next reaper."""
         self._finalizer()
 
+    def forgive(self, number: int) -> None:
+        """Its claims up to this number are not to count when it dies. Raises OSError."""
+        os.pwrite(self._fd, f"{_FORGIVEN}{number}\n".encode("ascii"), 0)
+
     def forget(self) -> None:
         """In a forked child: the worker is the parent."""
         if self._finalizer.detach() is not None:
             os.close(self._fd)
-
-
-def _new_lock(claimed: str) -> tuple[str, int]:
-    while True:
-        worker = f"{os.getpid()}.{secrets.token_hex(4)}"
-        path = os.path.join(claimed, worker + _LOCK)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        if _locked(fd, path):  # between the two lines a reaper may have taken the new lock for a dead one
-            return worker, fd
-        os.close(fd)
-
-
-def _locked(fd: int, path: str) -> bool:
-    """Take the lock, unless somebody holds it or it is no longer the one behind this path."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(fd), os.stat(path))
-    except (BlockingIOError, FileNotFoundError):
-        return False
 
 
 def _retire(folder: str, fd: int) -> None:
@@ -77,24 +66,32 @@ def _remove(folder: str) -> None:
     except OSError:  # not empty: the lock stays, so that the next reaper looks at it
         return
     try:
-        os.unlink(folder + _LOCK)
+        os.unlink(folder + LOCK)
     except FileNotFoundError:
         pass
 
 
-def dead_workers(claimed: str, own: str | None) -> Iterator[str]:
-    """The folder of each dead worker, locked while the caller deals with it; an emptied one is removed after that."""
+def dead_workers(claimed: str, own: str | None) -> Iterator[tuple[str, int]]:
+    """The folder of each dead worker, and the number up to which its claims are forgiven; it is locked while the caller
+    deals with it, and removed after that if it is empty."""
     names = set(os.listdir(claimed))
-    for worker in sorted({name.removesuffix(_LOCK) for name in names} - {own}):
+    for worker in sorted({name.removesuffix(LOCK) for name in names} - {own}):
         folder = os.path.join(claimed, worker)
-        fd = _take_lock(folder + _LOCK, new=worker + _LOCK not in names)
+        fd = take_lock(folder + LOCK, new=worker + LOCK not in names)
         if fd is None:
             continue
         try:
-            yield folder
+            yield folder, _forgiven(fd)
             _remove(folder)
         finally:
             os.close(fd)
+<<<<<<< HEAD
+
+
+def _forgiven(fd: int) -> int:
+    told = os.pread(fd, 64, 0).decode("ascii", "replace").partition("\n")[0]
+    number = told.removeprefix(_FORGIVEN)
+    return int(number) if told != number and number.isdecimal() else 0
 
 
 def _take_lock(path: str, *, new: bool) -> int | None:
@@ -110,3 +107,5 @@ def _take_lock(path: str, *, new: bool) -> int | None:
         return fd
     os.close(fd)
     return None
+=======
+>>>>>>> q-sqlite
