@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+import re
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -9,14 +13,21 @@ from pathlib import Path
 
 import pytest
 
-from lamsonq import events
-from lamsonq.deferred import deferrable
+import lamsonq
+from lamsonq import events, policy
+from lamsonq.deferred import current_job, deferrable, deferrable_backoff
+from lamsonq.errors import QueueError, SettingsError
+from lamsonq.jobs import Limit, exponential
+from lamsonq.mail import MailRequest
+from lamsonq.policy import priority_of
 from lamsonq.queue import Queue
-from lamsonq.testing import drain
+from lamsonq.testing import FrozenClock, drain
+from lamsonq.worker import QueueReceiver
 
 from .pages import STORES, Page, Run
 
 PAGE = Page("queues.md")
+SOURCES = "".join(path.read_text() for path in Path(lamsonq.__file__).parent.glob("*.py"))
 TRACING = "OpenTelemetry"  # its block needs a library that is no dependency of ours
 
 
@@ -55,6 +66,144 @@ def test_the_tests_that_it_shows_pass(section: str, here: Path, read: Callable[[
     read("memory").section(section)
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", path], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+# ---- producers in any language -----------------------------------------------------------------------------------
+
+PRODUCERS = "Producers in any language"
+GOT: list[tuple[str, dict[str, str]]] = []
+
+
+@deferrable(name="send_email")
+def send_email(to: str) -> None:
+    job = current_job()
+    assert job is not None
+    GOT.append((to, dict(job.metadata)))
+
+
+def test_a_shell_puts_a_job_into_a_maildir(here: Path) -> None:
+    GOT.clear()
+    queue = Queue("run/jobs")
+    QueueReceiver(queue).bind()
+    [script] = [block.source for block in PAGE.of(PRODUCERS, "sh")]
+    for _ in range(2):
+        subprocess.run(["sh", "-euc", script], check=True)
+    assert drain(queue) == 2
+    assert GOT == [("joe@example.org", {})] * 2
+
+
+@pytest.mark.parametrize(("fields", "runs"), [("p5x4102444800000", 1), ("x1000000000000", 0)])
+def test_the_fields_of_a_files_name_and_line_are_those_that_it_lists(here: Path, fields: str, runs: int) -> None:
+    GOT.clear()
+    queue = Queue("run/jobs")
+    QueueReceiver(queue).bind()
+    told = dict.fromkeys(name for row in fields_of("Into a maildir") for name in row)
+    assert list(told) == ["target", "metadata", "sender", "recipients", "received"]
+    record = {"target": "send_email", "metadata": {"source": "c"}, "received": 1.0}
+    line = f"X-Lamsonq-Job: {json.dumps(record)}\n".encode()
+    name = f"1244080328.M408474P3147Q4.host,LQ=1b{len(line)}o1{fields}"
+    Path("run/jobs/new", name).write_bytes(line + b'{"to": "c"}')
+    [key] = queue.keys()
+    job = queue.backend.get(key)
+    assert job is not None
+    assert (job.priority, job.received) == (5 if "p5" in fields else 0, 1.0)
+    drain(queue)
+    assert GOT == [("c", {"source": "c"})] * runs
+
+
+def test_a_message_with_its_envelope_is_a_file_too(here: Path) -> None:
+    queue = Queue("run/posts")
+    QueueReceiver(queue).bind()
+    line = b'X-Lamsonq-Job: {"sender": "a@b.example", "recipients": ["c@d.example"]}\n'
+    Path("run/posts/new", f"1.M1P1Q1.host,LQ=1b{len(line)}").write_bytes(line + b"Subject: x\n\n")
+    seen: list[MailRequest] = []
+    assert drain(queue, deliver=seen.append) == 1
+    assert (seen[0].From, seen[0].To, seen[0]["subject"]) == ("a@b.example", "c@d.example", "x")
+
+
+def fields_of(part: str) -> list[list[str]]:
+    """The words in the first column of the table below a heading of third order."""
+    text = PAGE.text.partition(f"\n### {part}\n")[2].partition("\n#")[0]
+    return [re.findall(r"`(\w+)`", line.split("|")[1]) for line in text.splitlines() if line.startswith("| `")]
+
+
+def test_a_statement_puts_a_job_into_a_sqlite_file(here: Path, time_now: FrozenClock) -> None:
+    GOT.clear()
+    queue = Queue("sqlite:run/q.db?queue=jobs")
+    assert queue.count() == 0
+    [statement] = [block.source for block in PAGE.of(PRODUCERS, "sql")]
+    with sqlite3.connect("run/q.db") as database:
+        database.execute(statement)
+        columns = {row[1] for row in database.execute("pragma table_info(jobs)")}
+        assert {name for row in fields_of("Into an SQLite file") for name in row} <= columns
+    assert drain(queue) == 1
+    assert GOT == [("joe@example.org", {})]
+    GOT.clear()
+    insert = "insert into jobs (queue, target, body, metadata, due, expires, priority, uniq) values (?,?,?,?,?,?,?,?)"
+    body, source = '{"to": "%s"}', '{"source": "%s"}'
+    now = time_now.now
+    with sqlite3.connect("run/q.db") as database:
+        database.execute(insert, ("jobs", "send_email", body % "late", source % 1, now + 60, None, 0, "u"))
+        database.execute(insert, ("jobs", "send_email", body % "gone", source % 2, None, now - 1, 0, None))
+        database.execute(insert, ("jobs", "send_email", body % "second", source % 3, None, None, 9, None))
+        database.execute(insert, ("jobs", "send_email", body % "first", source % 4, None, None, 1, None))
+        with pytest.raises(sqlite3.IntegrityError):
+            database.execute(insert, ("jobs", "send_email", body % "like", source % 5, None, None, 0, "u"))
+    drain(queue)
+    assert GOT == [("first", {"source": "4"}), ("second", {"source": "3"})]
+    time_now.tick(61)
+    drain(queue)
+    assert GOT[2:] == [("late", {"source": "1"})]
+
+
+# ---- tables and sentences ----------------------------------------------------------------------------------------
+
+
+def test_the_table_of_policies_has_every_parameter_and_its_default() -> None:
+    rows = {row[0].strip("`"): row[1] for row in PAGE.rows("Policies")}
+    parameters = {name: p for name, p in inspect.signature(deferrable).parameters.items() if name != "function"}
+    assert rows.keys() == parameters.keys()
+    for name in ("delay_seconds", "ttl_seconds", "debounce_seconds", "priority"):
+        assert rows[name][0] == "0" == str(parameters[name].default)
+    for name in ("debounce_always_delay", "use_exponential_backoff", "unique"):
+        assert rows[name] == f"`{parameters[name].default}`"
+    assert rows["max_attempts"] == str(policy.MAX_ATTEMPTS)
+    assert rows["timeout"].endswith(f"{inspect.signature(QueueReceiver).parameters['timeout'].default:g} s")
+    assert policy.GIVE_UP_AFTER == 5 * 86400
+    assert policy.DEFAULT.error_classes == (Exception,)
+    assert [deferrable_backoff(n) for n in (1, 2, 3, 4, 5, 20)] == [4, 6, 10, 18, 34, 900]
+    spans = [[exponential(failures) for _ in range(100)] for failures in (1, 2, 50)]
+    assert [(2 <= min(span), max(span) <= top) for span, top in zip(spans, (4, 8, 3600), strict=True)] == [(True, True)] * 3
+    assert "to 4294967295" in PAGE.text
+    assert priority_of(2**40) == 4294967295
+
+
+def test_the_table_of_events_has_every_event() -> None:
+    named = {name for row in PAGE.rows("Events and metadata") for name in re.findall(r"`(\w+)`", row[0])}
+    told = set(re.findall(r'tell\("(\w+)"', SOURCES)) | {
+        name for pair in re.findall(r'tell\("(\w+)" if \w+ else "(\w+)"', SOURCES) for name in pair
+    }
+    assert named == told
+
+
+def test_the_table_of_stores_says_what_each_can() -> None:
+    heads = re.search(r"^\| \| (`.*`) \|$", PAGE.text_of("Choosing a store"), re.MULTILINE)
+    assert heads
+    urls = [url.strip(" `") for url in heads[1].split("|")]
+    rows = {row[0]: row[1:] for row in PAGE.rows("Choosing a store")}
+    for number, url in enumerate(urls):
+        able = Queue(url).backend.capabilities
+        assert (rows["limits per key"][number] == "yes") == ("limits" in able)
+        assert (rows["in your transaction (`conn`)"][number] == "yes") == ("transactions" in able)
+        assert (rows["worked by"][number] == "this process") == ("processes" not in able)
+
+
+def test_the_options_of_the_table_are_refused_where_a_store_cannot(here: Path) -> None:
+    for url in ("memory:posts", "run/posts"):
+        with pytest.raises(SettingsError, match="sqlite"):
+            QueueReceiver(url, deliver=print, limits=[Limit("sender", rate=1)]).bind()
+        with pytest.raises(QueueError, match="conn"):
+            Queue(url).push("x", conn=object())
 
 
 def test_spans_of_a_job_stand_under_the_span_that_put_it(read: Callable[[str], Run], jobs: Queue) -> None:
