@@ -20,12 +20,9 @@ import os
 import weakref
 from collections.abc import Iterator
 
-<<<<<<< HEAD
-_LOCK = ".lock"
-_FORGIVEN = "forgiven "
-=======
 from lamsonq.backends.lives import LOCK, new_lock, take_lock
->>>>>>> q-sqlite
+
+_FORGIVEN = "forgiven "
 
 
 class Worker:
@@ -85,27 +82,9 @@ def dead_workers(claimed: str, own: str | None) -> Iterator[tuple[str, int]]:
             _remove(folder)
         finally:
             os.close(fd)
-<<<<<<< HEAD
 
 
 def _forgiven(fd: int) -> int:
     told = os.pread(fd, 64, 0).decode("ascii", "replace").partition("\n")[0]
     number = told.removeprefix(_FORGIVEN)
     return int(number) if told != number and number.isdecimal() else 0
-
-
-def _take_lock(path: str, *, new: bool) -> int | None:
-    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT | os.O_EXCL if new else 0)
-    try:
-        fd = os.open(path, flags, 0o600)
-    except (FileNotFoundError, FileExistsError):
-        return None
-    except OSError as error:
-        logging.warning("Cannot look whether the worker of %r lives: %s", path, error.strerror)
-        return None
-    if _locked(fd, path):
-        return fd
-    os.close(fd)
-    return None
-=======
->>>>>>> q-sqlite
