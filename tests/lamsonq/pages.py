@@ -92,6 +92,9 @@ class Run:
         self.module = types.ModuleType(f"page_{number}")
         sys.modules[self.module.__name__] = self.module
         self._mine = {self.module.__name__}
+        self._others = dict(MODULES)  # whose functions may have the same names
+        MODULES.clear()
+        os.makedirs("run", exist_ok=True)
 
     def url(self, name: str) -> str:
         """Where the page's queue run/NAME is."""
@@ -128,7 +131,8 @@ class Run:
         """Forget the session and what it has imported."""
         for name in self._mine:
             sys.modules.pop(name, None)
-            MODULES.pop(name, None)
+        MODULES.clear()
+        MODULES.update(self._others)
 
 
 def is_python(source: str) -> bool:

@@ -74,15 +74,23 @@ PRODUCERS = "Producers in any language"
 GOT: list[tuple[str, dict[str, str]]] = []
 
 
-@deferrable(name="send_email")
-def send_email(to: str) -> None:
-    job = current_job()
-    assert job is not None
-    GOT.append((to, dict(job.metadata)))
-
-
-def test_a_shell_puts_a_job_into_a_maildir(here: Path) -> None:
+@pytest.fixture
+def worker(read: Callable[[str], Run]) -> Iterator[None]:
+    """A process that knows one request type, send_email."""
+    session = read("memory")
     GOT.clear()
+
+    def send_email(to: str) -> None:
+        job = current_job()
+        assert job is not None
+        GOT.append((to, dict(job.metadata)))
+
+    send_email.__module__ = session.module.__name__
+    deferrable(name="send_email")(send_email)
+    yield
+
+
+def test_a_shell_puts_a_job_into_a_maildir(worker: None) -> None:
     queue = Queue("run/jobs")
     QueueReceiver(queue).bind()
     [script] = [block.source for block in PAGE.of(PRODUCERS, "sh")]
@@ -93,8 +101,7 @@ def test_a_shell_puts_a_job_into_a_maildir(here: Path) -> None:
 
 
 @pytest.mark.parametrize(("fields", "runs"), [("p5x4102444800000", 1), ("x1000000000000", 0)])
-def test_the_fields_of_a_files_name_and_line_are_those_that_it_lists(here: Path, fields: str, runs: int) -> None:
-    GOT.clear()
+def test_the_fields_of_a_files_name_and_line_are_those_that_it_lists(worker: None, fields: str, runs: int) -> None:
     queue = Queue("run/jobs")
     QueueReceiver(queue).bind()
     told = dict.fromkeys(name for row in fields_of("Into a maildir") for name in row)
@@ -127,8 +134,7 @@ def fields_of(part: str) -> list[list[str]]:
     return [re.findall(r"`(\w+)`", line.split("|")[1]) for line in text.splitlines() if line.startswith("| `")]
 
 
-def test_a_statement_puts_a_job_into_a_sqlite_file(here: Path, time_now: FrozenClock) -> None:
-    GOT.clear()
+def test_a_statement_puts_a_job_into_a_sqlite_file(worker: None, time_now: FrozenClock) -> None:
     queue = Queue("sqlite:run/q.db?queue=jobs")
     assert queue.count() == 0
     [statement] = [block.source for block in PAGE.of(PRODUCERS, "sql")]
@@ -173,7 +179,9 @@ def test_the_table_of_policies_has_every_parameter_and_its_default() -> None:
     assert policy.DEFAULT.error_classes == (Exception,)
     assert [deferrable_backoff(n) for n in (1, 2, 3, 4, 5, 20)] == [4, 6, 10, 18, 34, 900]
     spans = [[exponential(failures) for _ in range(100)] for failures in (1, 2, 50)]
-    assert [(2 <= min(span), max(span) <= top) for span, top in zip(spans, (4, 8, 3600), strict=True)] == [(True, True)] * 3
+    assert [(2 <= min(span), max(span) <= top) for span, top in zip(spans, (4, 8, 3600), strict=True)] == [
+        (True, True)
+    ] * 3
     assert "to 4294967295" in PAGE.text
     assert priority_of(2**40) == 4294967295
 
