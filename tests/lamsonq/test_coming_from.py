@@ -216,9 +216,10 @@ INVENTORY = {
         debounce_seconds debounce_always_delay ttl_seconds use_exponential_backoff later run_once process backend
         register_metadata_producer_consumer clear_metadata_producer_consumers register_event_consumer
         clear_event_consumers MetadataProducerConsumer NAMESPACE produce_metadata consume_metadata on_push on_pop
-        on_empty on_complete on_expire on_retry on_error on_debounce_hit on_debounce_miss on_debounce_error push push_batch pop
-        pop_batch touch complete complete_batch flush stats available in_flight delayed FIFO SUPPORTS_DELAY
-        RECLAIMS_TO_BACK_OF_QUEUE MAX_PUSH_BATCH_SIZE MAX_POP_BATCH_SIZE MAX_COMPLETE_BATCH_SIZE envelope item Backend
+        on_empty on_complete on_expire on_retry on_error on_debounce_hit on_debounce_miss on_debounce_error push
+        push_batch pop pop_batch touch complete complete_batch flush stats available in_flight delayed FIFO
+        SUPPORTS_DELAY RECLAIMS_TO_BACK_OF_QUEUE MAX_PUSH_BATCH_SIZE MAX_POP_BATCH_SIZE
+        MAX_COMPLETE_BATCH_SIZE envelope item Backend
         group error_queue BackendFactory create_backend_for_group SQSBackendFactory visibility_timeout wait_time
         name_suffix DocketsBackendFactory InMemoryBackendFactory method args kwargs attempts first_push_time
         last_push_time original_delay_seconds original_debounce_seconds original_debounce_always_delay
