@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import shlex
 import sqlite3
 import subprocess
 import sys
@@ -15,12 +16,13 @@ import pytest
 
 import lamsonq
 from lamsonq import events, policy
-from lamsonq.deferred import current_job, deferrable, deferrable_backoff
+from lamsonq.deferred import current_job, deferrable, deferrable_backoff, publish
 from lamsonq.errors import QueueError, SettingsError
 from lamsonq.jobs import Limit, exponential
 from lamsonq.mail import MailRequest
 from lamsonq.policy import priority_of
 from lamsonq.queue import Queue
+from lamsonq.reports import entries
 from lamsonq.testing import FrozenClock, drain
 from lamsonq.worker import QueueReceiver
 
@@ -66,6 +68,35 @@ def test_the_tests_that_it_shows_pass(section: str, here: Path, read: Callable[[
     read("memory").section(section)
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", path], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
+
+
+# ---- a process ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("store", ["maildir", "sqlite"])
+def test_the_boot_that_it_shows_runs_what_waits(store: str, read: Callable[[str], Run], here: Path) -> None:
+    session = read(store)
+    [boot] = [block for block in PAGE.of("Calling a function later") if block.path]
+    session.block(boot)
+    settings = "from lamsonq.server import Receiver\n\nreceiver: Receiver | None\n"
+    (here / "config/settings.py").write_text(settings)
+    (here / "blog").mkdir()
+    (here / "blog/jobs.py").write_text(
+        "from lamsonq.deferred import deferrable\n\n@deferrable\ndef write(name: str) -> None:\n"
+        "    open(name, 'w').write('done')\n"
+    )
+    path = here / boot.path
+    source = path.read_text()
+    assert source.count(f'"{session.url("jobs")}")') == 1
+    ending = ", sleep=0.1, shutdown_after_number_of_empty_iterations=2)"
+    path.write_text(source.replace(f'"{session.url("jobs")}")', f'"{session.url("jobs")}"{ending}'))
+    publish(session.url("jobs"), "blog.jobs.write", {"name": "proof.txt"})
+    command = "start -boot config.jobs -pid run/jobs.pid"
+    assert command in PAGE.text_of("Calling a function later")
+    words = [sys.executable, "-m", "lamsonq", *command.split(), "-debug"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert (here / "proof.txt").read_text() == "done"
 
 
 # ---- producers in any language -----------------------------------------------------------------------------------
@@ -159,6 +190,49 @@ def test_a_statement_puts_a_job_into_a_sqlite_file(worker: None, time_now: Froze
     time_now.tick(61)
     drain(queue)
     assert GOT[2:] == [("late", {"source": "1"})]
+
+
+# ---- from a shell ------------------------------------------------------------------------------------------------
+
+
+def shown(section: str) -> list[str]:
+    """The command lines of a section."""
+    return [
+        line.removeprefix("$ lamsonq ")
+        for block in PAGE.of(section, "")
+        for line in block.source.splitlines()
+        if line.startswith("$ ")
+    ]
+
+
+@pytest.mark.parametrize("store", ["maildir", "sqlite"])
+def test_the_commands_do_what_it_says(store: str, read: Callable[[str], Run]) -> None:
+    session = read(store)
+    queue, divide = Queue(session.url("jobs")), vars(session.section("Dead letters"))["divide"]
+    stands_for = {"run/jobs": queue.dir}
+    for line in shown("Dead letters"):
+        if not queue.backend.keys("dead"):
+            divide.later(0)
+            drain(queue, raising=False)
+        if not queue.backend.keys("delayed"):
+            divide.using(delay=60).later(0)
+        state = "delayed" if line.startswith("queue bury") else "dead"
+        stands_for["1244080328.M408474P3147Q4.mycomputer.local"] = queue.backend.keys(state)[0]
+        stands_for["417552bbf3da"] = entries(queue.backend.report(queue.backend.keys("dead")[0]))[-1].fingerprint
+        words = [stands_for.get(word, word) for word in shlex.split(line.partition(" >")[0])]
+        before = queue.backend.counts()
+        done = subprocess.run([sys.executable, "-m", "lamsonq", *words], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (line, done.stderr)
+        _, verb, *_ = words
+        after = queue.backend.counts()
+        if verb in ("stats", "ls", "dead", "show", "export", "pause", "resume"):
+            assert after == before
+            assert queue.backend.paused() == (verb == "pause")
+        else:
+            emptied = {"retry": "dead", "kick": "delayed", "bury": "delayed", "purge": "dead", "move": "dead"}[verb]
+            assert after[emptied] == 0 or line.endswith("-older 30d -yes")
+    assert sum(queue.backend.counts().values()) == 0
+    assert sum(Queue("sqlite:run/q.db?queue=jobs").backend.counts().values()) > 0
 
 
 # ---- tables and sentences ----------------------------------------------------------------------------------------
