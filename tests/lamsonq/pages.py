@@ -1,8 +1,9 @@
 """The pages of docs/, read and run.
 
-A page's Python blocks run from top to bottom, section by section: each section (`## `) begins in an empty folder, with
-the page's first block (its imports) in front. A block that begins with a comment `# some/file.py` is written to that
-file, to be imported by those that follow. What another library's users have written stands in blocks of `py`.
+A page's Python blocks run from top to bottom, section by section: each section (`## `) begins in a folder with nothing
+in it but `run`, with the page's imports, which stand before all sections, in front. A block that begins with a comment
+`# some/file.py` is written to that file, to be imported by those that follow. What another library's users have written
+stands in blocks of `py`.
 
 A page names queues as maildirs, "run/jobs"; the same blocks run with the same queues in any other store.
 """
@@ -64,7 +65,9 @@ class Page:
 
     def sections(self, language: str = "python") -> list[str]:
         """The titles of the sections that have such blocks."""
-        return list(dict.fromkeys(block.section for block in self.blocks if block.language == language))
+        return list(
+            dict.fromkeys(block.section for block in self.blocks if block.section and block.language == language)
+        )
 
     def of(self, section: str, language: str = "python") -> list[Block]:
         """The blocks of a section."""
@@ -122,8 +125,7 @@ class Run:
 
     def section(self, title: str) -> types.ModuleType:
         """Run a section; the session's names."""
-        first = next(block for block in self.page.blocks if block.language == "python")
-        for block in dict.fromkeys([first, *self.page.of(title)]):
+        for block in (*self.page.of(""), *self.page.of(title)):
             self.block(block)
         return self.module
 

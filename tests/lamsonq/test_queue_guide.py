@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import json
 import re
@@ -9,14 +10,16 @@ import shlex
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import lamsonq
 from lamsonq import events, policy
-from lamsonq.deferred import current_job, deferrable, deferrable_backoff, publish
+from lamsonq.deferred import current_job, deferrable, deferrable_backoff, publish, request_types
 from lamsonq.errors import QueueError, SettingsError
 from lamsonq.jobs import Limit, exponential
 from lamsonq.mail import MailRequest
@@ -26,7 +29,7 @@ from lamsonq.reports import entries
 from lamsonq.testing import FrozenClock, drain
 from lamsonq.worker import QueueReceiver
 
-from .pages import STORES, Page, Run
+from .pages import DOCS, STORES, Page, Run
 
 PAGE = Page("queues.md")
 SOURCES = "".join(path.read_text() for path in Path(lamsonq.__file__).parent.glob("*.py"))
@@ -70,6 +73,35 @@ def test_the_tests_that_it_shows_pass(section: str, here: Path, read: Callable[[
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.parametrize("store", STORES)
+def test_the_section_in_the_readme_runs_and_is_short(
+    store: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = Page("../README.md")
+    run = Run(page, store)
+    try:
+        monkeypatch.setenv("LAMSONQ_QUEUE", run.url("jobs"))
+        run.section("Deferred calls and queues")
+    finally:
+        run.close()
+    assert capsys.readouterr().out == "joe@example.org is reminded\n"
+    text = page.text_of("Deferred calls and queues")
+    assert text.count("\n") <= 25
+    assert all((DOCS.parent / link).exists() for link in re.findall(r"\]\((docs/[^)]+)\)", text))
+
+
+@pytest.mark.parametrize("path", sorted(DOCS.glob("*.md")), ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for link in re.findall(r"\]\(([^):]+)\)", path.read_text()):
+        target, _, part = link.partition("#")
+        text = (path.parent / target).read_text() if target else path.read_text()
+        titles = [
+            re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-")
+            for title in re.findall(r"^#+ (.*)$", text, re.M)
+        ]
+        assert not part or part in titles
+
+
 # ---- a process ---------------------------------------------------------------------------------------------------
 
 
@@ -85,7 +117,7 @@ def test_the_boot_that_it_shows_runs_what_waits(store: str, read: Callable[[str]
         "from lamsonq.deferred import deferrable\n\n@deferrable\ndef write(name: str) -> None:\n"
         "    open(name, 'w').write('done')\n"
     )
-    path = here / boot.path
+    path = here / str(boot.path)
     source = path.read_text()
     assert source.count(f'"{session.url("jobs")}")') == 1
     ending = ", sleep=0.1, shutdown_after_number_of_empty_iterations=2)"
@@ -306,3 +338,105 @@ def test_spans_of_a_job_stand_under_the_span_that_put_it(read: Callable[[str], R
     assert drain(jobs) == 1
     assert {span.trace_id for span in spans} == {outer.get_span_context().trace_id}
     assert spans[0].span_id == outer.get_span_context().span_id
+
+
+# ---- sentences ---------------------------------------------------------------------------------------------------
+
+SEEN: list[Any] = []
+
+
+@deferrable
+def note(value: Any) -> None:
+    SEEN.append(value)
+
+
+@deferrable(unique=True)
+def only_one(value: int) -> None: ...
+
+
+@deferrable(error_classes=[])
+def puts_and_fails(how: str) -> None:
+    if how == "thread":
+        thread = threading.Thread(target=note.later, args=[how])
+        thread.start()
+        thread.join()
+    elif how == "to_thread":
+        asyncio.run(asyncio.to_thread(note.later, how))
+    elif how == "unique":
+        SEEN.append((only_one.later(1), only_one.later(1)))
+        return
+    elif how == "exit":
+        raise SystemExit(how)
+    raise RuntimeError(how)
+
+
+@pytest.mark.parametrize(("how", "left"), [("thread", 1), ("to_thread", 0)])
+def test_only_what_a_raw_thread_puts_leaves_with_a_failure(jobs: Queue, how: str, left: int) -> None:
+    puts_and_fails.later(how)
+    QueueReceiver(jobs).run_once()
+    assert (jobs.backend.counts()["ready"], jobs.backend.counts()["dead"]) == (left, 1)
+
+
+def test_inside_of_a_job_a_put_has_a_key_and_whether_it_is_let_go_is_known_later(jobs: Queue) -> None:
+    SEEN.clear()
+    puts_and_fails.later("unique")
+    QueueReceiver(jobs).run_once()
+    [keys] = SEEN
+    assert isinstance(keys, tuple)
+    assert all(keys)
+    assert jobs.keys() == [keys[0]]
+
+
+def test_an_exit_in_a_function_is_its_failure(jobs: Queue) -> None:
+    key = puts_and_fails.later("exit")
+    assert QueueReceiver(jobs).run_once()
+    assert jobs.backend.state(key or "") == "dead"
+
+
+def test_metadata_is_not_consumed_for_what_came_too_late(jobs: Queue, time_now: FrozenClock) -> None:
+    class Producer:
+        NAMESPACE = "n"
+
+        def produce_metadata(self) -> str:
+            return "x"
+
+        def consume_metadata(self, metadata: Any) -> None:
+            SEEN.append(metadata)
+
+    SEEN.clear()
+    events.register_metadata_producer_consumer(Producer())
+    note.using(expires=10).later(1)
+    time_now.tick(11)
+    note.later(2)
+    assert drain(jobs) == 2
+    assert SEEN == ["x", 2]
+
+
+def test_a_message_and_a_request_exist_if_the_transaction_has_committed(here: Path) -> None:
+    queue = Queue("sqlite:q.db?queue=posts")
+    assert queue.count() == 0
+    database = sqlite3.connect("q.db")
+    for error in (None, ZeroDivisionError()):
+        try:
+            with database:
+                queue.push("Subject: x\n\n", conn=database)
+                publish(queue, "send_email", conn=database)
+                if error:
+                    raise error
+        except ZeroDivisionError:
+            pass
+        assert queue.count() == 2
+
+
+def test_a_policy_that_contradicts_itself_ends_the_import() -> None:
+    with pytest.raises(ValueError, match="do not go together"):
+        deferrable(delay_seconds=1, debounce_seconds=1)
+
+
+def test_a_function_gets_its_request_types_from_a_table(jobs: Queue) -> None:
+    SEEN.clear()
+    request_types({"note_it": f"{__name__}.note"})
+    publish(jobs, "note_it", {"value": 1})
+    publish(jobs, f"{__name__}.note", {"value": 2})
+    drain(jobs)
+    assert SEEN == [1, 2]
