@@ -132,13 +132,13 @@ class Arrivals:
             self._delayed.refill(self._seeing)
         now = int(self._folders.now() * 1000)
         while (first := self._delayed.peek()) is not None and int(first.rank) <= now:
-            self._delayed.pop()
             name = parse_name(first.name)
-            if name is None:
-                continue
-            with contextlib.suppress(FileNotFoundError):  # another process was faster
-                path = self._folders.move(os.path.join(first.folder, first.name), READY, fitted(name)._replace(due=0))
-                self._ready.add(os.path.dirname(path), os.path.basename(path), known=True)
+            if name is not None:
+                with contextlib.suppress(FileNotFoundError):  # another process was faster
+                    old = os.path.join(first.folder, first.name)
+                    path = self._folders.move(old, READY, fitted(name)._replace(due=0))
+                    self._ready.add(os.path.dirname(path), os.path.basename(path), known=True)
+            self._delayed.pop()
 
     # -- which names can be taken ------------------------------------------------------------------------------
 

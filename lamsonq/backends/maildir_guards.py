@@ -49,6 +49,10 @@ class Number(msgspec.Struct, frozen=True):
     version: int = VERSION
 
 
+class _Newer(OSError):
+    """A newer version has written it."""
+
+
 class Guards:
     """The guards of one queue. Raises OSError."""
 
@@ -152,9 +156,10 @@ class Guards:
             self.release(mark_of(place.unique), staged)
         if place.gate is not None:
             file = self._number(place.gate.key)
-            number = self._read(file)
-            if number is not None and number.staged == self._short(staged):
-                self._restore(file, number)
+            with contextlib.suppress(_Newer):
+                number = self._read(file)
+                if number is not None and number.staged == self._short(staged):
+                    self._restore(file, number)
 
     # -- who is unique -----------------------------------------------------------------------------------------
 
@@ -204,7 +209,7 @@ class Guards:
             with open(path, "rb") as file:
                 found = json.loads(file.read())
             if isinstance(found, dict) and found.get("version") != VERSION:
-                raise OSError(0, f"{path!r} is of version {found.get('version')!r}; this lamsonq reads {VERSION}")
+                raise _Newer(0, f"{path!r} is of version {found.get('version')!r}, and this lamsonq reads {VERSION}")
             return msgspec.convert(found, Number)
         except FileNotFoundError:
             return None
