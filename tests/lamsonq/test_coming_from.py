@@ -241,7 +241,8 @@ INVENTORY = {
         BeanstalkdQueueAdapter shutdown_after_number_of_empty_iterations sleep_duration enable_output_buffering
         enable_banner banner_name banner_font enable_statman_reporting base_path message_format
         skip_random_messages_range enable_archive max_number_of_attempts host port default_tube encoding reserve_timeout
-        lookup_message_state $ENV.NAME pulpo-runner.py launch-pulpo-runners.sh publish_sample_messages.py
+        lookup_message_state $ENV.NAME pulpo-cli.py queue.put queue.pop queue.peek
+        queue.delete pulpo-runner.py launch-pulpo-runners.sh publish_sample_messages.py
         beanstalk-stats.py SIGTERM initialize
     """,
     "coming-from-celery.md": """
