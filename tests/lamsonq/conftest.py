@@ -33,8 +33,8 @@ def module(here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[...
     def write(source: str, name: str | None = None) -> str:
         name = name or f"handlers_{next(_numbers)}"
         header = (
-            "from lamsonq.routing import *\nfrom lamsonq.errors import *\nfrom lamsonq.deferred import deferrable\n"
-            "CALLS = []\nnever_again = deferrable(error_classes=())\n"
+            "from lamsonq.routing import *\nfrom lamsonq.errors import *; from lamsonq.deferred import deferrable\n"
+            "CALLS, never_again = [], deferrable(error_classes=())\n"
         )
         (here / f"{name}.py").write_text(header + textwrap.dedent(source))
         made.append(name)
