@@ -11,7 +11,9 @@ import builtins
 import functools
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +27,7 @@ from lamsonq.deferred import Message, Using, current_job, deferrable, queue_comm
 from lamsonq.jobs import DONE, Job, Put
 from lamsonq.queue import Queue
 from lamsonq.routing import Router
+from lamsonq.testing import FrozenClock
 from lamsonq.worker import QueueReceiver
 
 from .pages import STORES, Page, Run, is_python
@@ -64,6 +67,28 @@ def read(here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Page
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_the_application_runs(page: Page, store: str, read: Callable[[Page, str], Run]) -> None:
     read(page, store).section("An application, before and after")
+
+
+def test_its_periodic_functions_run_once_a_moment(read: Callable[[Page, str], Run], time_now: FrozenClock) -> None:
+    midnight = datetime(2026, 3, 2).timestamp()
+    for name, module, in_queue in (("djutils-queue", "gallery", "gallery"), ("celery", "shop", "jobs")):
+        page = next(page for page in PAGES if name in page.name)
+        session = read(page, "memory")
+        session.section("An application, before and after")
+        receivers = [QueueReceiver(session.url(in_queue)) for _ in range(3)]
+        for moment in (midnight - 300, midnight + 1, midnight + 2):
+            time_now.now = moment
+            for receiver in receivers * 2:
+                receiver.run_once()
+        if module == "shop":
+            assert sys.modules["shop.tasks"].BOOKS == ["closed"]
+        else:
+            photo = sys.modules["gallery.models"].Photo
+            photo.get(7).deleted = True
+            time_now.now = midnight + 15 * 60
+            assert receivers[2].run_once()
+            assert photo.kept == {}
+        session.close()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
