@@ -11,6 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,8 @@ def test_a_shell_puts_a_job_into_a_maildir(worker: None) -> None:
     [script] = [block.source for block in PAGE.of(PRODUCERS, "sh")]
     for _ in range(2):
         subprocess.run(["sh", "-euc", script], check=True)
+    waiting = [queue.backend.get(key) for key in queue.keys()]
+    assert [job is not None and abs(job.received - time.time()) < 100 for job in waiting] == [True, True]
     assert drain(queue) == 2
     assert GOT == [("joe@example.org", {})] * 2
 
@@ -176,6 +179,24 @@ def test_the_fields_of_a_files_name_and_line_are_those_that_it_lists(worker: Non
     assert (job.priority, job.received) == (5 if "p5" in fields else 0, 1.0)
     drain(queue)
     assert [("c", {"source": "c"})] * runs == GOT
+
+
+def test_a_receiver_that_sleeps_wakes_for_a_file_of_another_program(worker: None) -> None:
+    [script] = [block.source for block in PAGE.of(PRODUCERS, "sh")]
+    receiver = QueueReceiver("run/jobs", sleep=60)
+    receiver.bind()
+    thread = threading.Thread(target=receiver.start)
+    thread.start()
+    try:
+        time.sleep(0.2)
+        subprocess.run(["sh", "-euc", script], check=True)
+        until = time.monotonic() + 20
+        while not GOT and time.monotonic() < until:
+            time.sleep(0.01)
+    finally:
+        receiver.stop()
+        thread.join()
+    assert GOT == [("joe@example.org", {})]
 
 
 def test_a_message_with_its_envelope_is_a_file_too(here: Path) -> None:
