@@ -157,7 +157,7 @@ def test_a_shell_puts_a_job_into_a_maildir(worker: None) -> None:
     [script] = [block.source for block in PAGE.of(PRODUCERS, "sh")]
     for _ in range(2):
         subprocess.run(["sh", "-euc", script], check=True)
-    waiting = [queue.backend.get(key) for key in queue.keys()]
+    waiting = list(map(queue.backend.get, queue.keys()))
     assert [job is not None and abs(job.received - time.time()) < 100 for job in waiting] == [True, True]
     assert drain(queue) == 2
     assert GOT == [("joe@example.org", {})] * 2
