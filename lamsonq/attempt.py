@@ -126,6 +126,7 @@ class Attempt:
         self._touched = touched
         self._puts: list[Put] = []
         self._afterwards: list[Callable[[], object]] = []
+        self._otherwise: list[Callable[[], object]] = []
         self._settle = settle
         self._patience = patience
         self._once = threading.Lock()
@@ -164,6 +165,14 @@ class Attempt:
         For tidying up what the attempt has used: when the process dies before it, it is not done.
         """
         self._afterwards.append(act)
+
+    def otherwise(self, act: Callable[[], object]) -> None:
+        """Do this when the attempt, or one that it is inside of, ends without success: before that is settled, because
+        whoever hears of it may come at once. Not when it is given up, or its process dies."""
+        attempt: Attempt | None = self
+        while attempt is not None:
+            attempt._otherwise.append(act)
+            attempt = attempt.outer
 
     @property
     def puts(self) -> list[Put]:
@@ -369,7 +378,13 @@ class Attempt:
             return
         try:
             outcome = self._commit_states(outcome)
-            self._settle(outcome, self._puts if keep or isinstance(outcome, Done) else [])
+            if not isinstance(outcome, Done):
+                self._act(self._otherwise)
+            try:
+                self._settle(outcome, self._puts if keep or isinstance(outcome, Done) else [])
+            except BaseException:
+                self._act(self._otherwise)
+                raise
             if self.outer is None and (not isinstance(outcome, Later) or outcome.counted):
                 TALLY.count(isinstance(outcome, Done))
             if self.states and self.call.stateful is not None:
@@ -389,11 +404,14 @@ class Attempt:
         if self.outer is not None and self.outer.open:
             self.outer._afterwards += self._afterwards
             return
-        for act in self._afterwards:
+        self._act(self._afterwards)
+
+    def _act(self, acts: Iterable[Callable[[], object]]) -> None:
+        for act in acts:
             try:
                 act()
             except Exception:  # any code: the message is dealt with all the same
-                LOG.exception("after %s had succeeded", self.call.name)
+                LOG.exception("after %s had ended", self.call.name)
 
     def _commit_states(self, outcome: Result) -> Result:
         if not self.states or self.call.stateful is None:
