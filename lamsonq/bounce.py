@@ -9,7 +9,7 @@ Rules:
 
 1. The delivery report (RFC 3464) is the witness; the text for people counts where no report names a recipient.
 2. The headers decide whether this may be a bounce at all, so that ordinary mail costs no parsing and a letter that
-   quotes a bounce is none.
+   quotes, forwards or attaches a bounce is none. A subject alone, or a postmaster alone, is no bounce.
 3. Hard means for good: the address or the message is refused. Soft is every other bounce, also one that nobody
    understands. What tells of a success, a complaint (RFC 5965) or a reading (RFC 8098) is no bounce.
 4. Everything in a bounce can be forged. Who removes members because of one routes bounces to an address that holds a
@@ -23,12 +23,14 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from email.message import Message
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from lamsonq.address import mailboxes_in
 from lamsonq.bouncetext import from_verp, read_text, returned_headers
-from lamsonq.dsn import Recipient, Report, address_in, blocks, content, leaves, read_report, untyped
+from lamsonq.dsn import Recipient, Report, address_in, blocks, content, is_report, leaves, read_report, untyped
 from lamsonq.mime import Part, Tree
 from lamsonq.statuscodes import find_reply
 
@@ -53,18 +55,50 @@ NO_STATUS = "No status codes found in bounce message."
 
 EVIDENT = 0.4
 """What the headers have to say for a bounce, before the text is read for more than the forms that are known."""
+WEAK = 0.2
+"""The score of what looks a little like a bounce and is none."""
 
-_daemon = re.compile(r"mailer.?daemon|mdaemon|mail.?delivery|delivery.(?:sub)?system", re.IGNORECASE)
-_system = re.compile(r"post.?master|mail.?(?:system|administrat)|\bmailadm|system.administrator", re.IGNORECASE)
-_subject = re.compile(
-    r"undeliver|non-?deliver|\bndn:|not (?:be |been )?deliver|return(?:ed|ing) (?:(?:mail|message) )?(?:to sender|mail)"
-    r"|mail returned|deliver\w*[ :-]+(?:\w+ ){0,2}(?:fail|error|problem|report|status|notification|delay|warning)"
-    r"|fail\w*[ -]+(?:to |of )?(?:deliver|mail)|failure notice|mail (?:\w+ )?(?:error|fail)|message delayed"
-    r"|bounced? (?:mail|message)",
+# Who writes, in words: names and local parts, in lower case and without punctuation.
+_daemon = re.compile(
+    r"mailer ?daemon|m(?:ail)? ?daemon|(?:internet )?mail delivery (?:sub ?)?system|delivery (?:sub ?)?system"
+    r"|microsoftexchange[0-9a-f]+"
+)
+_system = re.compile(
+    r"post ?master.*|mail ?adm.*|mail (?:system|delivery).*|system administrator|.* smtp (?:mail service|gateways?)"
+)
+# The words that the subjects of bounces are made of, up to the first colon or bracket; people need others.
+_failing = re.compile(
+    r"\b(?:undeliver(?:able|ed)|non-?deliver(?:y|able|ed)|nd[nr]|not|unable|fail(?:ed|ure|ing)?|return(?:ed|ing)?"
+    r"|bounced?|delay(?:ed)?|rejected|error|problem|report|status|warning)\b"
+)
+_of_mail = re.compile(
+    r"\b(?:(?:e-?)?mail|messages?|(?:un|non-?)?deliver(?:y|ed|able)?|sender|notice|notification|nd[nr])\b"
+)
+_between = re.compile(
+    r"\b(?:your|the|a|to|of|ha[sd]|have|been|be|was|is|could|cannot|permanent|temporary|system|during|automatically)\b"
+)
+
+_answer = re.compile(
+    r"(?:\s*\[[^\]]{0,80}\])*+\s*"
+    r"(?:re|aw|antw(?:ort)?|sv|vs|ref|res|rif|r|odp|ynt|vá|atb|bls|ha|отв|ответ|回复|回覆|答复|返信"
+    r"|fwd?|fw|wg|vb|vl|tr|rv|enc|i|pd|ilt|i̇lt|fs|doorst|továbbítás|пересл|转发|轉寄|転送"
+    r"|forward(?:ed)?|weitergeleitet|weiterleitung|reenviad[oa]|transféré|inoltrato|doorgestuurd)"
+    r"\s*(?:\[\d{1,4}\]|\(\d{1,4}\)|\^\d{1,4})?\s*[:：]|.*\(fwd\)",
     re.IGNORECASE,
 )
-_answer = re.compile(r"\s*(?:re|fwd?|aw|wg|sv|tr)\s*(?:\[\d+\])?:", re.IGNORECASE)
-_report_type = re.compile(r'report-type\s*=\s*"?\s*([\w-]+)', re.IGNORECASE)
+_tagged = re.compile(r"\s*\[[^\]]{1,80}\]")
+_absence = re.compile(
+    r"\W*(?:auto(?:matic|mated|matische|matisch|matiskt)?[- ]?(?:reply|response|antwort|antwoord|svar)\b"
+    r"|out of (?:the )?office|ooo\b|away from|(?:on )?(?:vacation|holiday)|on leave|abwesen|absence|afwezig|frånvaro"
+    r"|réponse automatique|respuesta automática|risposta automatica|resposta automática|fuera de|fora do|fuori"
+    r"|автоматический ответ|автоответ|自動応答|自動返信|自动答复|自动回复)",
+    re.IGNORECASE,
+)
+_REPLY_HEADERS = (
+    *("x-autoreply", "x-auto-reply", "x-autoreply-from", "x-autorespond", "x-autoresponder", "x-autoresponse"),
+    "x-mail-autoreply",
+)
+_report_type = re.compile(r'report-type\s*+=\s*+"?\s*+([\w-]+)', re.IGNORECASE)
 
 
 class BounceAnalyzer:
@@ -159,17 +193,20 @@ def detect(message: MailRequest) -> BounceAnalyzer:
     feedback = _feedback_type(message)
     if feedback is not None:
         return BounceAnalyzer({}, 0.0, (), _content_parts(message.base), feedback)
+    marks = _marks(message)
     report = read_report(message.base)
     recipients = [*_from_report(message, report)]
     if not any(recipient.address for recipient in recipients):
-        recipients = _completed(message, recipients)
-    score = _score(message, report, recipients)
+        recipients = _completed(message, recipients, marks)
+    score = _score(marks, report, recipients)
     return BounceAnalyzer(_headers(report, message.base), score, recipients, _content_parts(message.base))
 
 
 def detect_if_likely(message: MailRequest) -> BounceAnalyzer:
     """`detect`, but nothing is parsed of a message whose headers and envelope do not speak for a bounce."""
-    return detect(message) if _evidence(message) else BounceAnalyzer({}, 0.0)
+    marks = _marks(message)
+    likely = marks.evidence >= EVIDENT or (message["content-type"] or "").lower().startswith("multipart/report")
+    return detect(message) if likely else BounceAnalyzer({}, marks.evidence)
 
 
 def _from_report(message: MailRequest, report: Report) -> list[Recipient]:
@@ -183,12 +220,12 @@ def _from_report(message: MailRequest, report: Report) -> list[Recipient]:
     return [replace(r, address=named) if not r.address else r for r in report.recipients]
 
 
-def _completed(message: MailRequest, reported: list[Recipient]) -> list[Recipient]:
+def _completed(message: MailRequest, reported: list[Recipient], marks: _Marks) -> list[Recipient]:
     """The recipients that the text names, and what the report said without a name."""
-    found = read_text(message, by_form_only=_evidence(message) < EVIDENT)
+    found = read_text(message, by_form_only=marks.evidence < EVIDENT, trusted=marks.trusted)
     if not found:
         verp = from_verp([message.To, *message.route_to])
-        return [Recipient(address=verp)] if verp and not reported and _evidence(message) >= EVIDENT else reported
+        return [Recipient(address=verp)] if verp and not reported and marks.evidence >= EVIDENT else reported
     if len(reported) == 1:
         told = reported[0]
         return [
@@ -198,39 +235,92 @@ def _completed(message: MailRequest, reported: list[Recipient]) -> list[Recipien
     return found
 
 
-def _evidence(message: MailRequest) -> float:
-    """How much headers and envelope speak for a bounce, 0.0 to 1.0."""
-    kind = (message["content-type"] or "").lower()
-    sent_by = f"{message['from'] or ''} {message.From.partition('@')[0]}"[:1000]
-    subject = (message["subject"] or "")[:500]
-    spoken = bool(_subject.search(subject)) and not _answer.match(subject)
-    marks = (
-        (kind.startswith(("multipart/report", "message/delivery-status")), 0.5),
-        ("report-type" in kind, 0.5),
-        (message.From == "" or (message["from"] or "x").rstrip().endswith("<>"), 0.5),
-        ("x-failed-recipients" in message, 0.5),
-        (bool(_daemon.search(sent_by)), 0.4),
-        (bool(_system.search(sent_by)), 0.2),
-        (spoken, 0.2),
-    )
-    return min(1.0, sum(weight for found, weight in marks if found))
-
-
-def _score(message: MailRequest, report: Report, recipients: Sequence[Recipient]) -> float:
-    evidence = _evidence(message)
+def _score(marks: _Marks, report: Report, recipients: Sequence[Recipient]) -> float:
     failed = [recipient for recipient in recipients if recipient.failed]
     if recipients and not failed:
-        return 0.2  # a report of success
-    if failed and evidence:
-        return 1.0 if report.recipients else 0.8
-    if failed:
-        return 0.2  # a letter that quotes a bounce
-    automatic = (message["auto-submitted"] or "").lower().startswith("auto-replied")
+        return WEAK  # a report of success
+    if not failed or marks.evidence < EVIDENT:
+        return min(marks.evidence, 0.5)  # nobody knows for whom; or a letter that quotes a bounce
+    return 1.0 if report.recipients else 0.8
+
+
+@dataclass(frozen=True, slots=True)
+class _Marks:
+    """What headers and envelope say for a bounce.
+
+    `by_system`: a mail system wrote it, and says so in its name or in a header that only they use. `other`: it is an
+    automatic reply, a report of another kind, or somebody's forwarded mail.
+    """
+
+    by_system: float
+    declared: float
+    null: bool
+    postmaster: bool
+    subject: bool
+    other: bool
+
+    @property
+    def evidence(self) -> float:
+        """0.0 to 1.0."""
+        told = self.by_system + self.declared + 0.5 * self.null + WEAK * (self.postmaster + self.subject)
+        return min(told, WEAK if self.other else 1.0)
+
+    @property
+    def trusted(self) -> bool:
+        """Whether a mail system wrote the text, as far as one can tell: the null sender writes much else."""
+        return self.evidence >= EVIDENT and bool(self.by_system or self.declared or self.subject)
+
+
+def _marks(message: MailRequest) -> _Marks:
     kind = (message["content-type"] or "").lower()
-    other = _report_type.search(kind)
-    if automatic or (other is not None and other[1] != "delivery-status"):
-        return 0.2  # out of office, or a report of another kind
-    return min(evidence, 0.5)
+    report_type = _report_type.search(kind)
+    of_delivery = report_type is None or report_type[1] == "delivery-status"
+    names = _names(message)
+    by_system = 0.4 * any(map(_daemon.fullmatch, names)) + 0.5 * ("x-failed-recipients" in message)
+    report = kind.startswith(("multipart/report", "message/delivery-status", "message/global-delivery-status"))
+    declared = (0.5 * report + 0.5 * (report_type is not None)) if of_delivery else 0.0
+    null = message.From == "" or (message["from"] or "x").rstrip().endswith("<>")
+    replied = _is_automatic_reply(message) and not (declared and is_report(message.base))
+    passed_on = _is_passed_on(message, null=null, declared=bool(declared))
+    return _Marks(
+        by_system=by_system,
+        declared=declared,
+        null=null,
+        postmaster=any(map(_system.fullmatch, names)),
+        subject=_speaks_of_failure(message["subject"] or ""),
+        other=not by_system and (replied or passed_on or not of_delivery),
+    )
+
+
+def _names(message: MailRequest) -> set[str]:
+    """How the sender is called, by the header and by the envelope."""
+    written = [message.From]
+    for mailbox in islice(mailboxes_in((message["from"] or "")[:1000]), 5):
+        written += [mailbox.name, mailbox.path]
+    return {" ".join(re.findall(r"[^\W_]+", (name.rpartition("@")[0] or name)[:200].lower())) for name in written}
+
+
+def _speaks_of_failure(subject: str) -> bool:
+    head = re.split(r"[:(\"<]", subject[:500])[0].lower()
+    rest = _between.sub("", _of_mail.sub("", _failing.sub("", head)))
+    return bool(_failing.search(head) and _of_mail.search(head)) and not re.search(r"\w", rest)
+
+
+def _is_passed_on(message: MailRequest, *, null: bool, declared: bool) -> bool:
+    """Whether a person or a list sent this on. Reports of the null sender may have the subject of what they report."""
+    subject = (message["subject"] or "")[:500]
+    if _answer.match(subject):
+        return not (null and declared)
+    return not null and bool(_tagged.match(subject) or re.search(r"\bvia\b", (message["from"] or "")[:500]))
+
+
+def _is_automatic_reply(message: MailRequest) -> bool:
+    """Whether the mail says that a program wrote it as an answer (RFC 3834): mail systems mark their reports so too."""
+    submitted = (message["auto-submitted"] or "").strip().lower().startswith(("auto-replied", "auto-notified"))
+    precedence = re.sub(r"[^a-z]", "", f"{message['precedence']} {message['x-precedence']}".lower())
+    marked = any((message[name] or "no").strip().lower() not in ("no", "false") for name in _REPLY_HEADERS)
+    absent = _absence.match((message["subject"] or "")[:500])
+    return bool(submitted or "autoreply" in precedence or marked or absent)
 
 
 def _feedback_type(message: MailRequest) -> str | None:

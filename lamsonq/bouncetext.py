@@ -6,21 +6,24 @@ Rules:
 2. The detectors of flufl.bounce come first, as each knows one mail system; then what all of them have in common: an
    address that a line begins with or that is called recipient, user or mailbox, in a text that speaks of a failure.
 3. Whom the bounce is for, whom it is from and who wrote the returned message are not its failed recipients.
-4. At most TEXT_MAX octets in LINES_MAX lines of LINE_MAX are read; nothing raises.
+4. Where the headers do not say that a mail system wrote it, the text has to: `speaks_of_failure`.
+5. At most TEXT_MAX octets in LINES_MAX lines of LINE_MAX and PARTS_MAX parts are read; nothing raises.
 """
 
 from __future__ import annotations
 
-import html
 import logging
 import re
 from collections.abc import Iterable, Sequence
+from email.iterators import body_line_iterator
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from lamsonq.address import addresses_in, bare_address, is_path_address
 from lamsonq.dsn import ADDRESS, Recipient, content, leaves
 from lamsonq.headers import HeaderBlock, decode
 from lamsonq.mime import Part, Tree, parse
+from lamsonq.plaintext import tags, unescaped
 from lamsonq.statuscodes import find_reply, find_status
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 TEXT_MAX = 64 * 1024
 LINES_MAX = 5000
 LINE_MAX = 500
+PARTS_MAX = 20
 NAMED_MAX = 500
 """Recipients that a text may name."""
 CONTEXT_MAX = 1500
@@ -36,7 +40,7 @@ CONTEXT_MAX = 1500
 
 _returned = re.compile(
     r"(?im)^(?:(?:return-path|received|message-id|delivered-to|x-[\w-]+):\s.*"
-    r"|[-=_*#> \t]*(?:original (?:message|mail)|returned (?:message|mail)|undelivered message"
+    r"|[-=_*#> \t]*(?:(?:original|(?:begin )?forwarded|returned) (?:message|mail)|undelivered message|on .{8,80} wrote"
     r"|(?:this|here|below|included|the following|attached)\b.{0,40}\bcopy of|copy of the"
     r"|(?:message|mail) (?:header|text|content)s?|headers? of)\b.*)$"
 )
@@ -59,19 +63,56 @@ _waiting = re.compile(
     r"|not yet been delivered|do not need to (?:resend|do|take)|only a warning|just a warning|has been postponed)\b",
     re.IGNORECASE,
 )
-_tag = re.compile(r"<(?!/?[^\s<>@]+@)(/?)([a-zA-Z!][a-zA-Z0-9]{0,9})\b[^<>]{0,2000}>")
+_undelivered = re.compile(
+    r"\b(?:undeliver\w*|non-?deliver\w*|deliver\w* (?:\w+ ){0,8}(?:fail|delay|reject|abort|refus)\w*"
+    r"|(?:\w*n[o']t|never|unable|unsuccessful|fail\w*) (?:to |yet |been |be |get ){0,3}(?:deliver|reach)\w*"
+    r"|fail\w* (?:\w+ ){0,3}deliver\w*|failed (?:address|recipient)\w*|(?:address|recipient)\S{0,5} (?:\w+ )?failed"
+    r"|not receive (?:this|a copy of your|your) message|(?:returned|bounced) (?:mail|message)"
+    r"|(?:no such|unknown|invalid|bad) (?:user|mailbox|recipient|address|account)"
+    r"|(?:user|mailbox|recipient|address|account)\W{1,9}(?:\S{1,80} ){0,3}?"
+    r"(?:unknown|unavailable|reject\w*|disabled|not found|full|over ?quota|does(?: not|n't) exist)"
+    r"|relay(?:ing)? (?:access )?denied|over ?quota)\b"
+    r"|\b[45]\d\d[ -]#?[45]\.\d{1,3}\.\d{1,3}\b|\(#[45]\.\d{1,3}\.\d{1,3}\)"
+    r"|\b(?:said|response|replied|smtp error)\W{1,9}[45]\d\d\b",
+    re.IGNORECASE,
+)
+"""What only a mail system says, its codes included; `_failure` is also what people say."""
+_absence = re.compile(
+    r"\b(?:out of (?:the |my )?office|vacation|holidays?|on (?:\w+ )?leave|away (?:from|until|on)"
+    r"|(?:am|be) (?:away|back)|abwesen\w*|urlaub|nicht im (?:büro|hause)|absent\w*|congés?|vacaciones|ausente"
+    r"|ferie|férias|afwezig|semester)\b",
+    re.IGNORECASE,
+)
+_phone_number = re.compile(r"(?<![\w.-])[45]\d\d(?:-\d{2,4}|(?: \d{2,4}){2,3})(?!\w|[.-]\d)")
+"""`550-1234` and `550 12 34`, which look like replies."""
+_quoted_line = re.compile(r"(?m)^>(?!>).*$")
+_address_in_brackets = re.compile(r"<(?=/?[^\s<>@]{1,64}@)")
+_INLINE = frozenset({"a", "b", "i", "em", "strong", "span", "font", "code", "tt", "u"})
+_UNSEEN = frozenset({"style", "script", "title"})
+_charset = re.compile(r"charset\s*+=\s*+[\"']?([\w.:+-]{1,60})", re.IGNORECASE)
 _long_line = re.compile(rb"([^\n]{%d})[^\n]+" % LINE_MAX)
-_verp = re.compile(r"[^@=]*[+-](?P<local>[^@=+]+)=(?P<domain>[a-z0-9-]+(?:\.[a-z0-9-]+)+)@")
-_SYSTEMS = re.compile(r"(?:mailer-daemon|postmaster|mdaemon|no-?reply|abuse|support)@", re.IGNORECASE)
+_verp = re.compile(r"(?:prvs=[0-9a-f]{10}=)?[^@=]*[+-](?P<local>[^@=+]+)=(?P<domain>[a-z0-9-]+(?:\.[a-z0-9-]+)+)@")
+_SYSTEMS = re.compile(r"(?:mailer-daemon|postmaster|mdaemon|no-?reply|abuse|support|help(?:desk)?)@", re.IGNORECASE)
 
 
-def read_text(message: MailRequest, *, by_form_only: bool = False) -> list[Recipient]:
-    """The recipients that the text of a bounce names, with what it says of each; `by_form_only` guesses nothing."""
-    text = notice(message.base)
+def read_text(message: MailRequest, *, by_form_only: bool = False, trusted: bool = True) -> list[Recipient]:
+    """The recipients that the text of a bounce names, with what it says of each.
+
+    `by_form_only` guesses nothing; `trusted` says that a mail system wrote it, in whatever words.
+    """
+    text = _phone_number.sub("", notice(message.base))
+    if not trusted and not speaks_of_failure(text):
+        return []
     found: list[tuple[str, bool | None]] = [*known_forms(message)]
     if not found and not by_form_only:
         found = [(address, None) for address in named(message, text)]
     return _told(found[:NAMED_MAX], text)
+
+
+def speaks_of_failure(text: str) -> bool:
+    """Whether a text says in its own words, and not in a quotation, that mail was not delivered."""
+    own = " ".join(_quoted_line.sub("", text).split())
+    return bool(_undelivered.search(own)) and not _absence.search(own)
 
 
 def known_forms(message: MailRequest) -> list[tuple[str, bool]]:
@@ -81,25 +122,49 @@ def known_forms(message: MailRequest) -> list[tuple[str, bool]]:
     log = logging.getLogger("flufl.bounce")
     if log.level == logging.NOTSET:
         log.setLevel(logging.CRITICAL)  # else it tells of each detector, and gives a traceback of a stranger's bytes
+    tree = _reduced(message.Data)
     try:
-        delayed, failed = all_failures(_reduced(message.Data))
+        delayed, failed = all_failures(tree)
     except Exception:  # a stranger's bytes in another's regular expressions: what it cannot read it has not found
+        return []
+    if len(failed) == 1 and _stands_between_commas(tree, *failed):
         return []
     found = {**dict.fromkeys(delayed, False), **dict.fromkeys(failed, True)}
     read = {bare_address(octets.decode("ascii", "replace")): permanent for octets, permanent in found.items()}
     return sorted((address, permanent) for address, permanent in read.items() if address)
 
 
+def _stands_between_commas(tree: Tree, address: bytes) -> bool:
+    """Whether that is all that made an address a failed recipient: true at one site, anywhere else it is anybody's."""
+    if "@llnl.gov" in str(tree["from"]).lower():
+        return False
+    enclosed = re.compile(rf",\s{{0,9}}{re.escape(address.decode('ascii', 'replace'))}\s{{0,9}},")
+    return any(enclosed.search(line) for line in body_line_iterator(tree))
+
+
 def _reduced(data: bytes) -> Tree:
     """The message cut down to what bounds the time of others' expressions: long lines end, and there are not too many.
 
-    Octets above 127 become one that no address holds, as flufl.bounce reads ASCII.
+    What was encoded is decoded, lest it has longer lines, and the returned message, which may be a bounce itself, is
+    left out. Octets above 127 become one that no address holds, as flufl.bounce reads ASCII.
     """
     block = HeaderBlock(data)
     wanted = ("from", "subject", "x-mailer", "x-failed-recipients", "content-type", "content-transfer-encoding")
     fields = b"".join(data[f.start : f.end][:4096].rstrip() + b"\n" for f in block.fields if f.name.lower() in wanted)
-    lines = _long_line.sub(rb"\1", data[block.body : block.body + TEXT_MAX]).split(b"\n", LINES_MAX)
-    return parse((fields + b"\n" + b"\n".join(lines[:LINES_MAX])).translate(_ASCII))
+    tree = parse(fields.translate(_ASCII) + b"\n" + _cut(data[block.body : block.body + TEXT_MAX]))
+    for part in leaves(tree):
+        kind = Part(part).content_type
+        if kind.startswith("text/"):
+            part.set_payload(_cut(content(part, TEXT_MAX)).decode("ascii"))
+        elif kind == "message/rfc822":
+            part.set_payload("")
+        del part["content-transfer-encoding"]
+    return tree
+
+
+def _cut(text: bytes) -> bytes:
+    lines = _long_line.sub(rb"\1", text).split(b"\n", LINES_MAX)
+    return b"\n".join(lines[:LINES_MAX]).translate(_ASCII)
 
 
 _ASCII = bytes(range(128)) + b"\x7f" * 128
@@ -108,35 +173,37 @@ _ASCII = bytes(range(128)) + b"\x7f" * 128
 def notice(tree: Tree) -> str:
     """The text that comes before the returned message; of HTML the words."""
     texts: list[str] = []
-    for part in leaves(tree):
+    for part in islice(leaves(tree), PARTS_MAX):
         kind = Part(part).content_type
         if kind in ("message/rfc822", "text/rfc822-headers"):
             break
         if kind.startswith(("text/", "multipart/")):
-            text = _decoded(part)
-            before = _before_returned(_words(text) if _is_html(kind, text) else text)
+            text, is_html = _decoded(part)
+            before = _before_returned(_words(text) if is_html else text)
             texts.append(before)
-            if len(before) < len(text) and not _is_html(kind, text):
+            if len(before) < len(text) and not is_html:
                 break
     return "\n\n".join(texts)[:TEXT_MAX]
 
 
-def _decoded(part: Tree) -> str:
-    charset = str(part.get_param("charset", "utf-8")) if Part(part)["content-type"] else "utf-8"
+def _decoded(part: Tree) -> tuple[str, bool]:
+    """The text of a part, and whether it is HTML; lines of other text are cut."""
+    named_charset = _charset.search(Part(part)["content-type"] or "")
+    charset = named_charset[1] if named_charset else "utf-8"
     text = decode(content(part, TEXT_MAX), charset).replace("\r\n", "\n")
-    return "\n".join(line[:LINE_MAX] for line in text.split("\n")) if not _is_html("", text) else text
-
-
-def _is_html(kind: str, text: str) -> bool:
-    return kind == "text/html" or text[:200].lstrip().lower().startswith(("<html", "<!doctype html"))
+    if Part(part).content_type == "text/html" or text[:200].lstrip().lower().startswith(("<html", "<!doctype html")):
+        return text, True
+    return "\n".join(line[:LINE_MAX] for line in text.split("\n")), False
 
 
 def _words(markup: str) -> str:
-    def instead(found: re.Match[str]) -> str:
-        return " " if found[2].lower() in ("a", "b", "i", "em", "strong", "span", "font", "code", "tt", "u") else "\n"
-
-    text = re.sub(r"(?is)<(style|script|head)\b.{0,20000}?</\1>", "\n", markup)
-    return re.sub(r"[ \t\xa0]+", " ", html.unescape(_tag.sub(instead, text)))
+    """What HTML says; links and styles are dropped, an address in angle brackets is none of its tags."""
+    pieces: list[str] = []
+    for tag in tags(_address_in_brackets.sub("&lt;", markup)):
+        if not (tag.closes and tag.name in _UNSEEN):
+            pieces.append(unescaped(tag.before))
+        pieces.append(" " if tag.name in _INLINE else "\n" if tag.name else "")
+    return re.sub(r"[ \t\xa0]+", " ", "".join(pieces))
 
 
 def _before_returned(text: str) -> str:
@@ -154,7 +221,7 @@ def returned_headers(tree: Tree) -> Tree | None:
         if kind in ("message/rfc822", "text/rfc822-headers", "message/global", "message/global-headers"):
             return parse(content(part, TEXT_MAX))
         if kind.startswith("text/"):
-            text = _decoded(part)
+            text, _ = _decoded(part)
             inline = re.search(r"(?im)^(?:return-path|received|message-id|from|date):\s", text)
             if inline and re.search(r"(?im)^to:\s", text[inline.start() :]):
                 return parse(text[inline.start() :].encode("utf-8", "replace"))
@@ -182,7 +249,7 @@ def named(message: MailRequest, text: str) -> list[str]:
 
 def _is_told(text: str, position: int) -> bool:
     """Whether the words before an address make it a failed recipient; after `To:` a list may stand."""
-    line = text[max(text.rfind("\n", 0, position) + 1, position - 80) : position]
+    line = text[max(0, position - 80) : position].rpartition("\n")[2]
     return bool(_leading.match(line) or (_called.search(line) and not _quoted_header.match(line)))
 
 
@@ -231,7 +298,7 @@ def _said(text: str) -> str:
 def from_verp(recipients: Sequence[str]) -> str:
     """The address in `bounces+joe=x.org@lists.example`; "" when the bounce came to none like it."""
     for address in recipients:
-        found = _verp.match(address)
+        found = _verp.match(address[:LINE_MAX])
         if found and is_path_address(f"{found['local']}@{found['domain']}"):
             return f"{found['local']}@{found['domain']}".lower()
     return ""

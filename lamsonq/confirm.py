@@ -23,7 +23,10 @@ Rules:
 2. In a handler, the pending message leaves with the handler's success, as everything that is pushed. Before that
    nothing can be confirmed. When the handler is tried again the same message gets the same address again, so that
    a confirmation mail that has gone out by then is good.
-3. In a handler, a secret is used up with the handler's success. One that failed may verify it again.
+3. A secret is taken once, whoever comes with it at the same time, in threads or in processes. Outside of handlers it
+   is used up at once. In a handler it is used up with the handler's success; until then others wait, for a moment and
+   then with a Later, and when the handler fails, the next one may take it. When its process dies, the message that it
+   worked on may take it when it comes again, and no other: nobody knows whether it had succeeded.
 4. A confirmation expires. `purge` deletes what nobody can confirm any more: call it once a day.
 5. Nothing is sent to programs, and no message of a program (an absence notice) confirms anything (RFC 3834).
 6. Secrets are compared in constant time and never logged.
@@ -36,20 +39,23 @@ import logging
 import os
 import secrets
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from lamsonq import attempt, view
 from lamsonq.address import bare_address, is_path_address
-from lamsonq.errors import Later, SMTPError, UsageError
-from lamsonq.jobs import Put
+from lamsonq.attempt import ELSEWHERE_PATIENCE, PATIENCE, Attempt, Settle
+from lamsonq.errors import Later, LeaseLost, SMTPError, UsageError
+from lamsonq.jobs import Done, Job, Outcome, Put
 from lamsonq.mail import MailRequest, MailResponse
-from lamsonq.queue import Queue, job_of
+from lamsonq.queue import Queue, job_of, message_of
+from lamsonq.state import Conversations
 
 LOG = logging.getLogger("confirm")
 
@@ -76,10 +82,14 @@ class ConfirmationStorage:
     """Confirmations in a dict, or in whatever acts like one: `ConfirmationStorage(shelve.open("run/confirmations"))`.
 
     The base for storages of one's own: override `clear`, `get`, `delete` and `store`, which have to be durable on
-    return; and `entries`, if `purge` is to be used. A target never holds a colon.
+    return; and `entries`, if `purge` is to be used. One that several processes share has a `lock_file`, and its own
+    `take`, `claim` and `release`. A target never holds a colon.
 
     Source: Lamson's and Salmon's `confirm.ConfirmationStorage`.
     """
+
+    lock_file: str | None = None
+    """Where the processes that share this storage lock what they are about to take; None: they are one process."""
 
     def __init__(self, db: MutableMapping[str, Any] | None = None) -> None:
         self.confirmations: MutableMapping[str, Any] = {} if db is None else db
@@ -90,7 +100,8 @@ class ConfirmationStorage:
 
     def key(self, target: str, from_address: str) -> str:
         """What one confirmation is kept under: `target:joe@example.com`, in lower case."""
-        return f"{target}:{bare_address(from_address) or from_address}".lower()
+        key = f"{target}:{bare_address(from_address) or from_address}".lower()
+        return key.encode("utf-8", "backslashreplace").decode()  # half a character would not go into a file
 
     def get(self, target: str, from_address: str) -> tuple[str, str] | tuple[None, None]:
         """(secret, pending id), or (None, None)."""
@@ -103,7 +114,27 @@ class ConfirmationStorage:
 
     def store(self, target: str, from_address: str, expected_secret: str, pending_message_id: str) -> None:
         """Keep one, in place of an earlier one of this target and sender."""
-        self.confirmations[self.key(target, from_address)] = (expected_secret, pending_message_id, time.time())
+        with _TAKING:
+            self.confirmations[self.key(target, from_address)] = (expected_secret, pending_message_id, time.time())
+
+    def take(self, target: str, from_address: str, secret: str) -> str | None:
+        """Forget one if that is its secret, in one step: its pending id, None when it is not or somebody was faster."""
+        with _TAKING:
+            expected, pending_id = self.get(target, from_address)
+            if not _is_secret(expected, secret):
+                return None
+            self.delete(target, from_address)
+            return pending_id
+
+    def claim(self, target: str, from_address: str, secret: str, taker: str) -> bool:  # noqa: ARG002
+        """Keep one for this taker, in one step; False when it has another secret or is another taker's.
+
+        "" is who only asks. What ends with its process need not remember the taker: the engine has a lock.
+        """
+        return _is_secret(self.get(target, from_address)[0], secret)
+
+    def release(self, target: str, from_address: str, taker: str) -> None:
+        """Let others take what this taker has claimed."""
 
     def entries(self) -> Iterable[Confirmation]:
         """All of them. Raises NotImplementedError for a storage that keeps them in a place of its own."""
@@ -114,15 +145,24 @@ class ConfirmationStorage:
             yield Confirmation(target, sender, secret, pending_id, stored[0] if stored else 0.0)
 
 
-_SCHEMA_VERSION = 1
-_SCHEMA = """
+_TAKING = threading.RLock()  # a `get` of one's own may well call `store`
+
+_SCHEMAS = (
+    """
 create table if not exists confirmations (
     key     text primary key,
     secret  text not null,
     pending text not null,
     stored  real not null
 ) without rowid
-"""
+""",
+    "alter table confirmations add column taker text not null default ''",
+)
+"""What makes each version of the last."""
+_SCHEMA_VERSION = len(_SCHEMAS)
+_GET = "select secret, pending, taker from confirmations where key = ?"
+_DELETE = "delete from confirmations where key = ?"
+_STORE = "insert or replace into confirmations (key, secret, pending, stored) values (?, ?, ?, ?)"
 
 
 class SQLiteConfirmationStorage(ConfirmationStorage):
@@ -133,25 +173,49 @@ class SQLiteConfirmationStorage(ConfirmationStorage):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).absolute()
+        self.lock_file = f"{self.path}-taking"
 
     def clear(self) -> None:
         with self._database() as database:
             database.execute("delete from confirmations")
 
     def get(self, target: str, from_address: str) -> tuple[str, str] | tuple[None, None]:
-        query = "select secret, pending from confirmations where key = ?"
         with self._database() as database:
-            found = database.execute(query, (self.key(target, from_address),)).fetchone()
+            found = database.execute(_GET, (self.key(target, from_address),)).fetchone()
         return (found[0], found[1]) if found else (None, None)
 
     def delete(self, target: str, from_address: str) -> None:
         with self._database() as database:
-            database.execute("delete from confirmations where key = ?", (self.key(target, from_address),))
+            database.execute(_DELETE, (self.key(target, from_address),))
+
+    def take(self, target: str, from_address: str, secret: str) -> str | None:
+        key = (self.key(target, from_address),)
+        with self._transaction() as database:  # compared here, not in SQL: in constant time
+            expected, pending_id, _ = database.execute(_GET, key).fetchone() or (None, None, "")
+            if not _is_secret(expected, secret):
+                return None
+            database.execute(_DELETE, key)
+        return str(pending_id)
+
+    def claim(self, target: str, from_address: str, secret: str, taker: str) -> bool:
+        key = self.key(target, from_address)
+        with self._transaction() as database:
+            expected, _, claimed = database.execute(_GET, (key,)).fetchone() or (None, None, "")
+            if not _is_secret(expected, secret) or claimed not in ("", taker):
+                return False
+            if taker != claimed:
+                database.execute("update confirmations set taker = ? where key = ?", (taker, key))
+        return True
+
+    def release(self, target: str, from_address: str, taker: str) -> None:
+        statement = "update confirmations set taker = '' where key = ? and taker = ?"
+        with self._database() as database:
+            database.execute(statement, (self.key(target, from_address), taker))
 
     def store(self, target: str, from_address: str, expected_secret: str, pending_message_id: str) -> None:
         values = (self.key(target, from_address), expected_secret, pending_message_id, time.time())
         with self._database() as database:
-            database.execute("insert or replace into confirmations values (?, ?, ?, ?)", values)
+            database.execute(_STORE, values)
 
     def entries(self) -> Iterable[Confirmation]:
         with self._database() as database:
@@ -177,13 +241,24 @@ class SQLiteConfirmationStorage(ConfirmationStorage):
                 f"cannot use the confirmations in {self.path}: {error}; check the file and its folder"
             ) from error
 
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._database() as database:
+            database.execute("begin immediate")
+            yield database
+            database.execute("commit")
+
     def _check_version(self, database: sqlite3.Connection) -> None:
         (version,) = database.execute("pragma user_version").fetchone()
         if version > _SCHEMA_VERSION:
             raise Later(f"{self.path} was written by a newer lamsonq (schema {version}); it is left untouched")
         if version < _SCHEMA_VERSION:
-            database.execute(_SCHEMA)
+            database.execute("begin immediate")
+            (version,) = database.execute("pragma user_version").fetchone()  # another process may have been faster
+            for statement in _SCHEMAS[version:]:
+                database.execute(statement)
             database.execute(f"pragma user_version = {_SCHEMA_VERSION}")
+            database.execute("commit")
 
 
 class Delivers(Protocol):
@@ -260,43 +335,72 @@ class ConfirmationEngine:
             return None
         return secret if _same(secret[-_MARK_DIGITS:], _mark(secret[:-_MARK_DIGITS], message)) else None
 
-    def verify(self, target: str, from_address: str, expect_secret: str) -> MailRequest | None:
+    def verify(self, target: str, from_address: str | None, expect_secret: str) -> MailRequest | None:
         """The message that this secret sets free; None when it does not, or no longer.
 
-        `from_address` is who answers, `message["from"]`. The message stays in the pending queue. Outside of handlers
-        the secret is used up at once.
+        `from_address` is who answers, `message["from"]`. The message stays in the pending queue. Raises Later while a
+        handler that has verified this secret still runs.
         """
         running = attempt.current()
+        if running is not None and running.given_up:
+            raise LeaseLost("the handler took too long; this attempt was given up, and confirms nothing")
         if running is not None and running.message.is_automatic:
-            LOG.info("A confirmation for %r by %r is ignored: no person wrote it.", target, from_address)
+            LOG.info("A confirmation for %.200r by %.200r is ignored: no person wrote it.", target, from_address)
             return None
-        pending_id = self._expected(target, from_address, expect_secret)
-        job = None if pending_id is None else self.pending.backend.get(pending_id)
-        if job is None or self._age(job.metadata, job.received) > self.expires:
-            LOG.info("A confirmation for %r by %r is refused.", target, from_address)
+        job = self._take(target, from_address or "", expect_secret, running)
+        if job is None:
+            LOG.info("A confirmation for %.200r by %.200r is refused.", target, from_address)
             return None
-        use_up = partial(self._forget, target, from_address, expect_secret)
-        if running is None:
-            use_up()
-        else:
+        return message_of(job, self.pending.dir)
+
+    def _take(self, target: str, from_address: str, secret: str, running: Attempt | None) -> Job | None:
+        """The pending message, for this attempt or outside of one."""
+        job = self._waiting(target, from_address, secret)
+        if job is None:
+            return None  # those who guess lock nobody out
+        key, claims = job.key, _claims(self.storage.lock_file)
+        if claims.has(key, running):
+            return job
+
+        def give_back() -> None:
+            claims.end(key, running, lambda: self.storage.release(target, from_address, _taker(running)))
+
+        def use_up() -> None:
+            claims.end(key, running, lambda: self.storage.take(target, from_address, secret))
+
+        if not claims.wait(key, running, give_back):
+            return None
+        mine = False
+        try:
+            mine = self._claim(key, target, from_address, secret, running)
+        finally:
+            if not mine or running is None:
+                claims.end(key, running)
+        if mine and running is not None:
             running.afterwards(use_up)
-        return self.pending.get(job.key)
+            _when_it_fails(running, give_back)
+        return job if mine else None
+
+    def _claim(self, key: str, target: str, from_address: str, secret: str, running: Attempt | None) -> bool:
+        """Whether it is this attempt's, or outside of one is taken, unless whoever had it before has done so."""
+        job = self._waiting(target, from_address, secret)
+        if job is None or job.key != key or not self.storage.claim(target, from_address, secret, _taker(running)):
+            return False
+        return running is not None or self.storage.take(target, from_address, secret) == key
+
+    def _waiting(self, target: str, from_address: str, secret: str) -> Job | None:
+        """The message that waits for this secret, unless it has waited for too long."""
+        expected, pending_id = self.storage.get(target, from_address)
+        if pending_id is None or not _is_secret(expected, secret):
+            return None
+        job = self.pending.backend.get(pending_id)
+        return None if job is None or self._age(job.metadata, job.received) > self.expires else job
 
     def cancel(self, target: str, from_address: str, expect_secret: str) -> None:
         """Forget a confirmation and delete its message, if that is the secret."""
-        pending_id = self._expected(target, from_address, expect_secret)
+        pending_id = self.storage.take(target, from_address, expect_secret)
         if pending_id is not None:
-            self.storage.delete(target, from_address)
             self.delete_pending(pending_id)
-
-    def _expected(self, target: str, from_address: str, secret: str) -> str | None:
-        """The id of the message that this secret sets free."""
-        expected, pending_id = self.storage.get(target, from_address)
-        return pending_id if expected is not None and secret and _same(expected, secret.lower()) else None
-
-    def _forget(self, target: str, from_address: str, secret: str) -> None:
-        if self._expected(target, from_address, secret) is not None:
-            self.storage.delete(target, from_address)
 
     def send(self, relay: Delivers, target: str, message: MailRequest, template: str, vars: Mapping[str, Any]) -> bool:
         """Register the message and ask its sender to confirm it; False when nobody is there to be asked.
@@ -321,8 +425,8 @@ class ConfirmationEngine:
             view.read_msg(asking, template, variables)
         else:
             asking.Body = view.render(variables, template)
-        asking.update({"To": to, "Cc": None, "Bcc": None, "Reply-To": reply_to, "Auto-Submitted": "auto-replied"})
-        asking.in_reply_to(message)
+        asking.update({"To": to, "Cc": None, "Bcc": None, "Reply-To": reply_to, "Auto-Submitted": None})
+        asking.original = message
         relay.deliver(asking)
         return True
 
@@ -342,7 +446,7 @@ class ConfirmationEngine:
         ages = {key: age for key in keys if (age := self._age_of(key)) is not None}
         late = [entry for entry in self.storage.entries() if self._is_late(entry, ages.get(entry.pending_id), limit)]
         for entry in late:
-            self._forget(entry.target, entry.from_address, entry.secret)
+            self.storage.take(entry.target, entry.from_address, entry.secret)
         deleted = [key for key, age in ages.items() if age > limit]
         for key in deleted:
             self.delete_pending(key)
@@ -369,6 +473,128 @@ _MARK_DIGITS = 4
 def _mark(secret: str, message: MailRequest) -> str:
     """What ties a secret to its message, so that nobody slips in another one for a registration that failed."""
     return hashlib.blake2b(message.to_bytes(), key=secret.encode(), digest_size=_MARK_DIGITS // 2).hexdigest()
+
+
+def _nothing() -> None:
+    """Nothing to do, and nobody who is next in line."""
+
+
+class _Claims:
+    """Who is about to take which confirmation: one at a time, across threads and, with a lock file, processes.
+
+    The kernel holds the lock between processes, so it ends with its process.
+    """
+
+    def __init__(self, lock_file: str | None) -> None:
+        self._turns = Conversations(lock_file)
+        self._takers: dict[str, tuple[Attempt | None, Callable[[], None]]] = {}
+        self._lock = threading.Lock()
+
+    def has(self, key: str, taker: Attempt | None) -> bool:
+        """Whether it is this attempt's already."""
+        return taker is not None and self._takers.get(key, (None,))[0] is taker
+
+    def wait(self, key: str, taker: Attempt | None, give_back: Callable[[], None]) -> bool:
+        """Wait until it is this one's; False when another delivery inside of the same handler has it. Raises Later.
+
+        `give_back` is what others do when this attempt was given up.
+        """
+        give_up_at = time.monotonic() + (PATIENCE if taker is None else ELSEWHERE_PATIENCE)
+        while not self._begin(key, taker, give_back):
+            other, others_give_back = self._takers.get(key, (None, give_back))
+            if other is not None and any(one.given_up for one in _inside_of(other)):
+                others_give_back()
+            elif other is not None and taker is not None and _inside_of(other)[-1] is _inside_of(taker)[-1]:
+                return False
+            elif time.monotonic() >= give_up_at:
+                raise Later("another message is just being confirmed by this secret", time.time() + 1, counted=False)
+            else:
+                time.sleep(0.005)  # fcntl(2) has no wait with a time limit
+        return True
+
+    def _begin(self, key: str, taker: Attempt | None, give_back: Callable[[], None]) -> bool:
+        who, locked = ("confirmation", key), False
+        with self._lock:
+            if key in self._takers:
+                return False
+            self._turns.enter(who, _nothing)
+            try:
+                locked = self._turns.lock(who)
+            except OSError as error:
+                raise Later(f"cannot lock a confirmation: {error}") from error
+            finally:
+                if locked:
+                    self._takers[key] = (taker, give_back)
+                else:
+                    self._turns.leave(who)
+        return locked
+
+    def end(self, key: str, taker: Attempt | None, act: Callable[[], object] = _nothing) -> None:
+        """Do this, and let the next one come; nothing happens when it is not this one's any more."""
+        with self._lock:
+            if key not in self._takers or self._takers[key][0] is not taker:
+                return
+            try:
+                act()
+            finally:
+                del self._takers[key]
+                self._turns.leave(("confirmation", key))
+
+
+@cache
+def _claims(lock_file: str | None) -> _Claims:
+    return _Claims(lock_file)
+
+
+os.register_at_fork(after_in_child=_claims.cache_clear)
+
+
+def _taker(running: Attempt | None) -> str:
+    """What is the same when the same message comes to the same function again, be it in another job."""
+    if running is None:
+        return ""
+    named = repr((running.call.name, running.message.From, running.message.To))
+    digest = hashlib.sha256(named.encode("utf-8", "surrogatepass"))
+    digest.update(running.message.Data)
+    return digest.hexdigest()
+
+
+def _inside_of(one: Attempt) -> list[Attempt]:
+    """This attempt, the one that it was delivered in, and so on."""
+    found = [one]
+    while (outer := found[-1]._outer) is not None:
+        found.append(outer)
+    return found
+
+
+def _when_it_fails(running: Attempt, act: Callable[[], None]) -> None:
+    """Do this when the attempt ends without success, or one that it is inside of does."""
+    for one in _inside_of(running):
+        one._settle = _settling(one._settle, act)
+
+
+def _settling(settle: Settle, act: Callable[[], None]) -> Settle:
+    def settle_or_act(outcome: Outcome, puts: list[Put]) -> None:
+        if not isinstance(outcome, Done):
+            _try(act)  # first: whoever hears of it may come at once
+        try:
+            settle(outcome, puts)
+        except BaseException:
+            _try(act)
+            raise
+
+    return settle_or_act
+
+
+def _try(act: Callable[[], None]) -> None:
+    try:
+        act()
+    except Exception:  # any storage: an attempt is settled all the same, and may take it when it comes again
+        LOG.exception("a confirmation could not be given back")
+
+
+def _is_secret(expected: str | None, secret: str) -> bool:
+    return expected is not None and bool(secret) and _same(expected, secret.lower())
 
 
 def _same(one: str, other: str) -> bool:

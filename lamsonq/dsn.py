@@ -3,8 +3,8 @@
 Rules:
 
 1. A report is read where it is declared, else wherever its fields stand: as text, in base64, behind a wrong boundary.
-2. The returned message is never read as the report; a report that travels inside another message is, when there is
-   no other.
+2. The returned message is never read as the report; a report that is attached to a message is, when that message is
+   no report itself.
 3. Blocks are forgiving: several recipients in one block, one recipient over two blocks, fields without a type.
 4. Nothing raises; at most REPORT_MAX octets and RECIPIENTS_MAX recipients are read.
 """
@@ -107,12 +107,18 @@ def read_report(tree: Tree, nesting: int = 0) -> Report:
         report = _report(fields for part in source for fields in _blocks_of(part, declared=source is declared))
         if report.recipients:
             return report
-    if nesting < NESTING_MAX:
+    if nesting < NESTING_MAX and not declared and Part(tree).content_type != "multipart/report":
         for inner in filter(None, map(_inner_report, parts)):
             report = read_report(inner, nesting + 1)
             if report.recipients:
                 return report
     return Report()
+
+
+def is_report(tree: Tree) -> bool:
+    """Whether this message itself is a delivery report (RFC 6522), not a letter that has one attached."""
+    parts = tree.get_payload() if tree.is_multipart() and Part(tree).content_type == "multipart/report" else ()
+    return any(Part(part).content_type in _STATUS_TYPES for part in parts if isinstance(part, Message))
 
 
 def _inner_report(part: Tree) -> Tree | None:
@@ -241,7 +247,7 @@ def action_in(value: str) -> str:
 def untyped(value: str) -> str:
     """What stands behind the type of a field: of `dns; mx.example.org` the name."""
     kind, semicolon, rest = value.partition(";")
-    return rest.strip() if semicolon and re.fullmatch(r"\s*[\w.+-]+\s*(?:\(.*\))?\s*", kind) else value.strip()
+    return rest.strip() if semicolon and re.fullmatch(r"\s*+[\w.+-]++\s*+(?:\(.*\))?\s*+", kind) else value.strip()
 
 
 def address_in(value: str) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import codecs
 import encodings
 import pkgutil
 import re
@@ -49,6 +50,9 @@ _UNSAFE = "\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff"
 _unsafe = re.compile(f"[{_UNSAFE}]")
 _unshown = re.compile(f"[\t{_UNSAFE}]")
 _surrogate = re.compile("[\ud800-\udfff]")
+
+Reading = Callable[[bytes, str], str]
+"""(octets, charset) -> the text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,17 +145,17 @@ def _is_structured(name: str) -> bool:
     return name.lower() in ADDRESS_HEADERS or name[:8].lower() == "content-"
 
 
-def shown(name: str, raw: bytes) -> str:
+def shown(name: str, raw: bytes, reading: Reading | None = None) -> str:
     """The text of a field: unfolded, encoded words decoded, nothing in it that could end a line.
 
     In an address header only display names are decoded, and stand in quotes where they hold specials, so that
-    none of them can become an address.
+    none of them can become an address. `reading` is `decode`, or what stands for it; raises what that raises.
     """
     text = undecoded(raw)
     if name.lower() not in ADDRESS_HEADERS:
-        text = decode_words(text)
+        text = decode_words(text, reading)
     elif "=?" in text and len(text) <= STRUCTURED_MAX:
-        text = _addresses(text, lambda phrase: _quoted(decode_words(phrase)))
+        text = _addresses(text, lambda phrase: _quoted(decode_words(phrase, reading)))
     return _unshown.sub(" ", text).strip()
 
 
@@ -183,11 +187,12 @@ def _quoted(phrase: str) -> str:
 _word = re.compile(r"=\?([^?*\s]{1,60})(?:\*[^?\s]{0,60})?\?([bBqQ])\?([^?\r\n]*)\?=")
 
 
-def decode_words(text: str) -> str:
+def decode_words(text: str, reading: Reading | None = None) -> str:
     """Text with its RFC 2047 encoded words decoded; those that are broken stay as they are.
 
     Blanks between two encoded words vanish (section 6.2); a character may be split over words of one charset.
     """
+    read = reading or decode
     pieces: list[str] = []
     run, charset, position = b"", "", 0
     for found in _word.finditer(text):
@@ -197,11 +202,11 @@ def decode_words(text: str) -> str:
         between = text[position : found.start()]
         adjacent = bool(charset) and not between.strip(" \t\r\n")
         if not (adjacent and found[1].lower() == charset):
-            pieces += [decode(run, charset), "" if adjacent else between]
+            pieces += [read(run, charset), "" if adjacent else between]
             run, charset = b"", found[1].lower()
         run += octets
         position = found.end()
-    return "".join([*pieces, decode(run, charset), text[position:]])
+    return "".join([*pieces, read(run, charset), text[position:]])
 
 
 def _word_octets(encoding: str, text: str) -> bytes | None:
@@ -219,18 +224,38 @@ _CHARSETS = ({m.name for m in pkgutil.iter_modules(encodings.__path__)} | set(al
 
 
 def decode(octets: bytes, charset: str) -> str:
-    """The text, by this charset, else as UTF-8, else with replacement characters; never raises.
+    """The text, by this charset, else as UTF-8, else with replacement characters; never raises."""
+    text = decoded(octets, charset)
+    if text is not None:
+        return text
+    try:
+        return _surrogate.sub("\ufffd", octets.decode(codec_of(charset), "replace"))
+    except (ValueError, LookupError):
+        return octets.decode("utf-8", "replace")
+
+
+def decoded(octets: bytes, charset: str) -> str | None:
+    """The text, by this charset, else as UTF-8; None when it is neither."""
+    for codec in (codec_of(charset), "utf-8"):
+        try:
+            text = octets.decode(codec)
+        except (ValueError, LookupError):
+            continue
+        if not _surrogate.search(text):
+            return text
+    return None
+
+
+def codec_of(charset: str) -> str:
+    """Python's name of a charset: `ascii`, `utf-8`, `iso8859-1`; `utf-8` stands for what it does not know.
 
     Only charsets that Python has are looked up: the codec registry remembers every name that it was asked for.
     """
     name = encodings.normalize_encoding(charset).lower() if charset.isascii() and len(charset) < 64 else ""
-    declared = name if name in _CHARSETS else "utf_8"
-    for codec, errors in ((declared, "strict"), ("utf_8", "strict"), (declared, "replace")):
-        try:
-            return _surrogate.sub("\ufffd", octets.decode(codec, errors))
-        except (ValueError, LookupError):
-            continue
-    return octets.decode("utf-8", "replace")
+    try:
+        return codecs.lookup(name if name in _CHARSETS else "utf-8").name
+    except LookupError:  # a codec of another system
+        return "utf-8"
 
 
 def check_name(name: str) -> str:

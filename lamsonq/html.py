@@ -13,16 +13,20 @@ Rules:
 
 1. Values are data: in the Markdown they are text, whatever they hold, and HTML in the Markdown is shown, not obeyed.
    `{{ value|safe }}` lets a value be Markdown; HTML it never is. With a `wiki` of one's own values are escaped as
-   HTML.
+   HTML. In the style sheet a value is CSS: it can spoil the looks, but never end the `style` element.
 2. Nothing is fetched: neither style sheets nor anything else, from the net or from files.
 3. HTML never goes out without a text.
+4. No HTML can crash the process. The CSS library recurses into the elements, and how deep those stand, and how many
+   they are, only a browser's parser can tell. So what bounds it is what every parser agrees on: how often `<` stands
+   before a letter or a slash.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
+import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from functools import lru_cache
 from typing import Any
 
@@ -32,21 +36,42 @@ from markupsafe import Markup
 from lamsonq import view
 from lamsonq.errors import UsageError
 from lamsonq.mail import MailResponse
-from lamsonq.plaintext import tags, text_of
+from lamsonq.plaintext import text_of
 
-DEPTH_MAX = 200
-"""How deep elements may stand in each other: far beyond it the CSS library runs out of stack, and kills the process."""
+LENGTH_MAX = 1_000_000
+"""Characters of a document. Mail readers cut it off long before (Gmail at 102 kB); images go beside it (`images=`)."""
+
+TAGS_MAX = 20_000
+"""Tags of a document, opening and closing ones."""
+
+REOPENED_MAX = 512 * 1024 * 1024
+"""Octets that elements which are not closed where they should be may take: see `_reopened`."""
+
+STYLES_MAX = 2 * 1024 * 1024 * 1024
+"""Octets that the style sheet may take when all of it is written into each element."""
+
+_STACK = 1024 * 1024
+_STACK_PER_TAG = 8 * 1024
+"""What the library needs was measured: 840 octets for an element, and two tags can make four (`<table><td>`)."""
+
+_TAG = re.compile(r"<[a-zA-Z/]")
+_END_TAG = re.compile(r"</(?=[a-zA-Z])")
+_FORMATTING = re.compile(r"<(a|b|big|code|em|font|i|nobr|s|small|strike|strong|tt|u)(?=[ \t\r\n\f/>])", re.I)
+_ATTRIBUTES = re.compile(  # as the HTML standard reads them: a value in quotes may hold ">"
+    r"""(?:[ \t\r\n\f/]*+[^ \t\r\n\f/>][^ \t\r\n\f/>=]*+
+    (?:[ \t\r\n\f]*+=[ \t\r\n\f]*+(?:"[^"]*+"?|'[^']*+'?|[^ \t\r\n\f>"'][^ \t\r\n\f>]*+)?)?)*+""",
+    re.VERBOSE,
+)
+_ELEMENT = 400
+"""Octets of memory that an element takes."""
 
 _PUNCTUATION = re.compile(r"([!-/:-@\[-`{-~])")
+_LINE_END = re.compile(r"\r\n?")
 _INDENT = re.compile(r"^(?: {4}| {0,3}\t)[ \t]*", re.MULTILINE)
-_CHILDLESS = frozenset(
-    {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
-)
-_ENDS_BY_ITSELF = frozenset({"p", "li", "dt", "dd", "tr", "td", "th", "thead", "tbody", "tfoot", "colgroup", "option"})
 _BLOCK = re.compile(
     r"(?<=>)\s*(?=</?(?:html|head|body|style|meta|div|p|h[1-6]|ul|ol|li|table|tbody|tr|td|th|hr)\b)", re.I
 )
-_KEPT = re.compile(r"(<pre\b.*?</pre\s*>)", re.I | re.S)
+_KEPT = re.compile(r"(<pre\b.*?(?:</pre\s*>|\Z))", re.I | re.S)
 
 
 class HtmlMail:
@@ -71,22 +96,23 @@ class HtmlMail:
         self.wiki = wiki or _markdown
 
     def load_css(self, variables: Mapping[str, Any] | None = None) -> str:
-        """The style sheet."""
-        return view.render({**self.variables, **(variables or {})}, self.css_template)
+        """The style sheet, as it may stand in a `style` element: `</` is `<\\/`, which is the same in CSS."""
+        return _END_TAG.sub(r"<\/", view.render({**self.variables, **(variables or {})}, self.css_template))
 
     def apply_styles(self, html: str, variables: Mapping[str, Any] | None = None) -> str:
         """The document with the style sheet, and its own `style` elements, written into its elements.
 
         Rules that no element can hold (`@media`) stay in the head. Links to style sheets are dropped. Raises ValueError
-        for HTML that is nested more than DEPTH_MAX deep.
+        for what is beyond LENGTH_MAX, TAGS_MAX, REOPENED_MAX or STYLES_MAX.
         """
         try:
             from css_inline import CSSInliner
         except ImportError as error:
             raise _missing("css-inline") from error
-        _check_depth(html)
-        inliner = CSSInliner(load_remote_stylesheets=False, keep_at_rules=True, extra_css=self.load_css(variables))
-        return inliner.inline(html)
+        css = self.load_css(variables)
+        tags = _checked_tags(html, css)
+        inliner = CSSInliner(load_remote_stylesheets=False, keep_at_rules=True, extra_css=css)
+        return _with_stack(_STACK + _STACK_PER_TAG * tags, lambda: inliner.inline(html))
 
     def render(self, variables: Mapping[str, Any], content_template: str, pretty: bool = False) -> str:
         """The document: content in layout, styled. `pretty` begins a new line with each block, for people to read."""
@@ -146,26 +172,72 @@ def _escaped(value: object) -> object:
     """The value as text that Markdown leaves alone: no indented code, a backslash before each punctuation character."""
     if hasattr(value, "__html__"):
         return value
-    return _PUNCTUATION.sub(r"\\\1", _INDENT.sub("   ", str(value)))
+    lines = _LINE_END.sub("\n", str(value))
+    return _PUNCTUATION.sub(r"\\\1", _INDENT.sub("   ", lines))
 
 
-def _check_depth(html: str) -> None:
-    """Raises ValueError when too many elements are open at once."""
-    open_now: Counter[str] = Counter()
-    depth = 0
-    for tag in tags(html):
-        if not tag.name or tag.name in _CHILDLESS or tag.name in _ENDS_BY_ITSELF:
-            continue
-        if not tag.closes:
-            open_now[tag.name] += 1
-            depth += 1
-        elif open_now[tag.name]:
-            open_now[tag.name] -= 1
-            depth -= 1
-        if depth > DEPTH_MAX:
-            raise ValueError(
-                f"HTML that is nested more than {DEPTH_MAX} deep cannot be styled; are all elements closed?"
-            )
+def _checked_tags(html: str, css: str) -> int:
+    """How many tags there are, at the most. Raises ValueError when the library had better not see this."""
+    _check(len(html), LENGTH_MAX, "characters")
+    tags = len(_TAG.findall(html))
+    _check(tags, TAGS_MAX, "tags")
+    _check(tags * _reopened(html), REOPENED_MAX, "octets of elements that are left open")
+    _check(tags * len(css), STYLES_MAX, "octets of styles")
+    return tags
+
+
+def _check(count: int, limit: int, of: str) -> None:
+    if count > limit:
+        raise ValueError(f"HTML of {count} {of} cannot be styled, {limit} are the most; are all elements closed?")
+
+
+def _reopened(html: str) -> int:
+    """Octets that may come with each tag: a `<b>` or `<font>` that a paragraph leaves open is opened again in the next
+    one, and in all that follow (the HTML standard's list of active formatting elements).
+
+    That list holds three of those that are the same, and one `<a>`. A tag is looked at wherever it may begin, because
+    what is a comment, a script or a value to us need not be one to another parser.
+    """
+    tags: set[str] = set()
+    link = read = 0
+    for found in _FORMATTING.finditer(html):
+        attributes = _ATTRIBUTES.match(html, found.end())
+        tag = found[0] + (attributes[0] if attributes else "")
+        read += len(tag)
+        if read > 16 * LENGTH_MAX:
+            raise ValueError("HTML with so many quotes that are not closed cannot be styled")
+        if found[1] in "aA":
+            link = max(link, len(tag))
+        else:
+            tags.add(tag)
+    return link + sum(3 * (_ELEMENT + len(tag)) for tag in tags)
+
+
+def _with_stack(octets: int, function: Callable[[], str]) -> str:
+    """What the function returns or raises, called in a thread that has a stack of this size."""
+    result: Future[str] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(function())
+        except BaseException as error:  # for who waits for it, whatever it is
+            result.set_exception(error)
+
+    thread = threading.Thread(target=run, name="lamsonq-html", daemon=True)
+    with _starting:
+        before = threading.stack_size(-(-octets // _PAGE) * _PAGE)
+        try:
+            thread.start()
+        finally:
+            threading.stack_size(before)
+    thread.join()
+    return result.result()
+
+
+_starting = threading.Lock()
+"""The size of stacks is one setting for the whole process. Who starts another thread just then gets a large stack: that
+is address space, not memory."""
+_PAGE = 64 * 1024
 
 
 def _pretty(html: str) -> str:

@@ -63,6 +63,7 @@ class _Source:
     def __init__(self, data: bytes) -> None:
         self.data = data
         self.part_defects: list[str] = []
+        self.undecodable: dict[str, None] = {}
 
     @cached_property
     def block(self) -> HeaderBlock:
@@ -71,6 +72,15 @@ class _Source:
     @cached_property
     def tree(self) -> Tree:
         return parse(self.data, self.part_defects)
+
+    def shown(self, field: Field) -> str:
+        return self.checked(field.name, shown(field.name, self.block.raw(field)))
+
+    def checked(self, name: str, text: str) -> str:
+        """The text, which is a defect when something in it could not be decoded."""
+        if "\ufffd" in text:
+            self.undecodable[f"{name} holds characters that cannot be decoded"] = None
+        return text
 
 
 class MailRequest:
@@ -141,7 +151,8 @@ class MailRequest:
     @property
     def defects(self) -> list[str]:
         """What is wrong with the message, as far as it has been read."""
-        return list(dict.fromkeys([*self._source.block.defects, *self._source.part_defects]))
+        source = self._source
+        return list(dict.fromkeys([*source.block.defects, *source.part_defects, *source.undecodable]))
 
     @property
     def base(self) -> Tree:
@@ -163,8 +174,7 @@ class MailRequest:
             text = self._edits[name.lower()][1]
             yield from () if text is None else (text,)
             return
-        block = self._source.block
-        yield from (shown(found.name, block.raw(found)) for found in block.named(name))
+        yield from map(self._source.shown, self._source.block.named(name))
 
     def __setitem__(self, name: str, value: object) -> None:
         """Replace every header of this name by one, or add it; None deletes. Raises ValueError."""
@@ -188,9 +198,8 @@ class MailRequest:
 
     def items(self) -> list[tuple[str, str]]:
         """The headers in order, decoded."""
-        block = self._source.block
         return [
-            (name, piece if isinstance(piece, str) else shown(name, block.raw(piece)))
+            (name, piece if isinstance(piece, str) else self._source.shown(piece))
             for name, piece in self._edited_fields()
         ]
 
@@ -211,7 +220,8 @@ class MailRequest:
 
     def body(self) -> str | bytes:
         """The text (the first text/plain, else the first text) as str; a message without any: its first part."""
-        return main_text(self.base)
+        text = main_text(self.base)
+        return self._source.checked("the text", text) if isinstance(text, str) else text
 
     def all_parts(self) -> list[Part]:
         """The parts that hold content, in order; a message inside this one is a single part."""
@@ -267,10 +277,30 @@ class MailRequest:
     @property
     def is_automatic(self) -> bool:
         """Whether no person wrote this, so that nothing should answer by itself (RFC 3834 section 2)."""
-        submitted = (self["auto-submitted"] or "no").partition(";")[0].strip().lower()
         precedence = (self["precedence"] or "").strip().lower()
         listed = any(name.lower().startswith("list-") for name in self)
-        return self.From == "" or submitted != "no" or precedence in ("bulk", "list", "junk") or listed
+        return self.From == "" or self._submitted != "no" or precedence in ("bulk", "list", "junk") or listed
+
+    @property
+    def may_be_answered(self) -> bool:
+        """Whether a program may answer this at all.
+
+        Neither the null sender (RFC 5321 section 4.5.5) nor another program's answer or notice (RFC 3834 section 2, RFC
+        5436 section 2.7) gets one: that would go on for ever. Whether other automatic mail, as a monitor's or a list's,
+        is answered is up to the application.
+        """
+        return self.From != "" and self._submitted in ("no", "auto-generated")
+
+    @property
+    def _submitted(self) -> str:
+        """The keyword of Auto-Submitted (RFC 3834 section 5)."""
+        return (self["auto-submitted"] or "no").partition(";")[0].strip().lower()
+
+    @property
+    def writers(self) -> frozenset[str]:
+        """The addresses that an answer to this goes to, as its envelope, From and Reply-To have them."""
+        texts = [*self.get_all("from"), *self.get_all("reply-to")]
+        return frozenset(filter(None, [self.From, *(address for text in texts for address in addresses_in(text))]))
 
 
 def _sender(text: str) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from email.message import Message
 from typing import TypeVar
 
-from lamsonq.headers import STRUCTURED_MAX, HeaderBlock, decode, decode_words, shown
+from lamsonq.headers import STRUCTURED_MAX, HeaderBlock, Reading, decode, decode_words, shown
 
 DEPTH_MAX = 50
 PARTS_MAX = 1000
@@ -46,15 +46,20 @@ class Tree(Message):
     span: tuple[int, int] = (0, 0)
 
 
-def parse(data: bytes, defects: list[str] | None = None) -> Tree:
-    """The tree of parts of a message; what is wrong with it is added to `defects`. Never raises."""
-    return _Parser(data, [] if defects is None else defects).root()
+def parse(data: bytes, defects: list[str] | None = None, reading: Reading | None = None) -> Tree:
+    """The tree of parts of a message; what is wrong with it is added to `defects`.
+
+    `reading` makes text of header values with octets beyond ASCII in them, for who writes them anew. Raises only what
+    that raises.
+    """
+    return _Parser(data, [] if defects is None else defects, reading).root()
 
 
 class _Parser:
-    def __init__(self, data: bytes, defects: list[str]) -> None:
+    def __init__(self, data: bytes, defects: list[str], reading: Reading | None) -> None:
         self.data = data
         self.defects = defects
+        self.reading = reading
         self.parts = 0
 
     def root(self) -> Tree:
@@ -70,7 +75,7 @@ class _Parser:
         tree = Tree()
         tree.source, tree.span = self.data, (block.body, block.end)
         for found in block.fields:
-            tree.set_raw(found.name, _stored(found.name, block.raw(found)))
+            tree.set_raw(found.name, _stored(found.name, block.raw(found), self.reading))
         tree.set_default_type(default_type)
         children = self._children(tree, depth)
         payload: list[Message | str] | str = [*children] or self._text(*tree.span)
@@ -155,12 +160,14 @@ class _Parser:
         return self.data[start:end].decode("ascii", "surrogateescape")
 
 
-def _stored(name: str, raw: bytes) -> str:
+def _stored(name: str, raw: bytes, reading: Reading | None) -> str:
     """A header value as the standard library's tree keeps it; raw UTF-8 in a file name, which is common, is text."""
-    if name[:8].lower() != "content-":
-        return _bare_cr.sub(b" ", raw).decode("ascii", "surrogateescape")
-    raw = _bare_cr.sub(b" ", raw[:STRUCTURED_MAX])
-    return _tolerant(raw.decode, raw.decode("ascii", "surrogateescape"))
+    structured = name[:8].lower() == "content-"
+    raw = _bare_cr.sub(b" ", raw[:STRUCTURED_MAX] if structured else raw)
+    if reading is not None and not raw.isascii():
+        return reading(raw, "us-ascii")
+    escaped = raw.decode("ascii", "surrogateescape")
+    return _tolerant(raw.decode, escaped) if structured else escaped
 
 
 def _content_type(tree: Message) -> str:
@@ -197,9 +204,7 @@ class Part:
     @property
     def filename(self) -> str | None:
         """The name that the sender gave, without directories, control characters and leading dots."""
-        name = decode_words(str(_tolerant(self.message.get_filename, None) or ""))
-        name = "".join(filter(str.isprintable, re.split(r"[/\\]", name)[-1]))
-        return name.lstrip(". ").strip()[:FILENAME_MAX] or None
+        return filename_of(self.message)
 
     @property
     def data(self) -> bytes:
@@ -213,8 +218,19 @@ class Part:
         """Text as str with `\\n` line ends, undecodable characters replaced; anything else as bytes."""
         if not self.content_type.startswith("text/"):
             return self.data
-        charset = _tolerant(self.message.get_content_charset, None) or "us-ascii"
-        return decode(self.data, charset).replace("\r\n", "\n")
+        return decode(self.data, self.charset).replace("\r\n", "\n")
+
+    @property
+    def charset(self) -> str:
+        """What its text is said to be in; `us-ascii` where nothing is said."""
+        return _tolerant(self.message.get_content_charset, None) or "us-ascii"
+
+
+def filename_of(message: Message, reading: Reading | None = None) -> str | None:
+    """See `Part.filename`; `reading` is `decode`, or what stands for it. Raises only what that raises."""
+    name = decode_words(str(_tolerant(message.get_filename, None) or ""), reading)
+    name = "".join(filter(str.isprintable, re.split(r"[/\\]", name)[-1]))
+    return name.lstrip(". ").strip()[:FILENAME_MAX] or None
 
 
 def _payload(message: Message) -> bytes:

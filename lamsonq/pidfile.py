@@ -6,9 +6,11 @@ Rules:
    unlocked means left behind, whatever pid it names: it is replaced at a start and removed at a stop.
 2. A pid is signalled only while the file that names it is locked, and never a pid below 2, except where a server is
    the first process of its container.
-3. A file that is no pid file (a link, other content) is left alone: its user chose a wrong name.
+3. A file that is no pid file (a link, anything but a number in it) is left alone: its user chose a wrong name.
 4. The pid is written into a fresh file before anybody could take it for an old one: a stale file is removed first,
    under its own lock. The lock does not pass into forked children, but a fresh image of the same process keeps it.
+5. A file that somebody has removed while its process runs is written anew when that process is asked to; never in the
+   place of one that another process has locked meanwhile.
 """
 
 from __future__ import annotations
@@ -44,7 +46,11 @@ class PidFile:
 
     def resume(self, fd: int) -> None:
         """Go on with the lock that this process took before its exec."""
+        self._hold(fd)
+
+    def _hold(self, fd: int) -> None:
         self._fd = fd
+        self.path = os.path.abspath(self.path)  # a boot may change the directory
 
     def take(self) -> None:
         """Lock the file and write our pid.
@@ -63,8 +69,28 @@ class PidFile:
             if not (_lock(fd) and _same(fd, self.path)):
                 os.close(fd)  # somebody took our new, still empty file for a stale one: look again
                 continue
-            os.write(fd, b"%d\n" % os.getpid())
-            self._fd = fd
+            self._hold(fd)
+            try:
+                os.write(fd, _own_line())
+            except OSError as error:
+                self.give_back()
+                raise Refusal(f"cannot write the PID file {self.path}: {error.strerror}") from error
+
+    def renew(self) -> None:
+        """Write the file anew, if somebody has removed it.
+
+        Raises what `take` raises; the lock that we have stays ours then.
+        """
+        if self._fd < 0 or _same(self._fd, self.path):
+            return
+        removed, self._fd = self._fd, -1
+        try:
+            self.take()
+        finally:
+            if self._fd < 0:
+                self._fd = removed
+            else:
+                os.close(removed)
 
     def give_back(self) -> None:
         """Remove the file, then drop the lock. Idempotent; leaves a file alone that is no longer ours."""
@@ -115,6 +141,17 @@ class Running:
         os.close(self.fd)
 
 
+def is_own(fd: int, path: str) -> bool:
+    """Whether our process has taken this pid file, perhaps in a former image: it is locked by us and holds our pid.
+
+    Somebody may have removed it since. Raises OSError for a descriptor that is not open.
+    """
+    status = os.fstat(fd)
+    ours = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
+    there = status.st_nlink == 0 or _same(fd, path)
+    return ours and there and os.pread(fd, 64, 0) == _own_line() and _lock(fd)
+
+
 def find(path: str) -> Running | None:
     """The process that holds this pid file, or None when there is no file or nobody holds it.
 
@@ -122,13 +159,17 @@ def find(path: str) -> Running | None:
     """
     deadline = time.monotonic() + 1.0
     while (fd := _open(path)) is not None:
-        if not _locked(fd):
-            os.close(fd)
-            return None
-        pid = _read(fd, path)
-        if pid is not None:
-            return Running(path, pid, fd)
-        os.close(fd)
+        running: Running | None = None
+        try:
+            locked = _locked(fd)
+            pid = _read(fd, path)
+            if locked and pid is not None:
+                running = Running(path, _signalable(pid, path), fd)
+            if running or not locked:
+                return running
+        finally:
+            if running is None:
+                os.close(fd)
         if time.monotonic() > deadline:
             raise PidFileError(f"PID file {path} is locked, but holds no pid")
         time.sleep(_POLL)  # it was created a moment ago, and its pid is on the way
@@ -176,15 +217,26 @@ def _open(path: str) -> int | None:
     return fd
 
 
+def _own_line() -> bytes:
+    return b"%d\n" % os.getpid()
+
+
 def _read(fd: int, path: str) -> int | None:
-    """The pid; None for the empty file of a process that is just starting, or died there."""
+    """The number in it; None for the empty file of a process that is just starting, or died there."""
     content = os.pread(fd, 64, 0)
     if not content:
         return None
-    number = re.fullmatch(rb"([0-9]{1,7})\n?", content)
-    if number is None or not (1 < int(number[1]) <= _PID_MAX or _is_first_of_a_container(int(number[1]))):
-        raise PidFileError(f"PID file {path} holds {content[:20]!r} and no pid: not touched, remove it yourself")
+    number = re.fullmatch(rb"([0-9]{1,20})\n?", content)
+    if number is None:
+        raise PidFileError(f"PID file {path} holds {content[:20]!r} and no pid, so it is no PID file: not touched")
     return int(number[1])
+
+
+def _signalable(number: int, path: str) -> int:
+    """The pid of a locked file, if it is one that may be signalled."""
+    if 1 < number <= _PID_MAX or _is_first_of_a_container(number):
+        return number
+    raise PidFileError(f"PID file {path} is locked, but holds {number} and no pid: not touched")
 
 
 def _is_first_of_a_container(pid: int) -> bool:

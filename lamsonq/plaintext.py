@@ -48,6 +48,7 @@ _LINKS = ("http://", "https://", "mailto:", "tel:", "ftp://")
 
 _tag = re.compile(r"<(/?)([A-Za-z][A-Za-z0-9:-]*)|<!--|<[!?/]")
 _tag_stop = re.compile(r"[>\"']")
+_huge_number = re.compile(r"&#[0-9]{100,};?")
 _attribute = re.compile(r"""([^\s=/"'>]+)(?:\s*+=\s*+("[^"]*"|'[^']*'|[^\s"']+))?""")
 
 
@@ -55,12 +56,18 @@ def text_of(html: str) -> str:
     """The text that a reader of this HTML sees, ending in a line end; "" when there is none."""
     reader = _Reader()
     for tag in tags(html):
-        reader.data(unescape(tag.before))
+        reader.data(unescaped(tag.before))
         if tag.closes:
             reader.end(tag.name)
         elif tag.name:
             reader.start(tag.name, tag.inside)
     return reader.text()
+
+
+def unescaped(text: str) -> str:
+    """The text with its character references as characters."""
+    # Python refuses to read a number of thousands of digits; what is no character is U+FFFD in HTML.
+    return unescape(_huge_number.sub("\ufffd", text))
 
 
 class Tag(NamedTuple):
@@ -107,7 +114,11 @@ def _tag_end(html: str, position: int) -> int:
 
 def _attributes(inside: str) -> dict[str, str]:
     found = _attribute.finditer(inside[:ATTRIBUTES_MAX])
-    return {one[1].lower(): unescape(re.sub(r"^([\"'])(.*)\1$", r"\2", one[2] or "", flags=re.DOTALL)) for one in found}
+    return {one[1].lower(): unescaped(_unquoted(one[2] or "")) for one in found}
+
+
+def _unquoted(value: str) -> str:
+    return re.sub(r"^([\"'])(.*)\1$", r"\2", value, flags=re.DOTALL)
 
 
 class _Reader:

@@ -50,10 +50,13 @@ def start(service: Service) -> None:
         flush()
         out, err = (logs.enter_context(_append(f"{OUTPUT}.{end}")) for end in ("out", "err"))
         reading, writing = os.pipe()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            raise Refusal(f"cannot start a process: {error.strerror}") from error
         if pid == 0:
             os.close(reading)
-            _daemon(service, passed, writing, out, err)
+            end_with(lambda: _daemon(service, passed, writing, out, err))
         os.close(writing)
     os.waitpid(pid, 0)
     with open(reading, "rb") as pipe:
@@ -142,7 +145,7 @@ def _serve(service: Service, passed: Sequence[Listener], report: Callable[[bytes
     try:
         with attention.during():
             pid_file.take()
-            receiver = _bound(service, listeners)
+            receiver = _bound(service, listeners, [each.fd for each in passed])
         failure = Parent.first(service, receiver, pid_file, listeners, report).live(stop=attention.stop)
     except reload.Interrupted:
         logging.info("The server was told to stop before it listened.")
@@ -163,18 +166,18 @@ def _succeed(service: Service, record: reload.Record) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     reopen(service.output)
     pid_file = pidfile.PidFile(service.pid_file)
-    pid_file.resume(record.pid_file)
     listeners = Listeners(record.listeners)
     attention = reload.Attention()
     receiver: Receiver | None = None
     failure: Refusal | None = None
     try:
         with attention.during(reload.PATIENCE):
-            receiver = _bound(service, listeners)
+            receiver = _bound(service, listeners, record.descriptors())
     except reload.Interrupted:
         failure = Refusal(f"the boot took longer than {reload.PATIENCE:g} seconds")
     except BaseException as error:  # whatever it is, the old children work on
         failure = refusal_of(answer_of(error))
+    pid_file.resume(record.pid_file)  # not before: what the boot forks would close the descriptor twice
     try:
         parent = Parent.successor(service, None if failure else receiver, pid_file, listeners, record)
         parent.live(failure, stop=attention.stop)
@@ -183,9 +186,11 @@ def _succeed(service: Service, record: reload.Record) -> int:
     return 0
 
 
-def _bound(service: Service, listeners: Listeners) -> Receiver:
+def _bound(service: Service, listeners: Listeners, fds: Sequence[int]) -> Receiver:
+    """Boot and bind. Processes that the boot forks do not have these descriptors."""
     sockets.keep(listeners)
-    receiver = service.boot()
+    with reload.apart(fds):
+        receiver = service.boot()
     receiver.bind()
     identity.give_up_root()
     return receiver
@@ -212,7 +217,9 @@ def stop(
         except Refusal as error:
             troubles.append(error)
     for running in going:
-        if not running.wait(GRACE + 2 * MARGIN):
+        started = tally.started(running.path, running.pid)
+        grace = GRACE if started is None else started.grace
+        if not running.wait(grace + 2 * MARGIN):
             late = f"{running.path}: process {running.pid} does not end; give -KILL to end it at once"
             troubles.append(Refusal(late))
         else:

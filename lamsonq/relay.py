@@ -16,6 +16,8 @@ Rules:
 5. Other people's mail servers get TLS where they offer it, of any certificate (RFC 7435: better than none), and none
    where their handshake fails. `starttls` there means a certificate for the server's name, or nothing is sent.
 6. A password goes only through TLS or to this machine itself, unless `clear_login` says that the network is trusted.
+7. What a program writes does not go to who wrote a message that no program may answer (`MailRequest.may_be_answered`):
+   two of them would go on for ever.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from ssl import CERT_NONE, PROTOCOL_TLS_CLIENT, SSLCertVerificationError, SSLCon
 from typing import TYPE_CHECKING
 
 from lamsonq import mail
+from lamsonq.address import canonical
 from lamsonq.connection import Client, HandshakeError, Pool, Server, own_name
 from lamsonq.errors import Dead, Failure, Later, SettingsError, SMTPError, Undelivered
 from lamsonq.mx import MailServers
@@ -119,7 +122,7 @@ class Relay:
             given, missing = ("username", "password") if self.password is None else ("password", "username")
             raise SettingsError(f"Relay has a {given} and no {missing}: give both, or neither")
         if self.username is not None and not (
-            self.ssl or self.starttls or clear_login or not self.hostname or _is_this_machine(self.hostname)
+            self.ssl or self.starttls or clear_login or not self.hostname or is_this_machine(self.hostname)
         ):
             raise SettingsError(
                 f"Relay would send the password to {self.hostname} unencrypted: "
@@ -144,10 +147,15 @@ class Relay:
     def deliver(self, message: Deliverable, To: str | Iterable[str] | None = None, From: str | None = None) -> None:
         """Send a message to `To` from `From`, or else to and from whom its envelope names.
 
-        Raises Undelivered, which names everyone who did not get it, and Dead for a message without
-        recipients.
+        An answer that rule 7 forbids is dropped, and logged. Raises Undelivered, which names everyone who did not get
+        it, and Dead for a message without recipients.
         """
         sender, recipients, data = _envelope(message, To, From)
+        original = _not_to_be_answered(message)
+        if original is not None:
+            recipients = _others(original, recipients)
+            if not recipients:
+                return
         if not recipients:
             raise Dead("the message has no recipient: nothing in To, Cc or Bcc is an address")
         if self._hand_over is not None:
@@ -164,18 +172,11 @@ class Relay:
     def reply(self, original: mail.MailRequest, From: str, Subject: str, Body: str) -> None:
         """Answer a message, in its thread, under this very subject.
 
-        No person wrote the answer, and it says so: `Auto-Submitted: auto-replied` (RFC 3834 section 5). Neither the
-        null sender (RFC 5321 section 4.5.5) nor another program's answer gets one: they would go on for ever. Whether a
-        list or other bulk mail (`original.is_automatic`) is answered is up to the caller.
+        No person wrote the answer, and it says so; what may not be answered (rule 7) is not. Whether a list or other
+        bulk mail (`original.is_automatic`) is answered is up to the caller.
         """
-        submitted = (original["auto-submitted"] or "").partition(";")[0].strip().lower()
-        if not original.From or submitted == "auto-replied":
-            why = "an automatic reply" if original.From else "the null sender"
-            logging.info("Not replying to a message from %s to %r.", why, original.To)
-            return
         response = mail.MailResponse(To=original.From, From=From, Subject=Subject, Body=Body)
-        response["Auto-Submitted"] = "auto-replied"
-        response.in_reply_to(original)
+        response.original = original
         self.deliver(response)
 
     @property
@@ -326,6 +327,22 @@ def _envelope(message: Deliverable, To: str | Iterable[str] | None, From: str | 
     return sender, list(dict.fromkeys(recipients)), data
 
 
+def _not_to_be_answered(message: Deliverable) -> mail.MailRequest | None:
+    """The message that a program has written this one because of, if no program may answer that."""
+    if not isinstance(message, mail.MailResponse) or message.original is None or not message.is_automatic:
+        return None
+    return None if message.original.may_be_answered else message.original
+
+
+def _others(original: mail.MailRequest, recipients: Sequence[str]) -> list[str]:
+    """Those of the recipients who did not write the original, which is not to be answered."""
+    others = [to for to in recipients if canonical(to) not in original.writers]
+    if not others or len(others) < len(recipients):
+        why = "an automatic reply" if original.From else "the null sender"
+        LOG.info("Not replying to a message from %s to %r.", why, original.To)
+    return others
+
+
 def _parsed(message: Message | bytes | str) -> mail.MailRequest:
     data = message.as_bytes() if isinstance(message, Message) else message
     return mail.MailRequest(None, None, None, data)
@@ -388,7 +405,8 @@ def _unverified() -> SSLContext:
     return context
 
 
-def _is_this_machine(host: str) -> bool:
+def is_this_machine(host: str) -> bool:
+    """Whether this host of a relay is the machine that we are on: loopback, or a unix socket."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -8,8 +8,11 @@ Rules:
 
 1. The pid stays, and so do the lock on the pid file, the listening sockets and the old children: they are handed over
    by descriptors that survive the exec, and one environment variable that tells which is which.
-2. A trial changes nothing. It ends when it has answered, when its time is over, or when its parent is gone.
-3. A signal that comes at the exec waits for the fresh image: it is blocked meanwhile.
+2. That variable is believed only together with the very descriptors that it tells of: a fresh image holds the locked
+   pid file with its pid in it, a trial the pipe for its answer. Whatever else is found in it counts for nothing.
+3. A trial changes nothing. It ends when it has answered, when its time is over, or when its parent is gone.
+4. A signal that comes at the exec waits for the fresh image: it is blocked meanwhile.
+5. What a boot forks is no part of the server: it has none of its descriptors, and its own signals.
 
 Two boots instead of one, because a process cannot try itself: after an exec there is no way back. Not
 LISTEN_FDS for our own sockets, because a reload needs to know what each was opened for.
@@ -27,9 +30,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
-from lamsonq.child import READY, answer_of, end_with, flush, refusal_of
+from lamsonq import pidfile
+from lamsonq.child import READY, SIGNALS, answer_of, end_with, flush, refusal_of
 from lamsonq.errors import Refusal
 from lamsonq.sockets import Listener, Listeners, keep
 from lamsonq.tally import Totals
@@ -38,10 +42,14 @@ if TYPE_CHECKING:
     from lamsonq.server import Receiver
 
 VARIABLE = "LAMSONQ_RELOAD"
-"""The environment variable that hands a Record over. It is taken away before anything else happens."""
+"""The environment variable that hands a Record over. It is taken away before anything else is run or started."""
 
 PATIENCE = 60.0
 """Seconds that a boot may take in a reload."""
+
+Role = Literal["trial", "rehearsal", "successor"]
+"""What a process of a reload is to be. A rehearsal is a trial without any server to inherit from: nothing has been done
+yet that its options ask for."""
 
 _STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
@@ -61,7 +69,8 @@ class Command:
 
     @classmethod
     def here(cls, words: Sequence[str]) -> Command:
-        environ = {name: value for name, value in os.environ.items() if not name.startswith("LISTEN_")}
+        own = (VARIABLE, *(name for name in os.environ if name.startswith("LISTEN_")))
+        environ = {name: value for name, value in os.environ.items() if name not in own}
         return cls(tuple(words), os.getcwd(), environ, sys.path[:1] in ([""], [os.getcwd()]))
 
     def line(self) -> list[str]:
@@ -80,12 +89,9 @@ class Old:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What one process tells the next: `role` is trial, rehearsal or successor.
+    """What one process tells the next: what it is to be, and which descriptors are what."""
 
-    A rehearsal is a trial without any server to inherit from: nothing has been done yet that its options ask for.
-    """
-
-    role: str
+    role: Role
     listeners: tuple[Listener, ...] = ()
     answer: int = -1
     lifeline: tuple[int, int] = (-1, -1)
@@ -104,26 +110,52 @@ class Record:
 _inherited: list[Record] = []
 
 
-def inherited() -> Record | None:
-    """What this process was handed over, if it was started by a reload or by `lamsonq restart`. Raises Refusal."""
+def inherited(pid_file: str) -> Record | None:
+    """What this process was handed over, if it was started by a reload or by `lamsonq restart`.
+
+    `pid_file` is the path of the one that its options name.
+    """
     text = os.environ.pop(VARIABLE, None)
     if text is not None:
-        import msgspec
-
-        try:
-            record = msgspec.json.decode(text, type=Record)
+        record = _believed(text, pid_file)
+        if record is None:
+            # Not by logging.warning(), which would configure logging before the boot does.
+            logging.getLogger().warning("%s in the environment is ignored: it is lamsonq's own.", VARIABLE)
+        else:
             for fd in record.descriptors():
                 os.set_inheritable(fd, False)
-        except (msgspec.MsgspecError, OSError) as error:
-            raise Refusal(f"{VARIABLE} is for lamsonq itself, and holds what cannot be used: {error}") from error
-        _inherited[:] = [record]
+            _inherited[:] = [record]
     return _inherited[0] if _inherited else None
+
+
+def _encoded(record: Record) -> str:
+    """Numbers of descriptors could be anybody's, so the text also tells which files stand behind them."""
+    import msgspec
+
+    return msgspec.json.encode((record, _files(record))).decode()
+
+
+def _believed(text: str, pid_file: str) -> Record | None:
+    """What `_encoded` has written, for this process; None for everything else."""
+    import msgspec
+
+    try:
+        record, files = msgspec.json.decode(text, type=tuple[Record, list[int]])
+        fresh = record.role == "successor"
+        proven = pidfile.is_own(record.pid_file, pid_file) if fresh else record.answer >= 0
+        return record if proven and files == _files(record) else None
+    except (msgspec.MsgspecError, ValueError, OverflowError, OSError):
+        return None
+
+
+def _files(record: Record) -> list[int]:
+    """The inode numbers of what is handed over. Raises OSError."""
+    return [os.fstat(fd).st_ino for fd in record.descriptors()]
 
 
 def already_placed() -> bool:
     """Whether this process is a fresh image of a server: it is already who and where its options ask it to be."""
-    record = inherited()
-    return record is not None and record.role != "rehearsal"
+    return any(record.role != "rehearsal" for record in _inherited)
 
 
 # ---- the trial, from its parent's side -------------------------------------------------------------------------
@@ -132,7 +164,7 @@ def already_placed() -> bool:
 class Trial:
     """A process that tries the boot. Raises OSError when it cannot be started."""
 
-    def __init__(self, command: Command, role: str, listeners: Sequence[Listener] = (), lifeline: int = -1) -> None:
+    def __init__(self, command: Command, role: Role, listeners: Sequence[Listener] = (), lifeline: int = -1) -> None:
         self.fd, answer = os.pipe()
         """Readable when there is something to hear."""
         self.deadline = time.monotonic() + PATIENCE
@@ -143,7 +175,7 @@ class Trial:
             self._process = subprocess.Popen(
                 command.line(),
                 cwd=command.directory,
-                env=command.environ | {VARIABLE: encoded(record)},
+                env=command.environ | {VARIABLE: _encoded(record)},
                 stdin=subprocess.DEVNULL,
                 pass_fds=record.descriptors(),
                 process_group=0,
@@ -196,6 +228,35 @@ class Trial:
         self._process.wait()
 
 
+@dataclass(slots=True)
+class Reload:
+    """How far the reload of a server is: the boot is on trial, then new children are to take the place of old ones.
+
+    `again` says that another HUP came meanwhile.
+    """
+
+    trial: Trial | None = None
+    replacing: bool = False
+    again: bool = False
+
+    @property
+    def under_way(self) -> bool:
+        return self.replacing or self.trial is not None
+
+    def watched(self) -> list[int]:
+        """The descriptor on which there may be something to hear."""
+        return [] if self.trial is None else [self.trial.fd]
+
+    def clocks(self) -> list[float]:
+        """When there is something to do if nothing was heard."""
+        return [] if self.trial is None else [self.trial.deadline]
+
+    def end_trial(self) -> None:
+        if self.trial is not None:
+            trial, self.trial = self.trial, None
+            trial.end()
+
+
 def rehearse(command: Command) -> None:
     """See whether this command would boot, while a server still has the sockets that it needs. Raises Refusal."""
     try:
@@ -227,8 +288,9 @@ def answer(record: Record, boot: Callable[[], Receiver]) -> NoReturn:
         threading.Thread(target=_end_with_parent, args=(record.lifeline[0],), daemon=True).start()
     keep(Listeners(record.listeners, rehearsal=record.role == "rehearsal"))
     try:
-        with kept_from_helpers(record):
-            boot().bind()
+        with apart(record.descriptors()):
+            receiver = boot()
+        receiver.bind()
         told = READY
     except BaseException as error:  # a boot may raise anything; the parent makes one line of it
         told = answer_of(error)
@@ -242,39 +304,62 @@ def answer(record: Record, boot: Callable[[], Receiver]) -> NoReturn:
     end_with(tell)
 
 
-_secret: list[int] = []
-os.register_at_fork(after_in_child=lambda: _close(_secret))
-
-
-@contextlib.contextmanager
-def kept_from_helpers(record: Record) -> Iterator[None]:
-    """A process that is forked in this block, by a boot, has nothing of what was handed over."""
-    _secret[:] = record.descriptors()
-    try:
-        yield
-    finally:
-        _secret.clear()
-
-
-def _close(fds: Sequence[int]) -> None:
-    for fd in fds:
-        with contextlib.suppress(OSError):
-            os.close(fd)
-
-
 def _end_with_parent(lifeline: int) -> None:
     os.read(lifeline, 1)
     os._exit(1)
 
 
+# ---- a boot ----------------------------------------------------------------------------------------------------
+
+_ours: list[int] | None = None  # while a boot runs: the descriptors that are not for what it forks
+
+
+@contextlib.contextmanager
+def apart(fds: Sequence[int]) -> Iterator[None]:
+    """In this block, which is for a boot, a process that is forked is none of ours: it has none of these descriptors
+    (whoever waits for the end of a pipe would wait for that process too) and none of our signal handlers, and it ends
+    where it would leave the block and be a second server."""
+    global _ours
+    we, _ours = os.getpid(), list(fds)
+    try:
+        yield
+    finally:
+        _ours = None
+        if os.getpid() != we:
+            error = sys.exception()
+            if not isinstance(error, SystemExit):
+                logging.error("A process that the boot has forked does not end by itself.", exc_info=error)
+            end_with(lambda: 1)
+
+
+def _part() -> None:
+    """In a process that a boot has forked."""
+    global _ours
+    if _ours is None:
+        return
+    for fd in _ours:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+    _ours = None
+    for number in (*SIGNALS, signal.SIGALRM):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+os.register_at_fork(after_in_child=_part)
+
+
 # ---- the exec --------------------------------------------------------------------------------------------------
 
 
-def become_fresh(command: Command, record: Record) -> None:
+def become_fresh(command: Command, record: Record, pid_file: str) -> None:
     """Replace this process's image. Returns only by an OSError, and then nothing has changed."""
     fds = record.descriptors()
     line = command.line()
-    environ = command.environ | {VARIABLE: encoded(record)}
+    text = _encoded(record)
+    if _believed(text, pid_file) is None:  # nor would the fresh image believe it, and that would be the server's end
+        raise OSError(f"the PID file {pid_file} is not as it was written: remove it, and try again")
+    environ = command.environ | {VARIABLE: text}
     flush()
     try:
         os.chdir(command.directory)
@@ -324,12 +409,6 @@ class Attention:
             if patience:
                 signal.alarm(0)
             signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
-
-
-def encoded(record: Record) -> str:
-    import msgspec
-
-    return msgspec.json.encode(record).decode()
 
 
 def _python_options() -> list[str]:

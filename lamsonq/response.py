@@ -10,6 +10,9 @@ Rules:
 4. mixed(alternative(text, related(html, images), others), attachments), each only where it has more than one
    part: the best alternative comes last (RFC 2046 section 5.1.4), what the HTML shows stands beside it (RFC 2387).
 5. Bcc is a recipient and is never written.
+6. What a program writes because of a message (`original`) says so, so that no other program answers it (RFC 3834
+   section 5): `auto-replied`, and in the thread, where it goes to who wrote that; `auto-generated` where it goes to
+   others. This is told from the recipients that it has when somebody looks; a header that was set stays.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ _content_type = re.compile(r"([\w!#$&^.+-]{1,127})/([\w!#$&^.+-]{1,127})(\s*;.*)
 COPIED_MAX = 2000
 _UNENCODABLE = {"message": "message/global", "multipart": "application/octet-stream"}
 _BUILT = frozenset({"content-type", "content-transfer-encoding", "content-disposition", "mime-version"})
+_MARKS = frozenset({"auto-submitted", "in-reply-to", "references"})
 _COPIED = ("Content-Disposition", "Content-ID", "Content-Description", "Content-Language", "Content-Location")
 
 
@@ -82,6 +86,9 @@ class MailResponse:
     what `attach`, `embed` and `add_alternative` added. Raises ValueError for a header that holds a line end or another
     control character.
 
+    `original` is the message that a program answers by this, or tells others of; None where a person writes, or where
+    there is none. `view.respond` sets it.
+
     Source: Lamson's and Salmon's `mail.MailResponse`.
     """
 
@@ -98,6 +105,7 @@ class MailResponse:
         self.attachments: list[Attachment] = []
         self.embedded: list[Attachment] = []
         self.alternatives: list[Attachment] = []
+        self.original: MailRequest | None = None
         self._content_ids = itertools.count(1)
         self._headers: dict[str, tuple[str, str]] = {}
         self._token = secrets.token_hex(12)
@@ -107,7 +115,8 @@ class MailResponse:
     # Headers.
 
     def __getitem__(self, name: str) -> str | None:
-        return self._headers.get(name.lower(), ("", None))[1]
+        headers = self._marked() if name.lower() in _MARKS else self._headers
+        return headers.get(name.lower(), ("", None))[1]
 
     def __setitem__(self, name: str, value: object) -> None:
         """Set a header; a list is joined with commas, None removes it. Raises ValueError."""
@@ -124,18 +133,18 @@ class MailResponse:
         self._headers.pop(name.lower(), None)
 
     def __contains__(self, name: str) -> bool:
-        return name.lower() in self._headers
+        return name.lower() in self._marked()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.keys())
 
     def keys(self) -> list[str]:
-        """The names of the headers that were set, in order."""
-        return [name for name, _ in self._headers.values()]
+        """The names of the headers, in order; without those that `to_message` makes."""
+        return [name for name, _ in self._marked().values()]
 
     def items(self) -> list[tuple[str, str]]:
-        """The headers that were set, in order."""
-        return list(self._headers.values())
+        """The headers, in order; without those that `to_message` makes."""
+        return list(self._marked().values())
 
     def update(self, headers: Mapping[str, object]) -> None:
         """Set several headers."""
@@ -154,16 +163,28 @@ class MailResponse:
         return list(dict.fromkeys(found))
 
     def in_reply_to(self, original: MailRequest) -> None:
-        """Make this an answer: In-Reply-To and References (RFC 5322 section 3.6.4), where the original has an id."""
-        answered = next(message_ids(original["message-id"] or ""), None)
-        if answered is None:
-            return
-        thread = list(message_ids(original["references"] or original["in-reply-to"] or ""))
-        thread = [i for i in dict.fromkeys(thread) if i != answered]
-        if len(thread) >= REFERENCES_MAX:
-            thread[1 : 2 - REFERENCES_MAX] = []  # the first names the thread, the last ones the place in it
-        self["In-Reply-To"] = answered
-        self["References"] = " ".join([*thread, answered])
+        """Put this into a thread: In-Reply-To and References, where the original has an id.
+
+        For what a person answers; a program sets `original`.
+        """
+        self.update(_thread_of(original))
+
+    @property
+    def is_automatic(self) -> bool:
+        """Whether no person has written this, by rule 6 or by its own Auto-Submitted."""
+        return (self["Auto-Submitted"] or "no").partition(";")[0].strip().lower() != "no"
+
+    def _marked(self) -> dict[str, tuple[str, str]]:
+        """The headers that were set, and those of rule 6."""
+        if self.original is None:
+            return self._headers
+        marks = {"Auto-Submitted": "auto-generated"}
+        if self.original.writers.intersection(self.recipients):
+            marks["Auto-Submitted"] = "auto-replied"
+            if self._headers.keys().isdisjoint(("in-reply-to", "references")):
+                marks |= _thread_of(self.original)
+        missing = {name.lower(): (name, text) for name, text in marks.items() if name.lower() not in self._headers}
+        return self._headers | missing
 
     # Attachments.
 
@@ -278,6 +299,18 @@ class MailResponse:
 
     def __repr__(self) -> str:
         return f"<MailResponse to {self['To']!r}: {self['Subject']!r}>"
+
+
+def _thread_of(original: MailRequest) -> dict[str, str]:
+    """The headers that put an answer behind the original (RFC 5322 section 3.6.4); none where that has no id."""
+    answered = next(message_ids(original["message-id"] or ""), None)
+    if answered is None:
+        return {}
+    thread = list(message_ids(original["references"] or original["in-reply-to"] or ""))
+    thread = [i for i in dict.fromkeys(thread) if i != answered]
+    if len(thread) >= REFERENCES_MAX:
+        thread[1 : 2 - REFERENCES_MAX] = []  # the first names the thread, the last ones the place in it
+    return {"In-Reply-To": answered, "References": " ".join([*thread, answered])}
 
 
 def _read(filename: str) -> bytes:

@@ -3,7 +3,8 @@
 Rules:
 
 1. A request has a deadline, not only time limits for its steps, and an answer a greatest size.
-2. Whatever goes wrong is an OSError, an http.client.HTTPException, a ValueError or a RecursionError: `TROUBLE`.
+2. Whatever goes wrong is an OSError, an http.client.HTTPException, a ValueError or a RecursionError: `TROUBLE`. An
+   answer that is cut off, or whose score is no number that can be compared, is trouble too, never a verdict.
 3. The message goes as it is, with the envelope beside it.
 """
 
@@ -12,11 +13,11 @@ from __future__ import annotations
 import http.client
 import io
 import ipaddress
-import json
+import math
 import re
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 from urllib.parse import SplitResult, unquote, urlsplit
@@ -26,6 +27,7 @@ import msgspec
 from lamsonq import attempt
 from lamsonq.errors import SettingsError
 from lamsonq.mail import MailRequest
+from lamsonq.transaction import one_line
 
 ANSWER_MAX = 1024 * 1024
 """Octets of a scanner's answer that are read."""
@@ -33,10 +35,12 @@ ANSWER_MAX = 1024 * 1024
 TROUBLE = (OSError, http.client.HTTPException, ValueError, RecursionError)
 
 _RSPAMD_PORT, _RSPAMD_CONTROLLER_PORT, _SPAMD_PORT = 11333, 11334, 783
+_SPAMD_VERDICT = re.compile(r"(true|yes|false|no)\s*;\s*(-?[\d.]+)\s*/\s*(-?[\d.]+)")
 _RSPAMD_SPAM = frozenset({"add header", "rewrite subject", "quarantine", "discard", "reject"})
 """Not `greylist` and `soft reject`, which ask for time at the SMTP door."""
 
-_Seconds = Annotated[float, msgspec.Meta(gt=0)]
+_Seconds = Annotated[float, msgspec.Meta(gt=0, le=3600)]
+_Score = Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)]
 _Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
@@ -48,7 +52,7 @@ class SpamConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     SpamAssassin's. `connections` is how many scans may run at a time in this process.
     """
 
-    threshold: float | None = None
+    threshold: _Score | None = None
     timeout: _Seconds = 10.0
     size_limit: _Count = 1024 * 1024
     on_error: Literal["pass", "later"] = "pass"
@@ -81,16 +85,27 @@ class _Address:
     path: str = ""
 
     def connect(self, deadline: float) -> _Connection:
-        if self.host:
-            return _Connection(socket.create_connection((self.host, self.port), _left(deadline)), deadline)
-        unix = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            unix.settimeout(_left(deadline))
-            unix.connect(self.path)
-        except BaseException:
-            unix.close()
-            raise
-        return _Connection(unix, deadline)
+        """To the first of its addresses that answers, all before the deadline."""
+        trouble = OSError(f"{self.host or self.path} has no address")
+        for family, address in self._found():
+            connected = socket.socket(family, socket.SOCK_STREAM)
+            try:
+                connected.settimeout(_left(deadline))
+                connected.connect(address)
+            except OSError as error:
+                trouble = error
+                connected.close()
+            except BaseException:
+                connected.close()
+                raise
+            else:
+                return _Connection(connected, deadline)
+        raise trouble
+
+    def _found(self) -> list[tuple[int, Any]]:
+        if not self.host:
+            return [(socket.AF_UNIX, self.path)]
+        return [(found[0], found[4]) for found in socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)]
 
 
 class _Connection:
@@ -144,6 +159,21 @@ def _left(deadline: float) -> float:
     return left
 
 
+class _Scan(msgspec.Struct):
+    """What of rspamd's answer to `/checkv2` is read. No JSON makes it a score that is infinite or none."""
+
+    action: str
+    score: float
+    required_score: float | None = None
+    symbols: dict[str, Any] | None = None
+
+
+class _Learned(msgspec.Struct):
+    """What of its answer to `/learnspam` and `/learnham` is read."""
+
+    success: bool = False
+
+
 class Rspamd:
     """rspamd over HTTP: the scanner's `/checkv2`, the controller's `/learnspam` and `/learnham`."""
 
@@ -157,24 +187,22 @@ class Rspamd:
             self._controller = _Address(self._address.host, _RSPAMD_CONTROLLER_PORT)
 
     def check(self, message: MailRequest, deadline: float) -> Verdict:
-        found = self._ask(self._address, "/checkv2", message, deadline)
-        action = str(found.get("action", ""))
-        symbols = found.get("symbols")
+        found = msgspec.json.decode(self._ask(self._address, "/checkv2", message, deadline), type=_Scan)
         return Verdict(
-            spam=action in _RSPAMD_SPAM,
-            score=_number(found.get("score")),
-            symbols=tuple(sorted(map(str, symbols))) if isinstance(symbols, dict) else (),
-            required=_number(found.get("required_score")),
-            action=action,
+            spam=found.action in _RSPAMD_SPAM,
+            score=found.score + 0.0,  # not -0.0
+            symbols=_symbols(sorted(found.symbols or ())),
+            required=found.required_score or 0.0,
+            action=one_line(found.action),
         )
 
     def train(self, message: MailRequest, kind: str, deadline: float) -> bool:
         if self._controller is None:
             raise ValueError("config has no controller, its URL, such as rspamd://127.0.0.1:11334")
-        found = self._ask(self._controller, f"/learn{kind}", message, deadline)
-        return found.get("success") is True
+        answer = self._ask(self._controller, f"/learn{kind}", message, deadline)
+        return msgspec.json.decode(answer, type=_Learned).success
 
-    def _ask(self, address: _Address, path: str, message: MailRequest, deadline: float) -> dict[str, Any]:
+    def _ask(self, address: _Address, path: str, message: MailRequest, deadline: float) -> bytes:
         client = http.client.HTTPConnection("localhost", timeout=_left(deadline))
         with address.connect(deadline) as connection:
             client.sock = connection
@@ -182,10 +210,9 @@ class Rspamd:
             answer = client.getresponse()
             body = answer.read(ANSWER_MAX)
         # 208 is rspamd's for a message that it has learned before.
-        found = json.loads(body) if answer.status in (200, 208) else None
-        if not isinstance(found, dict):
+        if answer.status not in (200, 208):
             raise ValueError(f"it answers {answer.status} {answer.reason}: {body[:100].decode('utf-8', 'replace')}")
-        return found
+        return body
 
     def _headers(self, message: MailRequest) -> dict[str, bytes]:
         running = attempt.current()
@@ -209,15 +236,14 @@ class SpamAssassin:
 
     def check(self, message: MailRequest, deadline: float) -> Verdict:
         headers, body = self._ask("SYMBOLS", message, {}, deadline)
-        found = re.fullmatch(r"(true|yes|false|no)\s*;\s*(-?[\d.]+)\s*/\s*(-?[\d.]+)", headers.get("spam", "").lower())
+        found = _SPAMD_VERDICT.fullmatch(headers.get("spam", "").lower())
         if not found:
             raise ValueError(f"its answer holds no verdict: {headers}")
-        symbols = (name.strip() for name in body.decode("utf-8", "replace").split(","))
         return Verdict(
             spam=found[1] in ("true", "yes"),
-            score=float(found[2]) + 0.0,  # not -0.0
-            symbols=tuple(filter(None, symbols)),
-            required=float(found[3]),
+            score=_score(found[2]),
+            symbols=_symbols(body.decode("utf-8", "replace").split(",")),
+            required=_score(found[3]),
         )
 
     def train(self, message: MailRequest, kind: str, deadline: float) -> bool:
@@ -233,11 +259,14 @@ class SpamAssassin:
             connection.sendall(f"{command} SPAMC/1.5\r\n{head}\r\n".encode() + message.Data)
             connection.socket.shutdown(socket.SHUT_WR)
             answer = connection.makefile().read()
-        top, _, body = answer.partition(b"\r\n\r\n")
+        top, ended, body = answer.partition(b"\r\n\r\n")
         first, *lines = top.decode("utf-8", "replace").split("\r\n")
         if not re.match(r"SPAMD/[\d.]+ 0 ", first):
             raise ValueError(f"it answers {first[:100]!r}")
-        return {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}, body
+        found = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        if not ended or len(body) < int(found.get("content-length", 0)):
+            raise ValueError("its answer is cut off")
+        return found, body
 
 
 Scanner = Rspamd | SpamAssassin
@@ -250,17 +279,22 @@ def scanner(url: str, config: SpamConfig) -> Scanner:
     return _SCANNERS[found.scheme](found, config)
 
 
+def shown(url: str) -> str:
+    """The URL without a password."""
+    return re.sub(r"//[^/]*@", "//", str(url))
+
+
 def _split(url: str, *schemes: str) -> SplitResult:
     """The URL of a scanner. Raises SettingsError."""
     try:
         found = urlsplit(str(url))
         _ = found.port  # raises for nonsense
     except ValueError as error:
-        raise SettingsError(f"the spam scanner {url!r} is no URL: {error}") from error
+        raise SettingsError(f"the spam scanner {shown(url)!r} is no URL: {error}") from error
     if found.scheme not in schemes or not (found.hostname or len(found.path) > 1):
         wanted = " or ".join(f"{scheme}://host:port" for scheme in schemes)
         raise SettingsError(
-            f"the spam scanner {url!r} is none that we know; it is {wanted}, or scheme:///a/unix/socket"
+            f"the spam scanner {shown(url)!r} is none that we know; it is {wanted}, or scheme:///a/unix/socket"
         )
     return found
 
@@ -269,8 +303,16 @@ def _address(url: SplitResult, default_port: int) -> _Address:
     return _Address(url.hostname or "", url.port or default_port, "" if url.hostname else unquote(url.path))
 
 
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else 0.0
+def _score(digits: str) -> float:
+    """Raises ValueError for what is no number that can be compared."""
+    score = float(digits)
+    if not math.isfinite(score):
+        raise ValueError(f"its score has {len(digits)} digits")
+    return score + 0.0  # not -0.0
+
+
+def _symbols(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(filter(None, map(one_line, names)))
 
 
 def _line(value: str) -> bytes:

@@ -17,6 +17,7 @@ our own. The private names that are touched: `_reader` (and its `_buffer`), `_wr
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,9 @@ from aiosmtpd import smtp
 
 from lamsonq import mail
 from lamsonq.address import canonical
+
+LOG = logging.getLogger()
+"""The root logger, where the other lines about a message go."""
 
 IDLE_TIMEOUT = 300.0
 """Seconds without a sign of the client that end a session (RFC 5321 section 4.5.3.2.7 asks for 5 minutes)."""
@@ -216,8 +220,15 @@ class Session(smtp.SMTP):
         return f"552 5.3.4 Message size exceeds the limit of {self.server.size_limit} octets"
 
     async def smtp_RCPT(self, arg: str | None) -> None:
-        if not await self.check_helo_needed():
-            await self.push(await self._rcpt(arg or ""))
+        if await self.check_helo_needed():
+            return
+        reply = await self._rcpt(arg or "")
+        if not reply.startswith(("25", "50")):  # a command out of order is no refusal of a recipient
+            assert self.envelope is not None
+            sender = "" if self.envelope.mail_from == "<>" else self.envelope.mail_from
+            recipient = (arg or "")[3:].strip(" <>")
+            LOG.info("Refused recipient from Peer: %r, From: %r, to To %r: %r", self.peer, sender, recipient, reply)
+        await self.push(reply)
 
     async def _rcpt(self, arg: str) -> str:
         assert self.envelope is not None

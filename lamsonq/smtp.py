@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from socket import gethostname
 from socket import socket as Socket
 
@@ -241,6 +243,12 @@ class SMTPReceiver:
             for session in [session for session in self._sessions if session.idle_for > LEAVE_AFTER]:
                 session.dismiss(_GOODBYE)
             await asyncio.sleep(0.02)
+        if cut := [f"{run.call.name or 'deliver'} for {run.call.recipient}" for run in self._committer.running]:
+            LOG.warning(
+                "%d function(s) have not finished in time and are cut; their clients send the message again: %s",
+                len(cut),
+                ", ".join(sorted(cut)),
+            )
         self._committer.give_up()
         for session in list(self._sessions):
             session.dismiss(_GOODBYE)
@@ -268,7 +276,18 @@ class SMTPReceiver:
     ) -> Sequence[asyncio.Future[str]]:
         """Take a message; the task goes on when nobody waits for the replies any more."""
         replies: list[asyncio.Future[str]] = [self._loop.create_future() for _ in groups]
-        task = self._loop.create_task(self._committer.commit(envelope, content, groups, replies))
+        context = contextvars.copy_context()  # the task's, so that the line about a refusal has the message's id
+        committing = self._committer.commit(envelope, content, groups, replies)
+        task = self._loop.create_task(committing, context=context)
         self._commits.add(task)
         task.add_done_callback(self._commits.discard)
+        for group, reply in zip(groups, replies, strict=True):
+            reply.add_done_callback(partial(_log_refusal, envelope, group), context=context)
         return replies
+
+
+def _log_refusal(envelope: mail.Envelope, group: tuple[str, ...], reply: asyncio.Future[str]) -> None:
+    """One line when these recipients' message was not taken: for who reads the log, it is not there otherwise."""
+    if not reply.cancelled() and not reply.result().startswith("2"):
+        told = (envelope.peer, envelope.mail_from, list(group), reply.result())
+        LOG.info("Refused message from Peer: %r, From: %r, to To %r: %r", *told)

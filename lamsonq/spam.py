@@ -25,7 +25,6 @@ import functools
 import inspect
 import logging
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -39,7 +38,8 @@ from lamsonq.errors import Later, SettingsError
 from lamsonq.jobs import Put
 from lamsonq.mail import MailRequest
 from lamsonq.queue import Queue, job_of
-from lamsonq.scanners import TROUBLE, SpamConfig, Verdict, scanner
+from lamsonq.scanners import TROUBLE, SpamConfig, Verdict, scanner, shown
+from lamsonq.transaction import one_line
 
 __all__ = ["Filter", "SpamConfig", "Verdict", "spam_filter"]
 
@@ -102,7 +102,7 @@ class Filter:
     @property
     def url_shown(self) -> str:
         """The URL without a password."""
-        return re.sub(r"//[^/@]*@", "//", self.url)
+        return shown(self.url)
 
     @contextlib.contextmanager
     def _slot(self) -> Iterator[float]:
@@ -164,10 +164,9 @@ class spam_filter:
 
 
 def _config(given: SpamConfig | Mapping[str, Any] | None) -> SpamConfig:
-    if isinstance(given, SpamConfig):
-        return given
     try:
-        return msgspec.convert(dict(given or {}), SpamConfig)
+        fields = msgspec.structs.asdict(given) if isinstance(given, SpamConfig) else dict(given or {})
+        return msgspec.convert(fields, SpamConfig)
     except (msgspec.ValidationError, TypeError, ValueError) as error:
         raise SettingsError(
             f"the spam filter's config: {error}; it has {', '.join(SpamConfig.__struct_fields__)}"
@@ -184,4 +183,4 @@ def _trouble(error: Exception) -> str:
         return str(error) if "scans" in str(error) else "timed out"
     if isinstance(error, ConnectionRefusedError):
         return "connection refused"
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return one_line(str(error)[:1000])[:200] or type(error).__name__

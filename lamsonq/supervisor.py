@@ -6,10 +6,11 @@ Rules:
    that is killed. Only our own children are ever signalled.
 2. A child that dies is replaced, more and more slowly when it dies at once. A child whose receiver is stuck is
    replaced at once and may take its time to end.
-3. HUP: a fresh process tries the boot (lamsonq/reload.py). If it does not load, nothing changes. If it does, this
-   process becomes a fresh image of itself, which forks new children, and sends the old ones away when the new ones
-   listen. One HUP that comes meanwhile is remembered. Where the fresh image fails after all, the old children go on
-   without a receiver behind them: when one is missing, that is a reason to try again.
+3. HUP: a pid file that was removed is written anew. Then a fresh process tries the boot (lamsonq/reload.py). If it
+   does not load, nothing changes. If it does, this process becomes a fresh image of itself, which forks new children,
+   and sends the old ones away when the new ones listen. One HUP that comes meanwhile is remembered. Where the fresh
+   image fails after all, the old children go on without a receiver behind them: when one is missing, that is a reason
+   to try again.
 4. USR1: stdout and stderr of a daemon are opened anew.
 5. The parent has no threads, so that it can fork at any time.
 """
@@ -45,7 +46,7 @@ from lamsonq.child import (
 )
 from lamsonq.errors import Refusal
 from lamsonq.pidfile import PidFile
-from lamsonq.reload import Command, Old, Record, Trial, become_fresh
+from lamsonq.reload import Command, Old, Record, Reload, Trial, become_fresh
 from lamsonq.sockets import Listeners
 from lamsonq.systemd import notify
 from lamsonq.tally import Totals, beside
@@ -61,7 +62,8 @@ _SLOWEST = 30.0  # the longest pause before a child is replaced
 class Service:
     """What is to run: `boot` gives the receiver and is called in the parent, after the pid file is locked.
 
-    `name` is what `lamsonq status` calls the boot. `command` is how to start it afresh (None: HUP is refused).
+    `name` is what `lamsonq status` calls the boot. `grace` is how many seconds a child has to finish what it has begun,
+    when the server ends or is loaded anew. `command` is how to start it afresh (None: HUP is refused).
     `output` is where stdout and stderr of a daemon go, without the ends `.out` and `.err`; None is the foreground.
     """
 
@@ -117,9 +119,7 @@ class Parent:
     quick_deaths: int = 0
     terms: int = 0  # how often we were told to stop
     listening: bool = False
-    loading: bool = False  # whether new children are to take the place of old ones
-    again: bool = False  # whether to load anew once more after that
-    trial: Trial | None = None
+    reload: Reload = field(default_factory=Reload)
     failure: bytes = b""
     wake: tuple[int, int] = field(default_factory=os.pipe)
     lifeline: tuple[int, int] = (-1, -1)
@@ -149,8 +149,8 @@ class Parent:
             if child.leaving:
                 known.kill_at = now + service.grace + MARGIN
             parent.children.append(known)
-        parent.listening = parent.loading = True
-        parent.again = record.again
+        parent.listening = True
+        parent.reload = Reload(replacing=True, again=record.again)
         return parent
 
     def live(self, failure: Refusal | None = None, *, stop: bool = False) -> bytes:
@@ -170,11 +170,11 @@ class Parent:
         else:
             self.births = [time.monotonic()] * self.service.workers
         self._bury()
-        while self.children or self.trial or (self.births and not self.terms):
-            self._give_birth()
+        while self.children or self.reload.trial or (self.births and not self.terms):
             self._listen(self._pause())
             self._bury()
             self._look_at_the_clock()
+            self._give_birth()
         self.totals.remove()
         return self.failure
 
@@ -184,15 +184,15 @@ class Parent:
 
     def _pause(self) -> float | None:
         """Seconds until something is to be done without being told."""
-        clocks = [*(c.kill_at for c in self.children), self.totals.due, self.trial.deadline if self.trial else None]
-        times = [*self.births, *(moment for moment in clocks if moment is not None)]
+        clocks = [self.totals.due, *(child.kill_at for child in self.children)]
+        times = [*self.births, *self.reload.clocks(), *(moment for moment in clocks if moment is not None)]
         return max(0.0, min(times) - time.monotonic()) if times else None
 
     def _listen(self, timeout: float | None) -> None:
         reports = {child.status: child for child in self.children if child.status >= 0}
-        trial = [] if self.trial is None else [self.trial.fd]
+        trial = self.reload.trial
         poll = select.poll()  # select() cannot watch descriptors beyond 1023
-        for fd in (self.wake[0], *reports, *trial):
+        for fd in (self.wake[0], *reports, *self.reload.watched()):
             poll.register(fd, select.POLLIN)
         ready = [fd for fd, _ in poll.poll(None if timeout is None else timeout * 1000 + 1)]
         for fd in ready:
@@ -201,8 +201,9 @@ class Parent:
         if self.wake[0] in ready:
             for number in os.read(self.wake[0], 512):
                 self._obey(number)
-        if self.trial is not None and self.trial.fd in ready:
-            self._hear_trial(self.trial)
+        # Not a trial that has just begun: its descriptor may be the number of one that has just been closed.
+        if trial is not None and trial is self.reload.trial and trial.fd in ready:
+            self._tried(trial.hear())
 
     def _obey(self, number: int) -> None:
         if number == signal.SIGHUP:
@@ -223,17 +224,15 @@ class Parent:
                 child.kill_at = None
                 logging.error("Process %d did not end in time and is killed.", child.pid)
                 os.kill(child.pid, signal.SIGKILL)
-        if self.trial is not None and now >= self.trial.deadline:
-            failure = self.trial.late()
-            self._end_trial()
-            self._not_loaded(failure)
+        trial = self.reload.trial
+        if trial is not None and now >= trial.deadline:
+            self._tried(trial.late())
         if self.totals.due is not None and now >= self.totals.due:
             self._write_totals()
 
     def _write_totals(self) -> None:
-        self.totals.write(
-            self.service.name, [child.pid for child in self.children if child.ready and not child.leaving]
-        )
+        working = [child.pid for child in self.children if child.ready and not child.leaving]
+        self.totals.write(self.service.name, working, self.service.workers, self.service.grace)
 
     # -- the end -----------------------------------------------------------------------------------------------
 
@@ -243,7 +242,7 @@ class Parent:
         self.terms += 1
         at_once = at_once or self.terms > 1
         self.births.clear()
-        self._end_trial()
+        self.reload.end_trial()
         self.listeners.close()
         for child in self.children:
             if at_once:
@@ -256,18 +255,22 @@ class Parent:
     def _give_birth(self) -> None:
         now = time.monotonic()
         due = [moment for moment in self.births if moment <= now]
-        self.births = [moment for moment in self.births if moment > now]
-        if self.receiver is not None:
-            for _ in due:
-                try:
-                    self.children.append(self._fork())  # one after the other: each lets go of what is the others'
-                except OSError as error:
-                    self._cannot_fork(error)
-        elif due and self.trial is None:
-            self._load_anew()
+        if due and self.receiver is None:
+            self.births = [moment for moment in self.births if moment > now]
+            if self.reload.trial is None:
+                self._load_anew()
+            return
+        for moment in due:
+            try:
+                self.children.append(self._fork())  # one after the other: each lets go of what is the others'
+            except OSError as error:
+                self._cannot_fork(error)
+                return
+            self.births.remove(moment)
 
     def _fork(self) -> Offspring:
         reading, writing = os.pipe()
+        os.set_blocking(reading, False)
         flush()
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a child must not run the handlers of its parent
         try:
@@ -286,18 +289,19 @@ class Parent:
         """This machine is short of something: the children that there are work on."""
         failure = Refusal(f"cannot start a process: {error.strerror}")
         if not self.listening:
-            raise failure
-        if self.loading:
+            self.failure = answer_of(failure)
+            self._stop_children()
+        elif self.reload.replacing:
             self._abandon(failure)
         else:
             logging.error("%s; trying again.", failure)
-            self.births.append(time.monotonic() + _QUICK)
+            later = time.monotonic() + _QUICK
+            self.births = [max(moment, later) for moment in self.births]
 
     def _child(self, reading: int, writing: int) -> int:
         """In the child: let go of what is the parent's own."""
         others = [child.status for child in self.children if child.status >= 0]
-        trial = [] if self.trial is None else [self.trial.fd]
-        for fd in (reading, *self.wake, self.lifeline[1], *others, *trial):
+        for fd in (reading, *self.wake, self.lifeline[1], *others, *self.reload.watched()):
             os.close(fd)
         self.listeners.forget()
         assert self.receiver is not None
@@ -305,7 +309,10 @@ class Parent:
 
     def _hear(self, child: Offspring) -> None:
         """Read a child's reports."""
-        said = os.read(child.status, 65536)
+        try:
+            said = os.read(child.status, 65536)
+        except BlockingIOError:  # it has ended, but a process that a handler has forked still holds its end of the pipe
+            said = b""
         if not said:
             os.close(child.status)
             child.status = -1
@@ -328,7 +335,7 @@ class Parent:
         child.leaving = True  # it has told itself
         child.kill_at = time.monotonic() + self.service.grace + MARGIN
         self.totals.changed()
-        if not (self.loading and child.old):
+        if not (self.reload.replacing and child.old):
             self.births.append(time.monotonic())
 
     def _all_ready(self) -> None:
@@ -336,12 +343,12 @@ class Parent:
         if self.terms or len(fresh) != self.service.workers or not all(child.ready for child in fresh):
             return
         self.totals.changed()
-        if self.listening and not self.loading:
+        if self.listening and not self.reload.replacing:
             return
         assert self.receiver is not None
         logging.info("%s with %d process(es).", self.receiver.listening(), self.service.workers)
         self.listeners.settle()
-        if self.loading:
+        if self.reload.replacing:
             self._send_old_away()
             self._loaded()
         else:
@@ -349,7 +356,7 @@ class Parent:
             self._write_totals()
             self.service.tell_manager("READY=1")
             self.report(READY)
-            if self.again:
+            if self.reload.again:
                 self._load_anew()
 
     def _bury(self) -> None:
@@ -372,10 +379,10 @@ class Parent:
             self.failure = failure
             self._stop_children()
             return
-        if self.loading and child.old:  # a new one is on its way already
+        if self.reload.replacing and child.old:  # a new one is on its way already
             logging.error("Process %d %s.", child.pid, how)
             return
-        if self.loading and not child.ready:
+        if self.reload.replacing and not child.ready:
             self._abandon(refusal_of(failure))
             return
         if code == RETIRED:
@@ -391,37 +398,39 @@ class Parent:
 
     def _load_anew(self) -> None:
         """Begin to; or remember it, while that is being done."""
-        command = self.service.command
         if self.terms:
             return
+        self._renew_pid_file()
+        command = self.service.command
         if command is None:
             logging.warning("SIGHUP is ignored: this server was not started by the lamsonq command.")
             return
-        self.again = bool(self.trial or self.loading or not self.listening)
-        if self.again:
+        self.reload.again = self.reload.under_way or not self.listening
+        if self.reload.again:
             return
         # sd_notify(3): a reload is announced with the time, and ended by READY=1, whatever came of it.
         self.service.tell_manager(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         logging.info("Loading anew: a fresh process tries the boot.")
         try:
-            self.trial = Trial(command, "trial", self.listeners.to_hand_over(), self.lifeline[0])
+            self.reload.trial = Trial(command, "trial", self.listeners.to_hand_over(), self.lifeline[0])
         except OSError as error:
             self._not_loaded(Refusal(f"cannot start the process that tries the boot: {error.strerror}"))
 
-    def _hear_trial(self, trial: Trial) -> None:
-        answer = trial.hear()
+    def _renew_pid_file(self) -> None:
+        try:
+            self.pid_file.renew()
+        except Refusal as error:
+            logging.error("The PID file was removed, and cannot be written anew: %s", error)
+
+    def _tried(self, answer: Refusal | bool) -> None:
+        """What the trial has told; False is nothing yet."""
         if answer is False:
             return
-        self._end_trial()
+        self.reload.end_trial()
         if isinstance(answer, Refusal):
             self._not_loaded(answer)
         else:
             self._become_fresh()
-
-    def _end_trial(self) -> None:
-        if self.trial is not None:
-            trial, self.trial = self.trial, None
-            trial.end()
 
     def _become_fresh(self) -> None:
         """Hand everything over to a fresh image of this process. Returns only if that cannot be."""
@@ -429,14 +438,14 @@ class Parent:
         with contextlib.suppress(BlockingIOError):
             for number in os.read(self.wake[0], 512):
                 if number == signal.SIGHUP:
-                    self.again = True
+                    self.reload.again = True
                 else:
                     self._obey(number)
         failure = ""
         try:
             if not self.terms:
                 assert self.service.command is not None
-                become_fresh(self.service.command, self._record())
+                become_fresh(self.service.command, self._record(), self.pid_file.path)
         except OSError as error:
             failure = error.strerror or str(error)
         finally:
@@ -451,7 +460,7 @@ class Parent:
             lifeline=self.lifeline,
             pid_file=self.pid_file.fd,
             children=tuple(Old(child.pid, child.status, child.leaving) for child in self.children),
-            again=self.again,
+            again=self.reload.again,
             totals=self.totals,
         )
 
@@ -486,8 +495,8 @@ class Parent:
 
     def _loaded(self) -> None:
         """The reload is over, whatever came of it."""
-        self.loading = False
+        self.reload.replacing = False
         self.totals.changed()
         self.service.tell_manager("READY=1")
-        if self.again:
+        if self.reload.again:
             self._load_anew()

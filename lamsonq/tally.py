@@ -96,8 +96,8 @@ class Totals:
         if self.due is None:
             self.due = time.monotonic() + EVERY
 
-    def write(self, boot: str, children: list[int]) -> None:
-        """Write the file, naming the boot and the children that work."""
+    def write(self, boot: str, children: list[int], workers: int, grace: float) -> None:
+        """Write the file: the boot, the children that work, and what the server was started with."""
         self.due = None
         figures = {
             "version": 1,
@@ -105,6 +105,7 @@ class Totals:
             "boot": boot,
             "started": round(self.started, 3),
             "children": children,
+            "options": {"workers": workers, "grace": grace},
             "handled": self.handled,
             "failed": self.failed,
             "last_settled": self.last_settled or None,
@@ -130,6 +131,37 @@ def remove(path: str) -> None:
         os.unlink(path)
 
 
+def _told(pid_file: str, pid: int) -> dict[str, Any]:
+    """What is in the file. Raises one of _UNKNOWN where that is nothing, or not of this server."""
+    with open(beside(pid_file), encoding="ascii") as file:
+        found: dict[str, Any] = json.load(file)
+    if found["pid"] != pid or found["version"] != 1:
+        raise ValueError("another server's")
+    return found
+
+
+_UNKNOWN = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """What a server was started with, as far as it is what it is and not where it runs."""
+
+    boot: str
+    workers: int
+    grace: float
+
+
+def started(pid_file: str, pid: int) -> Started | None:
+    """What the server with this pid was started with, if that is known."""
+    try:
+        found = _told(pid_file, pid)
+        options = found["options"]
+        return Started(str(found["boot"]), int(options["workers"]), float(options["grace"]))
+    except _UNKNOWN:
+        return None
+
+
 def figures(pid_file: str, pid: int, now: float | None = None) -> dict[str, Any]:
     """What the server with this pid has told last: what FIGURES names.
 
@@ -137,10 +169,7 @@ def figures(pid_file: str, pid: int, now: float | None = None) -> dict[str, Any]
     """
     now = time.time() if now is None else now
     try:
-        with open(beside(pid_file), encoding="ascii") as file:
-            found = json.load(file)
-        if found["pid"] != pid or found["version"] != 1:
-            raise ValueError("another server's")
+        found = _told(pid_file, pid)
         uptime = max(0.0, now - found["started"])
         recent = sum(n for minute, n in found["minutes"].items() if int(minute) > now // 60 - MINUTES)
         rate = recent / min(float(MINUTES), max(1.0, uptime / 60))
@@ -154,5 +183,5 @@ def figures(pid_file: str, pid: int, now: float | None = None) -> dict[str, Any]
             "last_settled": found["last_settled"],
             "per_minute": round(rate, 2),
         }
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except _UNKNOWN:
         return dict.fromkeys(FIGURES)

@@ -10,7 +10,8 @@ Rules:
 2. Values are never templates. Templates of `.html` files escape them.
 3. HTML never goes out without a text: where no Body is given, it is made from the HTML.
 4. Images that the HTML shows are in the message (`images=`); templates name them `{{ images.logo }}`.
-5. An answer to `message` is marked as one (In-Reply-To), when it goes to the sender of `message`.
+5. A message that is made while there is a `message` among the variables is a program's, written because of that one,
+   and says so: rule 6 of lamsonq/response.py. A template of what a person writes has the line `Auto-Submitted: no`.
 """
 
 from __future__ import annotations
@@ -138,11 +139,11 @@ def embed(response: MailResponse, images: Images) -> dict[str, str]:
 
 
 def complete(response: MailResponse, variables: Variables, headers: Mapping[str, str]) -> None:
-    """Fill and set headers, and mark the message as an answer when it goes to the sender of `variables["message"]`."""
+    """Fill and set headers, and say that `variables["message"]` is the reason for this message, if there is one."""
     response.update(_filled(headers, variables))
     message = variables.get("message")
-    if isinstance(message, MailRequest) and message.From in response.recipients:
-        response.in_reply_to(message)
+    if isinstance(message, MailRequest):
+        response.original = message
 
 
 def read_msg(response: MailResponse, template: str, variables: Variables) -> None:
@@ -204,8 +205,9 @@ def _filled(headers: Mapping[str, str], variables: Variables) -> dict[str, str]:
 
 
 def _check_addressed(response: MailResponse, template: str) -> None:
+    nobody = response.original is not None and not response.original.From  # an answer to the null sender: not sent
     for name in ("From", "To"):
-        if name not in response:
+        if name not in response and not (name == "To" and nobody):
             raise UsageError(
                 f"template {template} has no {name}: line, so nobody knows whom the message is {name.lower()}"
             )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @argument("source", metavar="[INPUT]")
 @argument("target", metavar="[OUTPUT]")
 @option("input", "The mbox or maildir, when it is not the argument.", "given_source", metavar="INPUT")
-@option("output", "The maildir to make, when it is not the argument.", "given_target", metavar="OUTPUT")
+@option("output", "The maildir to make or to add to, when it is not the argument.", "given_target", metavar="OUTPUT")
 def cleanse(source: str | None, target: str | None, given_source: str | None, given_target: str | None) -> None:
     """Write every message of an mbox or a maildir, put right where it is malformed, into a maildir.
 
@@ -56,6 +56,8 @@ def _new_maildir(source: str, target: str) -> mailbox.Maildir:
         raise Refusal(f"{target} exists and is no maildir: give another name")
     if os.path.exists(target) and os.path.samefile(source, target):
         raise Refusal(f"{target} is what is read: give another name for what is written")
+    if os.path.exists(target):
+        click.echo(f"{target} is there already: the messages are added to what is in it.", err=True)
     try:
         return mailbox.Maildir(target, create=True)
     except OSError as error:

@@ -7,7 +7,8 @@ Rules:
    characters. All others stay.
 3. A part with a fault keeps its content: text becomes UTF-8, everything base64. A multipart that does not end is ended;
    one without a boundary is text.
-4. What cannot be put right without inventing or losing something is refused, with the reason.
+4. Text in no charset, or not in that which it names, is read as UTF-8, else as windows-1252, which has Latin-1 in it.
+5. What cannot be put right without inventing or losing something is refused, with the reason.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ import binascii
 import re
 import secrets
 from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from email.message import Message
 
-from lamsonq.headers import ADDRESS_HEADERS, TOO_LARGE, HeaderBlock, check_name, shown, written
+from lamsonq.headers import ADDRESS_HEADERS, TOO_LARGE, HeaderBlock, check_name, codec_of, decoded, shown, written
 from lamsonq.mail import MailRequest
-from lamsonq.mime import Part, Tree, parse
+from lamsonq.mime import Part, Tree, filename_of, parse
 
 LINE_MAX = 998
 """Octets of a line without its end (RFC 5322 section 2.1.1)."""
@@ -46,7 +48,7 @@ def cleansed(data: bytes) -> bytes:
     if TOO_LARGE in block.defects:
         raise ValueError(TOO_LARGE)
     defects: list[str] = []
-    tree = parse(data, defects)
+    tree = parse(data, defects, _read)
     lost = [defect for defect in (*block.defects, *defects) if defect.endswith(("it is cut", "left as one"))]
     if lost:
         raise ValueError(lost[0])
@@ -112,19 +114,23 @@ def _is_declared(tree: Message, body: bytes) -> bool:
 def _entity(tree: Message) -> Iterator[bytes]:
     """A message or part: header, empty line, content."""
     kind = Part(tree).content_type
+    described = all(_is_clean_field(name, str(value)) for name, value in tree.raw_items() if name.lower() in _DESCRIBED)
     if _has_clean_content(tree) and not (tree.is_multipart() and kind.startswith("multipart/")):
-        yield from _header(tree, set())
+        yield from _header(tree, set() if described else _DESCRIBED - {"content-transfer-encoding"})
+        if not described:
+            yield from _description(tree, kind, charset=Part(tree).charset if kind.startswith("text/") else None)
         yield b"\n" + _raw_body(tree)
     elif tree.is_multipart() and kind.startswith("multipart/"):
         boundary = f"=_{secrets.token_hex(12)}"
-        yield from _header(tree, {"content-type", "content-transfer-encoding"})
-        yield _described(tree, kind, boundary=boundary)
+        yield from _header(tree, _DESCRIBED)
+        yield from _description(tree, kind, boundary=boundary)
         for child in _children(tree):
             yield f"\n--{boundary}\n".encode()
             yield b"".join(_entity(child)).removesuffix(b"\n")
         yield f"\n--{boundary}--\n".encode()
     elif tree.is_multipart() and kind == "message/rfc822":
-        yield from _header(tree, {"content-transfer-encoding"})
+        yield from _header(tree, _DESCRIBED)
+        yield from _description(tree, kind)
         yield b"\n"
         for child in _children(tree):
             yield from _entity(child)
@@ -140,21 +146,48 @@ def _leaf(tree: Message, kind: str) -> Iterator[bytes]:
         kind = "application/octet-stream"  # a message may not be encoded (RFC 2046 section 5.2)
     data = part.data
     if kind.startswith("text/"):
-        text = part.body if isinstance(part.body, str) else _raw_body(tree).decode("utf-8", "replace")
-        data = text.encode("utf-8", "replace")
-    yield from _header(tree, set(_DESCRIBED))
-    yield _described(tree, kind, charset="utf-8" if kind.startswith("text/") else None)
-    if part.disposition:
-        disposition = part.disposition if _TOKEN.fullmatch(part.disposition) else "attachment"
-        yield _structured("Content-Disposition", disposition, {"filename": part.filename})
+        octets = data if part.content_type.startswith("text/") else _raw_body(tree)
+        data = _read(octets, part.charset).replace("\r\n", "\n").encode()
+    yield from _header(tree, _DESCRIBED)
+    yield from _description(tree, kind, charset="utf-8" if kind.startswith("text/") else None)
     yield b"Content-Transfer-Encoding: base64\n\n"
     yield base64.encodebytes(data)
 
 
-def _described(tree: Message, kind: str, **changed: str | None) -> bytes:
-    """The Content-Type, with the parameters that it had."""
+def _read(octets: bytes, charset: str) -> str:
+    """The text, by rule 4. Raises ValueError for what would not be what its writer has seen."""
+    text = decoded(octets, charset)
+    if text is not None:
+        return text
+    codec = codec_of(charset)
+    if codec not in ("ascii", "utf-8"):
+        raise ValueError(f"it holds text that is not in its charset {charset}, nor in UTF-8")
+    text = octets.decode("utf-8", "replace")
+    broken = text.count("\ufffd")
+    if sum(character > "\x7f" for character in text) >= 2 * broken:  # too many that fit for that to be chance
+        raise ValueError("it holds UTF-8 with broken characters in it")
+    try:
+        return octets.decode("cp1252")
+    except UnicodeDecodeError:
+        raise ValueError("it holds text that is neither in UTF-8 nor in windows-1252, nor says in what") from None
+
+
+def _description(tree: Message, kind: str, **changed: str | None) -> Iterator[bytes]:
+    """Content-Type, with the parameters that it had and these, and Content-Disposition."""
     had = {name: value for name, value in _parameters(tree) if name not in ("charset", "boundary", "name")}
-    return _structured("Content-Type", kind, {**had, **changed, "name": Part(tree).filename})
+    kind = kind if _KIND.fullmatch(kind) else "application/octet-stream"
+    yield _structured("Content-Type", kind, {**had, **changed, "name": _filename(tree)})
+    disposition = Part(tree).disposition
+    if disposition:
+        disposition = disposition if _TOKEN.fullmatch(disposition) else "attachment"
+        yield _structured("Content-Disposition", disposition, {"filename": _filename(tree)})
+
+
+def _filename(tree: Message) -> str | None:
+    name = filename_of(tree, _read)
+    if name is not None and "\ufffd" in name:
+        raise ValueError(f"a file name in it cannot be read: {name!r}")
+    return name
 
 
 def _parameters(tree: Message) -> Iterator[tuple[str, str]]:
@@ -179,7 +212,7 @@ def _structured(name: str, value: str, parameters: Mapping[str, str | None]) -> 
     return f"{name}: {field[name]}\n".replace("; ", ";\n ").encode()
 
 
-def _header(tree: Message, without: set[str]) -> Iterator[bytes]:
+def _header(tree: Message, without: AbstractSet[str]) -> Iterator[bytes]:
     named = {name.lower() for name, _ in tree.raw_items()}
     if without and "mime-version" not in named and isinstance(tree, Tree) and "from" in named:
         yield b"MIME-Version: 1.0\n"
@@ -194,7 +227,7 @@ def _header(tree: Message, without: set[str]) -> Iterator[bytes]:
 
 
 def _rewritten(name: str, value: str) -> bytes:
-    text = shown(name, value.encode("utf-8", "surrogateescape"))
+    text = shown(name, value.encode("utf-8", "surrogateescape"), _read)
     line = written(check_name(name), text, "\n")
     if text and not line.partition(":")[2].strip():
         raise ValueError(f"{name} holds no address: {text[:60]!r}" if name.lower() in ADDRESS_HEADERS else f"{name}")

@@ -98,7 +98,9 @@ def _print_message(data: bytes) -> None:
         raise Refusal("there is no standard output to print to")
     try:
         sys.stdout.flush()
-        sys.stdout.buffer.write(data)
+        rest = memoryview(data)
+        while rest:  # with PYTHONUNBUFFERED the file is written directly, and may take a part only
+            rest = rest[sys.stdout.buffer.write(rest) :]
         sys.stdout.buffer.flush()
     except BrokenPipeError:
         raise

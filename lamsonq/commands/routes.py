@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
+from types import ModuleType
 
 import click
 
@@ -26,18 +28,23 @@ def routes(modules: tuple[str, ...], test: str | None, path: str | None, as_json
     from lamsonq.modules import load
     from lamsonq.routing import Router
 
+    if not modules and path is None and not os.path.exists("config/testing.py"):
+        raise UsageError("there is no config/testing.py to show the routes of: name a boot or a handler module")
     modules = modules or ("config.testing",)
     settings.use_project()
     if path is not None:
         sys.path.insert(0, path)
         importlib.invalidate_caches()
+    hint = ""
     for module in modules:
         before = Router.table
-        load(module)
+        loaded = load(module)
         if Router.table is before:  # no boot: a boot would have loaded its handlers
             Router.load([module])
+            if isinstance(getattr(loaded, "settings", None), ModuleType):
+                hint = "; a boot that loads no handlers has no routes, and takes every recipient"
     if not Router.ORDER:
-        raise UsageError(f"{', '.join(modules)} imported, but no function is registered")
+        raise UsageError(f"{', '.join(modules)} imported, but no function is registered{hint}")
     table = [(route.expression, [h.name for h in route.handlers]) for route in Router.table.routes.values()]
     matches = (
         [] if test is None else [(r.expression, dict(table)[r.expression], c) for r, c in Router.table.matches(test)]

@@ -67,8 +67,10 @@ class _Sendmail(Command):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit):
+        except click.ClickException:
             raise
+        except click.exceptions.Exit as end:  # what other commands end with says nothing to a caller of sendmail
+            ctx.exit(os.EX_TEMPFAIL if 0 < end.exit_code < os.EX_USAGE else end.exit_code)
         except (Exception, KeyboardInterrupt) as error:  # whatever it is: the caller keeps the message and tries again
             with contextlib.suppress(Exception):
                 click.echo(f"ERROR: {type(error).__name__}: {' '.join(str(error).split())}", err=True)

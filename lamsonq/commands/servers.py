@@ -27,9 +27,16 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+BOOT = "config.boot"
+LOG = "log"
+"""What `lamsonq status` calls the server of `lamsonq log`, which has no boot."""
+
+GRACE = 30
+GRACE_RANGE = click.IntRange(0, 86_400)
 RUN = "run"
 SMTP_PID = "run/smtp.pid"
 LOG_PID = "run/log.pid"
+SETTINGS = "config/settings.toml"
 LOG_FORMAT = "%(asctime)s [%(process)d] %(levelname)s:%(name)s:%(message)s"
 
 
@@ -53,11 +60,18 @@ force_option = switch(
 
 
 @declare()
-@option("boot", "The boot module.", default="config.boot", metavar="MODULE")
+@option("boot", "The boot module.", default=BOOT, metavar="MODULE")
 @option("workers", "How many processes.", type=click.IntRange(1, 1000), default=1, metavar="N")
+@option(
+    "grace",
+    "Seconds to finish what has begun, at TERM and at HUP; what takes longer is cut.",
+    type=GRACE_RANGE,
+    default=GRACE,
+    metavar="SECONDS",
+)
 @daemon_options(SMTP_PID)
 @force_option
-def start(boot: str, workers: int, **options: Any) -> None:
+def start(boot: str, workers: int, grace: int, **options: Any) -> None:
     """Start a server: run the receiver of a boot module.
 
     Returns when it listens, or with the reason why it does not. TERM ends it, HUP loads the boot anew, USR1 opens its
@@ -71,7 +85,7 @@ def start(boot: str, workers: int, **options: Any) -> None:
         _check_states(found, workers)
         return found
 
-    _serve(boot, receiver, lambda: _check_project(boot), workers, **options)
+    _serve(boot, receiver, lambda: _check_project(boot), workers, grace, **options)
 
 
 def _check_project(boot: str) -> None:
@@ -86,8 +100,9 @@ def _check_project(boot: str) -> None:
 
 
 @declare()
-@option("boot", "The boot module.", default="config.boot", metavar="MODULE")
-@option("workers", "How many processes.", type=click.IntRange(1, 1000), default=1, metavar="N")
+@option("boot", f"The boot module; without it the one that runs, {BOOT} when none does.", metavar="MODULE")
+@option("workers", "How many processes; without it as many as run.", type=click.IntRange(1, 1000), metavar="N")
+@option("grace", "As of start; without it that of what runs.", type=GRACE_RANGE, metavar="SECONDS")
 @daemon_options(SMTP_PID)
 @switch("KILL", "End the old one at once, whatever it does.")
 @click.pass_context
@@ -98,16 +113,36 @@ def restart(ctx: click.Context, /, pid: str, chroot: str | None, chdir: str, kil
     """
     from lamsonq import identity, process, reload
 
-    command = reload.Command.here(_words_of_start(ctx))
+    inside = os.path.normpath(os.path.join(os.path.expanduser(chdir), pid))
+    pid_file = identity.seen_from_outside(chroot, inside)
+    server = _server(pid_file)
+    words = _words_of_start(ctx)
+    if server["running"]:
+        words += _words_that_stay(pid_file, server["pid"], ctx.params)
+    command = reload.Command.here(words)
     reload.rehearse(command)
-    pid_file = identity.seen_from_outside(chroot, os.path.join(os.path.expanduser(chdir), pid))
-    if _server(pid_file)["running"]:
+    if server["running"]:
         troubles = process.stop([pid_file], kill, click.echo, lambda line: click.echo(line, err=True))
         if troubles:
             raise troubles[0]
     else:
         click.echo("lamsonq not running: it is only started.")
     reload.start_instead(command)
+
+
+def _words_that_stay(pid_file: str, pid: int, given: dict[str, Any]) -> list[str]:
+    """What is not given of what the server is, as it runs. Raises Refusal where that is not known."""
+    from lamsonq import tally
+
+    started = tally.started(pid_file, pid)
+    if given["boot"] is None and started is None:
+        raise Refusal(f"it is not known which boot runs under {pid_file} (yet): give -boot")
+    if given["boot"] is None and started is not None and started.boot == LOG:
+        raise Refusal(f"under {pid_file} runs `lamsonq log`: stop it, and start that again; or give -boot")
+    if started is None:
+        return []
+    stay = {"boot": started.boot, "workers": started.workers, "grace": f"{started.grace:.0f}"}
+    return [f"--{name}={value}" for name, value in stay.items() if given[name] is None]
 
 
 def _words_of_start(ctx: click.Context) -> list[str]:
@@ -128,7 +163,7 @@ def _words_of_start(ctx: click.Context) -> list[str]:
 @declare()
 @option(
     "port",
-    "The port to listen on; 0 takes a free one.",
+    "The port to listen on, when it is not that of config/settings.toml; 0 takes a free one.",
     type=click.IntRange(0, 65535),
     envvar="LAMSONQ_RELAY__PORT",  # what a project relays to is what this stands for
     show_envvar=True,
@@ -138,20 +173,42 @@ def _words_of_start(ctx: click.Context) -> list[str]:
 @option("host", "The address to listen on.", default="127.0.0.1", metavar="ADDRESS")
 @daemon_options(LOG_PID)
 @force_option
-def log(port: int, host: str, **options: Any) -> None:
+@click.pass_context
+def log(ctx: click.Context, /, port: int, host: str, **options: Any) -> None:
     """Start a server that takes all mail, logs it to logs/logger.log and keeps it in run/queue.
 
-    Relay to it while you develop: nothing leaves your machine.
+    Relay to it while you develop: nothing leaves your machine. It listens where [relay] of config/settings.toml sends
+    to, unless -port or -host is given.
     """
+    given = any(ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE for name in ("port", "host"))
 
     def receiver() -> Receiver:
         return _log_server(host, port)
 
     def check() -> None:
+        nonlocal host, port
         if not os.path.isdir("config") and not os.path.isdir(RUN):
             raise UsageError(f"{os.getcwd()} is no project: it has neither config/ nor run/ (lamsonq gen makes one)")
+        if not given:
+            host, port = _relayed_to(host, port)
 
-    _serve("log", receiver, check, 1, **options)
+    _serve(LOG, receiver, check, 1, GRACE, **options)
+
+
+def _relayed_to(host: str, port: int) -> tuple[str, int]:
+    """Where the project relays to, if a server of ours can be there; else this host and port, which is said."""
+    from lamsonq.relay import is_this_machine
+    from lamsonq.settings import machine
+
+    if not os.path.isfile(SETTINGS):
+        why = f"there is no {SETTINGS}"
+    else:
+        relay = machine(SETTINGS).relay
+        if is_this_machine(relay.host) and not relay.host.startswith("/") and relay.port >= 1024:
+            return relay.host, relay.port
+        why = f"{SETTINGS} has [relay] host = {relay.host!r}, port = {relay.port}"
+    click.echo(f"lamsonq log listens on {host}:{port}, because {why}.", err=True)
+    return host, port
 
 
 def _log_server(host: str, port: int) -> Receiver:
@@ -177,6 +234,7 @@ def _serve(
     boot: Callable[[], Receiver],
     check: Callable[[], None],
     workers: int,
+    grace: int,
     *,
     pid: str,
     force: bool,
@@ -190,7 +248,7 @@ def _serve(
 ) -> None:
     from lamsonq import identity, process, reload
 
-    record = reload.inherited()
+    record = reload.inherited(pid)
 
     def place() -> None:
         identity.assume(uid, gid, chroot, umask)
@@ -210,7 +268,7 @@ def _serve(
             check()
         return _logging_here(boot()) if debug else boot()
 
-    service = process.Service(boot_here, pid, name, workers, command=command)
+    service = process.Service(boot_here, pid, name, workers, grace, command)
     if record is not None:
         process.resume(service, record, daemon=daemon and not debug)
         return

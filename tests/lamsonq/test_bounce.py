@@ -422,6 +422,233 @@ def test_other_automatic_mail_is_no_bounce(text: str, sender: str) -> None:
     assert not message.bounce.is_hard()
 
 
+def test_a_report_of_another_kind_stays_none_whatever_its_text_says() -> None:
+    receipt = READ.replace("was displayed", "to bob@example.org was deleted unread: 550 5.1.1")
+    tls = headers("tls@isp.example", "Report", "Content-Type: multipart/report; report-type=tlsrpt; boundary=b")
+    for text in (receipt, tls + "--b\n\nbob@example.org: 550 5.1.1 failed\n--b--\n"):
+        assert_is_none(request(text))
+
+
+SUBJECTS = ["Undelivered Mail Returned to Sender", "Undeliverable: News of May", "failure notice"]
+PREFIXES = [
+    "RV: ",
+    "[list] Fwd: ",
+    "[list] Re: ",
+    "[a][b] AW: ",
+    "Re[2]: ",
+    "WG: ",
+    "TR: ",
+    "VB: ",
+    "ENC: ",
+    "Rif: ",
+    "I: ",
+]
+PREFIXES += ["Doorst: ", "转发：", "Пересл: ", "Weitergeleitet: ", "Fwd: Re: ", "[list] "]
+TOLD = EXIM.partition("\n\n")[2]
+QUOTED = "Is it so?\n\n" + "".join(f"> {line}\n" for line in TOLD.split("\n"))
+MIXED = 'Content-Type: multipart/mixed; boundary="o"'
+ATTACHED = (
+    f"--o\n\nbob@example.org was not reached, 550 5.1.1!\n--o\nContent-Type: message/rfc822\n\n{POSTFIX}\n--o--\n"
+)
+FLAT = f"--o\n\nsee below\n--o\nContent-Type: message/delivery-status\n\n{STATUS}\n--o--\n"
+SYSTEM = "MAILER-DAEMON@mx.example.net (Mail Delivery System)"
+
+
+def assert_is_none(message: MailRequest) -> None:
+    assert not message.is_bounce()
+    bounce = detect(message)
+    assert bounce.score <= 0.2
+    assert (bounce.is_hard(), bounce.is_soft()) == (False, False)
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_a_bounce_that_somebody_sends_on_is_none_of_ours(prefix: str, subject: str) -> None:
+    for sender in ("joe@example.org", "postmaster@example.org"):
+        for more, body in (((), TOLD), ((), QUOTED), ((MIXED,), ATTACHED), ((MIXED,), FLAT)):
+            assert_is_none(request(headers(f"Joe <{sender}>", prefix + subject, *more) + body, sender))
+    whole = POSTFIX.replace(SYSTEM, "Joe <joe@example.org>").replace(SUBJECTS[0], prefix + subject)
+    assert_is_none(request(whole, "joe@example.org"))
+
+
+@pytest.mark.parametrize("name", ["Mail Delivery System via News", "'Mail Delivery Subsystem' via RT"])
+def test_a_bounce_that_a_list_or_a_ticket_system_sends_on_is_none_of_ours(name: str) -> None:
+    address = "news@lists.example.org"
+    assert_is_none(request(POSTFIX.replace(SYSTEM, f'"{name}" <{address}>'), address))
+    assert_is_none(request(headers(f'"{name}" <{address}>', "[help #12] failure notice") + TOLD, address))
+
+
+DIGEST = headers("news-request@x.example", "Undelivered mail digest", MIXED, "List-Id: <news.x.example>") + (
+    f"--o\n\nUndelivered Mail Returned to Sender\n--o\nContent-Type: multipart/digest; boundary=p\n\n"
+    f"--p\n\n{POSTFIX}\n--p--\n--o--\n"
+)
+PARCEL = "Your parcel could not be delivered to bob@example.org: address unknown, 550 5.1.1.\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(headers("joe@example.org", "Undelivered Mail Returned to Sender") + TOLD, id="a subject alone"),
+        pytest.param(headers("joe@example.org", "Delivery failure", MIXED) + ATTACHED, id="an attached bounce"),
+        pytest.param(headers("joe@example.org", "Delivery failure", MIXED) + FLAT, id="an attached report"),
+        pytest.param(headers("joe@example.org", "Is this mail not delivered?") + TOLD, id="a person asks"),
+        pytest.param(headers("postmaster@example.org", "Is this mail not delivered?") + QUOTED, id="a postmaster asks"),
+        pytest.param(headers("postmaster@example.org", "failure notice of the meeting") + TOLD, id="of the meeting"),
+        pytest.param(headers("postmaster@example.org", "Our server") + TOLD, id="a postmaster alone"),
+        pytest.param(headers('"Royal Mail Delivery" <x@mail.example>', "Delivery failure: AB12") + PARCEL, id="parcel"),
+        pytest.param(headers("Mail Delivery Service <x@mail.example>", "Your parcel AB12") + PARCEL, id="courier"),
+        pytest.param(headers("bob@example.org", "Declined: failure notice") + "STATUS:5.1.1\n", id="invitation"),
+        pytest.param(headers("mailman@x.example", "Uncaught bounce notification", MIXED) + ATTACHED, id="to the owner"),
+        pytest.param(DIGEST, id="digest"),
+    ],
+)
+def test_an_ordinary_letter_is_no_bounce(text: str) -> None:
+    assert_is_none(request(text, "joe@example.org"))
+
+
+ABSENT = "I am out, my mail is not delivered. Call 550 12 34, or write to Ann, ann@example.org, in room 5.1.1.\n"
+
+
+@pytest.mark.parametrize("author", ["bob@example.org", "Postmaster <postmaster@example.org>"])
+@pytest.mark.parametrize("sender", ["", "bob@example.org"])
+@pytest.mark.parametrize(
+    "marks",
+    [
+        *("Auto-Submitted: auto-replied", "Auto-Submitted: auto-replied; owner=x", "Auto-Submitted: auto-notified"),
+        *("X-Autoreply: yes", "X-Autorespond: News", "X-Auto-Reply: 1", "Precedence: auto_reply"),
+    ],
+)
+def test_an_automatic_reply_is_no_bounce_whatever_it_says(marks: str, sender: str, author: str) -> None:
+    for subject in ("News of May", "Undeliverable: News of May", "Delivery failure"):
+        for body in (ABSENT, "Your request has a number.\n\n" + QUOTED, TOLD):
+            assert_is_none(request(headers(author, subject, marks) + body, sender))
+
+
+@pytest.mark.parametrize(
+    "subject",
+    [
+        *("Out of office: News", "Automatic reply: Undeliverable: News", "Abwesenheitsnotiz: News", "Re: News of May"),
+        *("Réponse automatique : News", "Automatische Antwort: failure notice", "自動応答: News"),
+    ],
+)
+def test_an_absence_is_told_by_its_subject_too(subject: str) -> None:
+    for author in ("bob@example.org", "Postmaster <postmaster@example.org>"):
+        assert_is_none(request(headers(author, subject) + ABSENT))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(ABSENT.replace("I am out", "I am back on Monday"), id="absence"),
+        pytest.param("Call Ann, ann@example.org, or Bob: 550-1234.\n", id="a list of words"),
+        pytest.param("We have got it.\n\n" + QUOTED, id="a quotation"),
+        pytest.param("Thanks.\n\nOn Mon, 4 May 2026 Joe <joe@example.org> wrote:\n" + TOLD, id="wrote"),
+        pytest.param("Thanks.\n\n---------- Forwarded message ----------\n" + TOLD, id="forwarded"),
+        pytest.param("Your mail is kept until you answer: ann@example.org, 550\n", id="a challenge"),
+    ],
+)
+def test_the_null_sender_alone_makes_nobody_a_failed_recipient(body: str) -> None:
+    for author in ("bob@example.org", "Postmaster <postmaster@example.org>"):
+        assert detect(request(headers(author, "News of May") + body)).recipients == []
+
+
+def test_who_can_help_is_no_failed_recipient() -> None:
+    text = headers(SYSTEM, "News") + "Your mail was read.\nQuestions? Call Ann, ann@example.org, at 550 12 34.\n"
+    assert not detect(request(text)).is_hard()
+
+
+def test_a_report_is_one_also_where_it_is_marked_as_an_automatic_reply() -> None:
+    for known in KNOWN:
+        text = str(known.values[0]).replace("Subject:", "Auto-Submitted: auto-replied\nSubject:", 1)
+        if "postmaster@mf" not in text:  # neither a report nor a name that only a mail system has
+            message = request(text)
+            assert message.is_bounce()
+            assert [r.address for r in detect(message).recipients] == ["bob@example.org"]
+
+
+def test_only_the_report_of_this_message_makes_an_automatic_reply_a_bounce() -> None:
+    marks = ("Auto-Submitted: auto-replied", "Content-Type: multipart/report; report-type=delivery-status; boundary=o")
+    assert_is_none(request(headers("postmaster@example.org", "Delivery failure", *marks) + ATTACHED))
+    assert detect(request(headers("postmaster@example.org", "Delivery failure", *marks) + FLAT)).is_hard()
+
+
+def test_a_report_without_recipients_does_not_take_those_of_the_mail_that_it_returns() -> None:
+    returned = report(MTA + fields("victim@example.org")).replace("b1", "b9")
+    assert detect(request(report("Reporting-MTA: dns; x\n", text="no", returned=returned))).recipients == []
+
+
+def multipart(subject: str, text: str, *more: str) -> str:
+    letter = LETTER.format(to="bob@example.org")
+    part = f"--o\nContent-Type: text/plain\n\n{text}\n--o\nContent-Type: message/rfc822\n\n{letter}\n--o--\n"
+    return headers("System Administrator <postmaster@example.net>", subject, MIXED, *more) + part
+
+
+EXCHANGE = multipart(
+    "Undeliverable: News of May",
+    "Your message\n\n  To: bob@example.org\n  Subject: News of May\n\ndid not reach the following recipient(s):\n\n"
+    "bob@example.org on Mon, 4 May 2026 10:00:00 +0200\n    The recipient name is not recognized\n\tMSEXCH:IMS:X\n",
+    "X-Mailer: Internet Mail Service (5.5.2653.19)",
+)
+WARNING = headers(SYSTEM, "Warning: message 1abc-0001 delayed 24 hours", "Auto-Submitted: auto-replied") + (
+    "This message was created automatically by mail delivery software.\nA message that you sent has not yet been"
+    " delivered.\n\nThe address to which the message has not yet been delivered is:\n\n  bob@example.org\n\n"
+    "No action is required on your part.\n"
+)
+ROBOT = "Robot <robot@example.net>"
+NOT_DELIVERED = "Your mail to bob@example.org could not be delivered.\n\n550 5.1.1 no such user\n"
+SOFTLY = "To =\nbob@example.org it could=20not be delivered: 452 4.2.2 mailbox=\n full\n"
+POSTMASTER = headers("postmaster@example.net", "Undeliverable: x", "Content-Type: text/html") + (
+    "<html><p>Delivery has failed to these recipients:<p><a href='mailto:bob@example.org'>&lt;bob@example.org></a>"
+    "<p>The server returned '550 5.1.10 RecipientNotFound'</html>\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "sender", "hard"),
+    [
+        pytest.param(EXCHANGE, "postmaster@example.net", True, id="Exchange 5.5"),
+        pytest.param(OUTLOOK.replace("Undeliverable:", "Unzustellbar:"), "", True, id="Exchange in German"),
+        pytest.param(OUTLOOK.replace("Undeliverable:", "Re:"), "", True, id="the subject of the mail"),
+        pytest.param(
+            OUTLOOK.replace("Undeliverable:", "[EXTERNAL] Undeliverable:"), "", True, id="tagged by a gateway"
+        ),
+        pytest.param(
+            EXIM.replace("Subject:", "X-Failed-Recipients: bob@example.org\nAuto-Submitted: auto-replied\nSubject:", 1),
+            "",
+            True,
+            id="Exim",
+        ),
+        pytest.param(WARNING, "", False, id="Exim warns"),
+        pytest.param(QMAIL, "SRS0=a=bc=mx.example.net=mailer-daemon@fwd.example", True, id="SRS"),
+        pytest.param(headers(ROBOT, "your mail") + NOT_DELIVERED, "", True, id="the null sender and a text"),
+        pytest.param(headers(ROBOT, "x") + "bob@example.org\nmx said: 550 go away\n", "", True, id="the other server"),
+        pytest.param(
+            headers(ROBOT, "x", "Content-Transfer-Encoding: quoted-printable") + SOFTLY, "", False, id="encoded text"
+        ),
+        pytest.param(POSTMASTER, "postmaster@example.net", True, id="a postmaster in HTML"),
+        pytest.param(
+            POSTFIX.replace("Subject:", "List-Id: <news.x>\nPrecedence: bulk\nSubject:", 1),
+            "n@x.example",
+            True,
+            id="list",
+        ),
+    ],
+)
+def test_bounces_of_all_kinds_are_understood(text: str, sender: str, hard: bool) -> None:
+    message = request(text, sender)
+    assert message.is_bounce()
+    bounce = detect(message)
+    assert [r.address for r in bounce.recipients] == ["bob@example.org"]
+    assert bounce.is_hard() is hard
+
+
+@pytest.mark.parametrize("tag", ["", "prvs=1234abcdef="])
+def test_the_address_that_it_came_to_names_the_recipient(tag: str) -> None:
+    text = headers(SYSTEM, "failure notice") + "It did not work.\n"
+    bounce = detect(request(text, to=f"{tag}news+bob=example.org@lists.example.com"))
+    assert [(r.address, r.permanent) for r in bounce.recipients] == [("bob@example.org", None)]
+
+
 def test_a_complaint_is_told_apart() -> None:
     assert detect(request(COMPLAINT)).feedback_type == "abuse"
     assert detect(request(POSTFIX)).feedback_type is None
@@ -594,6 +821,13 @@ def look_at(message: MailRequest) -> None:
 
 DAEMON = b"From: MAILER-DAEMON@x\r\nSubject: failure notice\r\n"
 REPORT = DAEMON + b"Content-Type: message/delivery-status\r\n\r\n"
+HTML = b"Content-Type: text/html\r\n\r\n<html>"
+PARTS = b"Content-Type: multipart/mixed; boundary=b\r\n\r\n--b\n"
+HTML_PART = b"Content-Type: text/html\n\n<html>"
+ENCODED_BRACKETS = (
+    DAEMON + b"X-Mailer: Internet\r\nContent-Type: multipart/mixed; boundary=b\r\n\r\n"
+    b"--b\nContent-Transfer-Encoding: quoted-printable\n\n" + (b"<" * 70 + b"=\n") * 900 + b"--b--\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -611,7 +845,28 @@ REPORT = DAEMON + b"Content-Type: message/delivery-status\r\n\r\n"
         pytest.param(REPORT + b"Final-Recipient: rfc822; a\nAction: failed\n\n" * 200_000, id="recipients"),
         pytest.param(REPORT + b"x\n" * 5_000_000, id="no fields"),
         pytest.param(REPORT + b"Action: failed\nDiagnostic-Code: " + b"5-4 " * 2_500_000, id="a long diagnostic"),
-        pytest.param(DAEMON + b"Content-Type: text/html\r\n\r\n" + b"<style <a <b" * 800_000, id="tags"),
+        pytest.param(DAEMON + HTML + b"<style <a <b" * 800_000, id="tags"),
+        pytest.param(DAEMON + HTML + b"<a@" * 30_000, id="addresses in brackets"),
+        pytest.param(DAEMON + PARTS + (HTML_PART + b"<style " * 9000 + b"\n--b\n") * 15, id="styles that do not end"),
+        pytest.param(DAEMON + PARTS + (HTML_PART + b"<a <b&#1" * 8000 + b"\n--b\n") * 150, id="many parts of HTML"),
+        pytest.param(
+            DAEMON + PARTS + (b'Content-Type: text/plain; x="' + b";" * 8000 + b"\n\nx\n--b\n") * 990,
+            id="parameters",
+        ),
+        pytest.param(ENCODED_BRACKETS, id="a long line in quoted-printable"),
+        pytest.param(
+            DAEMON + b"Content-Type: multipart/report; report-type=" + b" " * 100_000 + b";\r\n\r\n", id="type"
+        ),
+        pytest.param(
+            DAEMON + b"X-Failed-Recipients: a" + b" " * 100_000 + b"x;\r\nContent-Type: message/delivery-status\r\n\r\n"
+            b"Action: failed\nStatus: 5.1.1\n",
+            id="a failed recipient",
+        ),
+        *(
+            pytest.param(head + (unit * 65536)[:65536], id=f"{kind}: {unit.decode()!r}")
+            for kind, head in (("daemon", DAEMON + b"\r\n"), ("null sender", b"From: a@b.example\r\n\r\n"))
+            for unit in b" |<|@|&|5|\n |a@|a@.|550 |5.1.|user:|user |deliver a ".split(b"|")
+        ),
     ],
 )
 def test_a_hostile_bounce_takes_bounded_time(data: bytes) -> None:
@@ -620,6 +875,14 @@ def test_a_hostile_bounce_takes_bounded_time(data: bytes) -> None:
     bounce = detect(message)
     assert time.process_time() - began < 4
     assert len(bounce.recipients) <= 2000
+
+
+def test_numbers_that_python_does_not_read_are_read_past() -> None:
+    huge = b"9" * 5000
+    text = b"<p>&#" + huge + b";<p>bob@example.org could not be delivered: 550 5.1.1 no"
+    for kind in (b"text/html", b"text/html; charset*" + huge + b"=x"):
+        data = DAEMON + b"Content-Type: " + kind + b"\r\n\r\n" + text
+        assert [r.address for r in detect(MailRequest("x", "", OUR, data)).recipients] == ["bob@example.org"]
 
 
 # Real bounces.

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import click
 import pytest
 
 from lamsonq import commands, pidfile
+from lamsonq.commands import servers
 from lamsonq.errors import Dead, Later
 from lamsonq.jobs import Put
 from lamsonq.mail import MailRequest
@@ -263,7 +264,7 @@ def test_stop_all_goes_on_after_a_file_that_is_no_pid_file(project: Path) -> Non
     lamsonq("start")
     Path("run/aaa.pid").write_text("garbage")
     done = lamsonq("stop", "-ALL", "run", code=4)
-    assert done.stderr == ("ERROR: PID file run/aaa.pid holds b'garbage' and no pid: not touched, remove it yourself\n")
+    assert done.stderr == "ERROR: PID file run/aaa.pid holds b'garbage' and no pid, so it is no PID file: not touched\n"
     assert Path("run/aaa.pid").read_text() == "garbage"
     assert not Path("run/smtp.pid").exists()
 
@@ -334,6 +335,47 @@ def test_log_takes_the_options_of_start(project: Path, free_port: Callable[[], i
         lamsonq("stop", "-pid", "sub/run/x.pid")
     command = [sys.executable, "-m", "lamsonq", "log", "-debug", "-port", "0", "-pid", "run/y.pid"]
     _runs_here(command, Path("run/y.pid"), "ctrl-c to quit")
+
+
+def log_listens_at(*, says: str, env: Mapping[str, str] | None = None) -> tuple[str, int]:
+    """Where `lamsonq log` listens without an option, when that is what it says on stderr."""
+    done = lamsonq("log", env=env)
+    assert done.stderr == says
+    status = json.loads(lamsonq("status", "-pid", "run/log.pid", "-json").stdout)
+    assert status["servers"][0]["boot"] == "log"
+    [found] = re.findall(r"SMTPReceiver started on (\S+):(\d+)\.", Path("logs/logger.log").read_text())
+    lamsonq("stop", "-pid", "run/log.pid")
+    Path("logs/logger.log").unlink()
+    return found[0], int(found[1])
+
+
+def test_log_listens_where_the_project_relays_to(project: Path, free_port: Callable[[], int]) -> None:
+    port, other = free_port(), free_port()
+    Path("config/settings.toml").write_text(f'[relay]\nhost = "127.0.0.2"\nport = {port}\n')
+    assert log_listens_at(says="") == ("127.0.0.2", port)
+    assert log_listens_at(says="", env={"LAMSONQ_RELAY__PORT": str(other)}) == ("127.0.0.2", other)
+    Path("config/settings.toml").write_text("[relay]\nprot = 1\n")
+    assert "relay.prot: there is no such setting" in refused("log", code=5)
+    assert not Path("run/log.pid").exists()
+
+
+@pytest.mark.parametrize(
+    ("toml", "why"),
+    [
+        (None, "there is no config/settings.toml"),
+        ('host = "mx.test"\nport = 2525', "config/settings.toml has [relay] host = 'mx.test', port = 2525"),
+        ('host = "/run/lmtp"\nport = 2525', "config/settings.toml has [relay] host = '/run/lmtp', port = 2525"),
+        ('host = ""\nport = 25', "config/settings.toml has [relay] host = '', port = 25"),
+        ('host = "localhost"', "config/settings.toml has [relay] host = 'localhost', port = 25"),
+    ],
+)
+def test_log_says_where_it_listens_when_it_cannot_be_there(
+    project: Path, monkeypatch: pytest.MonkeyPatch, toml: str | None, why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if toml is not None:
+        Path("config/settings.toml").write_text(f"[relay]\n{toml}\n")
+    assert servers._relayed_to("127.0.0.1", 8825) == ("127.0.0.1", 8825)
+    assert capsys.readouterr().err == f"lamsonq log listens on 127.0.0.1:8825, because {why}.\n"
 
 
 def test_a_root_directory_that_is_not_there_is_refused(project: Path) -> None:
@@ -425,6 +467,38 @@ def test_queue_pops_the_oldest(posts: Queue) -> None:
     posts.push("Subject: two\n\nhello\n")
     popped = lamsonq("queue", "run/posts", "-pop").stdout
     assert popped == f"Using queue: 'run/posts'\nKEY:  {key}\nSubject: one\n\nhello\n"
+    assert posts.count() == 1
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_what_pop_cannot_print_stays_in_the_queue(posts: Queue, options: list[str]) -> None:
+    key = posts.push("Subject: one\n\nhello\n")
+    command = [sys.executable, "-m", "lamsonq", "queue", "run/posts", "-pop", *options]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command, env=ENVIRON, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=30
+        )
+    assert (done.returncode, done.stderr) == (1, "ERROR: cannot print: No space left on device\n")
+    assert posts.backend.counts() == {"ready": 1, "delayed": 0, "reserved": 0, "dead": 0}
+    job = posts.backend.get(key)
+    assert job is not None
+    assert (job.deliveries, job.attempts) == (0, 0)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_message_that_can_be_printed_only_in_part_is_not_popped(posts: Queue, here: Path, unbuffered: str) -> None:
+    posts.push(b"Subject: one\n\n" + b"x" * 100_000)
+    script = 'ulimit -f 64; exec "$0" -m lamsonq queue run/posts -pop > printed'
+    done = subprocess.run(
+        ["sh", "-c", script, sys.executable],
+        env={**ENVIRON, "PYTHONUNBUFFERED": unbuffered},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    assert (done.returncode, done.stderr) == (1, "ERROR: cannot print: File too large\n")
+    assert b"xxx" in (here / "printed").read_bytes()
     assert posts.count() == 1
 
 
@@ -575,6 +649,13 @@ def test_a_module_that_is_not_there_or_has_no_routes_is_named(handlers: Path) ->
     assert refused("routes", "nosuchmodule", code=2).startswith("ERROR: there is no module nosuchmodule in ")
     (handlers / "empty.py").touch()
     assert refused("routes", "empty", code=2) == "ERROR: empty imported, but no function is registered"
+
+
+def test_routes_of_a_boot_without_handlers_or_of_no_boot_at_all_says_so(project: Path) -> None:
+    line = "ERROR: config.boot imported, but no function is registered; a boot that loads no handlers has no routes"
+    assert refused("routes", "config.boot", code=2) == f"{line}, and takes every recipient"
+    line = "ERROR: there is no config/testing.py to show the routes of: name a boot or a handler module"
+    assert refused("routes", "-test", "a@b", code=2) == line
 
 
 def test_a_capture_that_nothing_defines_names_the_route(handlers: Path) -> None:

@@ -97,6 +97,60 @@ def test_what_a_message_says_is_still_said() -> None:
     assert (attached.get_filename(), attached.get_content()) == ("ä.bin", b"\xff\n")
 
 
+LATIN = "„Grüße“ für 5 €"
+MARKED = HEAD.replace(b"hi", b"SUBJECT") + TEXT
+
+
+@pytest.mark.parametrize(
+    "declared", [b"", b"; charset=us-ascii", b"; charset=utf-8", b"; charset=x-nosuch", b"; charset=ISO-8859-1"]
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "windows-1252"])
+def test_text_that_is_not_what_it_says_is_read_as_utf_8_or_windows_1252(declared: bytes, encoding: str) -> None:
+    text = LATIN.replace("„", '"').replace("“", '"').replace("€", "EUR") if b"8859" in declared else LATIN
+    octets = text.encode("latin-1" if b"8859" in declared else encoding)
+    anew = read(cleansed(MARKED.replace(b"SUBJECT", LATIN.encode(encoding)) + declared + b"\n\n" + octets + b"\n"))
+    assert anew["subject"] == LATIN
+    assert anew.get_content() == f"{text}\n"
+
+
+def test_a_charset_that_fits_is_believed() -> None:
+    assert read(cleansed(HEAD + TEXT + b"; charset=koi8-r\n\n\xf0\xd2\n")).get_content() == "Пр\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "windows-1252"])
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"aGVsbG8="])
+def test_a_raw_file_name_is_read_in_the_same_way_whatever_the_content(content: bytes, encoding: str) -> None:
+    fields = 'Content-Type: application/x; name="grüße.bin"\nContent-Description: ü\n'
+    fields += 'Content-Disposition: attachment; filename="grüße.bin"\n'
+    base64 = b"Content-Transfer-Encoding: base64\n" if content.isascii() else b""
+    anew = read(cleansed(HEAD + fields.encode(encoding) + base64 + b"\n" + content + b"\n"))
+    assert (anew.get_content_type(), anew.get_filename()) == ("application/x", "grüße.bin")
+    assert anew["content-description"] == "ü"
+    assert anew.get_content() == (b"hello" if content.isascii() else content + b"\n")
+
+
+def test_an_encoded_word_in_a_line_that_is_written_anew_is_read_in_the_same_way() -> None:
+    long = HEAD.replace(b"hi", b"=?us-ascii?q?gr=FC=DFe?= " + b"word " * 300)
+    assert str(read(cleansed(long + b"\nhello\n"))["subject"]).startswith("grüße word")
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (MARKED + b"\n\n\x81\x8d\n", "neither in UTF-8 nor in windows-1252"),
+        (MARKED.replace(b"SUBJECT", b"\x81") + b"\n\nhello\n", "neither in UTF-8 nor in windows-1252"),
+        (MARKED + b"; charset=utf-8\n\n" + "grüße".encode() + b"\xc3\n", "UTF-8 with broken characters"),
+        (MARKED + b"\n\n" + "ü".encode() + b"\xc3\n", "UTF-8 with broken characters"),
+        (MARKED + b"; charset=shift_jis\n\n\x93\xfa\x96\n", "not in its charset shift_jis, nor in UTF-8"),
+        (HEAD + b"Content-Type: image/png; name*=utf-8''%E4.png\n\n\xff\n", "a file name in it cannot be read"),
+        (MARKED.replace(b"SUBJECT", b"=?big5?q?=FF?= \xe4") + b"\n\nhello\n", "not in its charset big5"),
+    ],
+)
+def test_text_that_nobody_can_read_is_refused_and_never_replaced(data: bytes, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        cleansed(data)
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
@@ -178,6 +232,25 @@ def test_cleanse_takes_input_and_output_in_any_way(here: Path) -> None:
     assert [len(list(Path(name, "new").iterdir())) for name in ("one", "two", "three")] == [1, 1, 1]
     assert "Give the maildir to write once" in refused("cleanse", "in.mbox", code=2)
     assert "Give the mbox or maildir to read once" in refused("cleanse", code=2)
+
+
+def test_cleanse_into_a_maildir_that_is_there_adds_to_it_and_says_so(here: Path) -> None:
+    Path("in.mbox").write_bytes(SEPARATOR + GOOD["plain"])
+    assert lamsonq("cleanse", "in.mbox", "out").stderr == ""
+    again = lamsonq("cleanse", "in.mbox", "out")
+    assert again.stderr == "out is there already: the messages are added to what is in it.\n"
+    assert len(list(Path("out/new").iterdir())) == 2
+
+
+def test_cleanse_of_latin_1_is_what_people_read_and_names_what_nobody_can(here: Path) -> None:
+    latin = HEAD.replace(b"hi", b"gr\xfc\xdfe") + b"\nein sch\xf6ner Gru\xdf\n"
+    Path("in.mbox").write_bytes(SEPARATOR + latin + b"\n" + SEPARATOR + HEAD + b"\n\x81\n")
+    done = lamsonq("cleanse", "in.mbox", "out", code=1)
+    assert done.stdout == "TOTAL ERRORS: 1\n"
+    assert "it holds text that is neither in UTF-8 nor in windows-1252" in done.stderr
+    [written] = Path("out/new").iterdir()
+    message = read(written.read_bytes())
+    assert (message["subject"], message.get_content()) == ("grüße", "ein schöner Gruß\n")
 
 
 def test_cleanse_does_not_write_over_anything_else(here: Path) -> None:

@@ -23,6 +23,7 @@ import trustme
 
 from lamsonq.commands import submission
 from lamsonq.commands.mailboxes import open_mailbox
+from lamsonq.errors import QueueError
 from lamsonq.mail import MailRequest
 from lamsonq.queue import Queue
 
@@ -342,6 +343,36 @@ def test_who_did_not_get_it_is_named_and_the_others_have_it(server: Server) -> N
     assert len(server.messages) == 1
 
 
+@pytest.mark.parametrize("where", ["read_message", "request_of", "host_name", "make_complete"])
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (RuntimeError("no\nluck"), "ERROR: RuntimeError: no luck"),
+        (MemoryError(), "ERROR: MemoryError: "),
+        (OSError(5, "Input/output error"), "ERROR: OSError: [Errno 5] Input/output error"),
+        (KeyboardInterrupt(), "ERROR: KeyboardInterrupt: "),
+        (QueueError("no room"), "ERROR: no room"),
+        (BrokenPipeError(32, "Broken pipe"), "ERROR: BrokenPipeError: [Errno 32] Broken pipe"),
+    ],
+)
+def test_whatever_nobody_has_thought_of_is_to_be_tried_again(
+    monkeypatch: pytest.MonkeyPatch, where: str, error: BaseException, line: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(submission, where, fail)
+    assert refused("sendmail", "b@y.org", stdin=TEXT, code=os.EX_TEMPFAIL) == line
+
+
+@pytest.mark.parametrize("stderr", ["2>/dev/full", "2>&-", ">&- 2>&-"])
+def test_a_caller_that_cannot_be_told_why_still_gets_the_code(free_port: Callable[[], int], stderr: str) -> None:
+    script = f'exec "$0" -m lamsonq sendmail -port {free_port()} b@y.org {stderr}'
+    command = ["sh", "-c", script, sys.executable]
+    done = subprocess.run(command, input=TEXT.encode(), capture_output=True, env=ENVIRON, check=False, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (os.EX_TEMPFAIL, b"", b"")
+
+
 def test_sendmail_speaks_lmtp_and_shows_the_dialogue(server: Server, here: Path) -> None:
     command = [sys.executable, "-m", "lamsonq", "sendmail", "-lmtp", "-debug", "1", *port_of(server), "b@y.org"]
     done = subprocess.run(command, input=TEXT.encode(), capture_output=True, env=ENVIRON, check=True, timeout=30)
@@ -563,7 +594,7 @@ def test_a_bar_is_shown_on_a_terminal_and_only_there(server: Server, here: Path,
     assert process.returncode == 0
     assert b"100%" in b"".join(shown)
     assert b"%" not in out
-    quiet = lamsonq(*args)
+    quiet = lamsonq(*("again" if word == "out" else word for word in args))
     assert quiet.stderr == ""
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import re
 import shelve
 import sqlite3
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -87,6 +90,15 @@ def secret_in(address: str, target: str = "blog") -> str:
     return found[1]
 
 
+def run_together(functions: list[Callable[[], object]]) -> None:
+    threads = [threading.Thread(target=function) for function in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+
+
 # Outside of handlers.
 
 
@@ -146,7 +158,7 @@ def test_the_address_in_from_is_asked_else_the_envelopes(engine: ConfirmationEng
     assert engine.verify("blog", "bob@example.org", secret) is not None
 
 
-@pytest.mark.parametrize("target", ["x" * 30, "a b", "", "a:b", "a@b", "x\r\ny"])
+@pytest.mark.parametrize("target", ["x" * 30, "a b", "", "a:b", "a@b", "x\r\ny", "\udcff", "a\0b", "a\u202eb"])
 def test_a_target_that_makes_no_address_is_refused(engine: ConfirmationEngine, target: str) -> None:
     with pytest.raises(SMTPError, match="553"):
         engine.register(target, post())
@@ -176,6 +188,42 @@ def test_a_confirmation_expires(engine: ConfirmationEngine, clock: Clock) -> Non
 def test_no_two_secrets_are_alike(engine: ConfirmationEngine) -> None:
     assert len({engine.make_random_secret() for _ in range(100)}) == 100
     assert len({engine.register("blog", post()) for _ in range(5)}) == 5
+
+
+def test_of_many_threads_that_come_with_a_secret_at_once_one_gets_the_message(engine: ConfirmationEngine) -> None:
+    for n in range(10):
+        secret = secret_in(engine.register("blog", post(POST + b"%d\r\n" % n)))
+        start = threading.Barrier(6)
+        found: list[MailRequest | None] = []
+
+        def verify(secret: str = secret, start: threading.Barrier = start, found: list[Any] = found) -> None:
+            start.wait(10)
+            found.append(engine.verify("blog", ALICE, secret))
+
+        run_together([verify] * 6)
+        assert len(found) == 6
+        assert sum(message is not None for message in found) == 1
+
+
+def test_a_message_without_a_sender_confirms_nothing(engine: ConfirmationEngine) -> None:
+    secret = secret_in(engine.register("blog", post()))
+    assert engine.verify("blog", post(b"Subject: no From\r\n\r\n")["from"], secret) is None
+    assert engine.verify("blog", ALICE, secret) is not None
+
+
+@pytest.mark.parametrize("text", ["\0", "\udcff@x.org", "a\r\nBcc: b@x.org", "x" * 1_000_000, "<" * 100_000, "../../x"])
+def test_no_text_whatever_it_is_confirms_anything_or_fills_the_log(
+    engine: ConfirmationEngine, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
+    secret = secret_in(engine.register("blog", post()))
+    with caplog.at_level(logging.INFO):
+        for asked in ((text, ALICE, secret), ("blog", text, secret), ("blog", ALICE, text)):
+            assert engine.verify(*asked) is None
+        engine.cancel("blog", ALICE, text)
+    assert max(map(len, caplog.messages)) < 500
+    assert all(message.isprintable() for message in caplog.messages)
+    assert engine.get_pending(text) is None
+    assert engine.verify("blog", ALICE, secret) is not None
 
 
 def test_clear_forgets_everything(engine: ConfirmationEngine) -> None:
@@ -233,6 +281,44 @@ def test_a_storage_of_ones_own_needs_four_methods(here: Path) -> None:
     assert engine.verify("blog", ALICE, secret) is not None
 
 
+def test_a_storage_gives_away_what_it_keeps_once(storage: ConfirmationStorage) -> None:
+    storage.store("blog", ALICE, "secret", "id")
+    assert storage.take("blog", ALICE, "other") is None
+    assert storage.take("blog", "bob@example.org", "secret") is None
+    assert storage.take("blog", f"Alice <{ALICE}>", "SECRET") == "id"
+    assert storage.take("blog", ALICE, "secret") is None
+
+
+def test_a_newer_confirmation_is_not_taken_with_the_secret_of_an_older_one(storage: ConfirmationStorage) -> None:
+    storage.store("blog", ALICE, "old", "1")
+    storage.store("blog", ALICE, "new", "2")
+    assert storage.take("blog", ALICE, "old") is None
+    assert storage.get("blog", ALICE) == ("new", "2")
+
+
+def _verify(secrets: list[str], start: Any, found: Any) -> None:
+    engine = ConfirmationEngine("run/pending", SQLiteConfirmationStorage("run/confirmations.db"))
+    for number, secret in enumerate(secrets):
+        start.wait(30)
+        if engine.verify(f"blog{number}", ALICE, secret) is not None:
+            found.put(number)
+
+
+def test_of_many_processes_that_come_with_a_secret_at_once_one_gets_the_message(here: Path) -> None:
+    engine = ConfirmationEngine("run/pending", SQLiteConfirmationStorage("run/confirmations.db"))
+    secrets = [secret_in(engine.register(f"blog{n}", post()), f"blog{n}") for n in range(20)]
+    spawn = multiprocessing.get_context("spawn")
+    start, found = spawn.Barrier(3), spawn.Queue()
+    children = [spawn.Process(target=_verify, args=(secrets, start, found)) for _ in range(3)]
+    for child in children:
+        child.start()
+    confirmed = [found.get(timeout=30) for _ in secrets]
+    for child in children:
+        child.join(30)
+        assert child.exitcode == 0
+    assert (sorted(confirmed), found.empty()) == (list(range(20)), True)
+
+
 def _store(path: str, number: int) -> None:
     SQLiteConfirmationStorage(path).store("blog", f"user{number}@example.org", f"secret{number}", "id")
 
@@ -249,12 +335,44 @@ def test_processes_share_a_sqlite_storage(here: Path) -> None:
     assert Path(path).stat().st_mode & 0o077 == 0
 
 
+def test_one_that_a_message_has_claimed_is_no_other_ones_until_it_is_released(here: Path) -> None:
+    storage = SQLiteConfirmationStorage("run/confirmations.db")
+    storage.store("blog", ALICE, "secret", "id")
+    assert not storage.claim("blog", ALICE, "wrong", "one")
+    assert storage.claim("blog", ALICE, "secret", "")
+    assert [storage.claim("blog", ALICE, "secret", taker) for taker in ("one", "one", "two", "")] == [
+        *(True, True, False, False)
+    ]
+    storage.release("blog", ALICE, "two")
+    assert not storage.claim("blog", ALICE, "secret", "two")
+    storage.release("blog", ALICE, "one")
+    assert storage.claim("blog", ALICE, "secret", "two")
+    storage.store("blog", ALICE, "new", "id2")  # another confirmation
+    assert storage.claim("blog", ALICE, "new", "one")
+
+
+def test_a_file_of_the_first_version_is_read_and_goes_on(here: Path) -> None:
+    database = sqlite3.connect("old.db")
+    database.executescript("""
+        create table confirmations (key text primary key, secret text not null, pending text not null,
+                                    stored real not null) without rowid;
+        insert into confirmations values ('blog:alice@example.org', 'secret', 'id', 1.0);
+        pragma user_version = 1;
+    """)
+    database.close()
+    storage = SQLiteConfirmationStorage("old.db")
+    assert [entry.stored for entry in storage.entries()] == [1.0]
+    assert storage.claim("blog", ALICE, "secret", "one")
+    assert not storage.claim("blog", ALICE, "secret", "two")
+    assert storage.take("blog", ALICE, "secret") == "id"
+
+
 def test_a_file_that_cannot_be_used_is_a_later_that_names_it(here: Path) -> None:
     Path("newer.db").touch()
     with sqlite3.connect("newer.db") as database:
-        database.execute("pragma user_version = 2")
+        database.execute("pragma user_version = 3")
     database.close()
-    with pytest.raises(Later, match=r"newer\.db was written by a newer lamsonq \(schema 2\)"):
+    with pytest.raises(Later, match=r"newer\.db was written by a newer lamsonq \(schema 3\)"):
         SQLiteConfirmationStorage("newer.db").get("blog", ALICE)
     Path("text.db").write_text("no database" * 100)
     with pytest.raises(Later, match=r"cannot use the confirmations in .*text\.db: file is not a database"):
@@ -368,9 +486,12 @@ def test_purge_may_be_told_the_age(engine: ConfirmationEngine, clock: Clock) -> 
 # In handlers.
 
 HANDLERS = """
+    from threading import Event
+    from lamsonq.attempt import current
     from lamsonq.queue import Queue
 
     BROKEN = set()
+    HELD, ENTERED, GO_ON = [], Event(), Event()
 
     def fail_if(where):
         if where in BROKEN:
@@ -400,6 +521,32 @@ HANDLERS = """
         except Undelivered:
             pass
         fail_if("outer")
+
+    @route("twice-(secret)@example.com", secret="[a-z0-9]+")
+    @stateless
+    def TWICE(message, secret=None):
+        for number in "1", "2":
+            ROUTER.deliver(message.addressed(f"inner{number}-{secret}@example.com"))
+        fail_if("outer")
+
+    @route("inner[0-9]-(secret)@example.com", secret="[a-z0-9]+")
+    @stateless
+    def INNER(message, secret=None):
+        CALLS.append(CONFIRM.verify("blog", message["from"], secret) is not None)
+
+    @route("slow-(secret)@example.com", secret="[a-z0-9]+")
+    @stateless
+    def SLOW(message, secret=None):
+        original = CONFIRM.verify("blog", message["from"], secret)
+        CALLS.append(original is not None)
+        if original is not None:
+            Queue("run/posts").push(original)
+            HELD.append(current())
+            ENTERED.set()
+            assert GO_ON.wait(10)
+            if HELD[0].given_up:
+                CONFIRM.verify("blog", message["from"], secret)
+            fail_if("slow")
 
     @route("again-(secret)@example.com", secret="[a-z0-9]+")
     @stateless
@@ -513,6 +660,168 @@ def test_a_handler_may_verify_one_and_register_the_next(project: Any, router: Ro
     assert verified
     assert project.CONFIRM.verify("blog", ALICE, secret) is None
     assert project.CONFIRM.verify("blog", ALICE, secret_in(address)) is not None
+
+
+def confirmed_slowly(project: Any, router: RoutingBase) -> tuple[str, threading.Thread, list[Exception]]:
+    """A secret, and a thread whose handler has just verified it and goes on when it is told so; what it raises."""
+    router.deliver(post())
+    secret = secret_in(project.relay.addresses()[0])
+    raised: list[Exception] = []
+
+    def deliver() -> None:
+        try:
+            router.deliver(answer(f"slow-{secret}@example.com"))
+        except Undelivered as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=deliver)
+    thread.start()
+    assert project.ENTERED.wait(10)
+    return secret, thread, raised
+
+
+@pytest.mark.parametrize("data", [b"", b"Message-ID: <another@example.org>\r\n"])
+def test_of_two_handlers_that_verify_a_secret_at_once_the_second_waits_for_the_first(
+    project: Any, router: RoutingBase, data: bytes
+) -> None:
+    secret, thread, raised = confirmed_slowly(project, router)
+    with pytest.raises(Undelivered) as found:
+        router.deliver(answer(f"slow-{secret}@example.com", data))
+    outcome = found.value.failures[0].outcome()
+    assert isinstance(outcome, Later)
+    assert not outcome.counted  # the one that waits is not at fault
+    project.GO_ON.set()
+    thread.join(10)
+    router.deliver(answer(f"slow-{secret}@example.com", data))
+    assert (project.CALLS[1:], raised, Queue("run/posts").count()) == ([True, False], [], 1)
+
+
+def test_many_handlers_that_verify_a_secret_at_once_confirm_it_once(project: Any, router: RoutingBase) -> None:
+    project.GO_ON.set()
+    router.deliver(post())
+    secret = secret_in(project.relay.addresses()[0])
+
+    def deliver() -> None:
+        with contextlib.suppress(Undelivered):
+            router.deliver(answer(f"slow-{secret}@example.com"))
+
+    run_together([deliver] * 8)
+    assert (project.CALLS.count(True), Queue("run/posts").count()) == (2, 1)  # asked, and confirmed once
+
+
+def test_when_the_first_handler_fails_the_second_confirms(project: Any, router: RoutingBase) -> None:
+    secret, thread, raised = confirmed_slowly(project, router)
+    project.BROKEN.add("slow")
+    project.GO_ON.set()
+    thread.join(10)
+    assert len(raised) == 1
+    project.BROKEN.clear()
+    router.deliver(answer(f"slow-{secret}@example.com", b"Message-ID: <another@example.org>\r\n"))
+    assert (project.CALLS[1:], Queue("run/posts").count()) == ([True, True], 1)
+
+
+def test_a_handler_that_was_given_up_keeps_nobody_out_and_confirms_nothing(project: Any, router: RoutingBase) -> None:
+    secret, thread, _ = confirmed_slowly(project, router)
+    try:
+        [held] = project.HELD
+        assert held.give_up()
+        assert project.CONFIRM.verify("blog", ALICE, secret) is not None
+        held._settle(Later("it hung"), [])  # as a receiver does, in its place
+    finally:
+        project.GO_ON.set()
+    thread.join(10)
+    assert (project.CONFIRM.verify("blog", ALICE, secret), Queue("run/posts").count()) == (None, 0)
+
+
+def test_outside_a_secret_that_a_handler_has_just_verified_is_waited_for(
+    project: Any, router: RoutingBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret, thread, _ = confirmed_slowly(project, router)
+    with monkeypatch.context() as patch:
+        patch.setattr("lamsonq.confirm.PATIENCE", 0.05)
+        with pytest.raises(Later):
+            project.CONFIRM.verify("blog", ALICE, secret)
+    found: list[object] = []
+    outside = threading.Thread(target=lambda: found.append(project.CONFIRM.verify("blog", ALICE, secret)))
+    outside.start()
+    project.GO_ON.set()
+    outside.join(10)
+    thread.join(10)
+    assert (found, Queue("run/posts").count()) == ([None], 1)
+
+
+def test_of_two_inner_deliveries_the_first_confirms_and_the_outer_one_decides(
+    project: Any, router: RoutingBase
+) -> None:
+    router.deliver(post())
+    secret = secret_in(project.relay.addresses()[0])
+    project.BROKEN.add("outer")
+    with pytest.raises(Undelivered):
+        router.deliver(answer(f"twice-{secret}@example.com"))
+    project.BROKEN.clear()
+    router.deliver(answer(f"twice-{secret}@example.com"))
+    router.deliver(answer(f"twice-{secret}@example.com"))
+    assert project.CALLS[1:] == [True, False, True, False, False, False]
+
+
+PROCESS = r"""
+import sys
+from lamsonq.confirm import ConfirmationEngine, SQLiteConfirmationStorage
+from lamsonq.errors import Later, Undelivered
+from lamsonq.mail import MailRequest
+from lamsonq.routing import Router
+import handlers_of_processes as handlers
+
+handlers.CONFIRM = ConfirmationEngine("run/pending", SQLiteConfirmationStorage("run/confirmations.db"))
+Router.load(["handlers_of_processes"])
+for line in sys.stdin:
+    try:
+        Router.deliver(MailRequest("peer", "alice@example.org", line.strip(), b"From: alice@example.org\r\n\r\n"))
+        print("done", flush=True)
+    except Undelivered as error:
+        print(type(error.failures[0].outcome()).__name__, flush=True)
+"""
+HANDLERS_OF_PROCESSES = """
+    import sys
+    FOUND = []
+
+    @route("(how)-(secret)@example.com", how="now|slow", secret="[a-z0-9]+")
+    @stateless
+    def START(message, how=None, secret=None):
+        FOUND.append(CONFIRM.verify("blog", message["from"], secret) is not None)
+        print(FOUND[-1], flush=True)
+        if how == "slow" and FOUND[-1]:
+            print("waits", flush=True)
+            sys.stdin.readline()
+"""
+
+
+def test_processes_take_turns_too_and_what_one_that_is_killed_worked_on_may_come_again(
+    here: Path, module: Module
+) -> None:
+    module(HANDLERS_OF_PROCESSES, "handlers_of_processes")
+    engine = ConfirmationEngine("run/pending", SQLiteConfirmationStorage("run/confirmations.db"))
+    secret = secret_in(engine.register("blog", post()))
+    command = [sys.executable, "-c", PROCESS]
+    with (
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as one,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as two,
+    ):
+
+        def tell(process: Any, how: str, lines: int) -> list[str]:
+            process.stdin.write(f"{how}-{secret}@example.com\n")
+            return [process.stdout.readline().strip() for _ in range(lines)]
+
+        assert tell(one, "slow", 2) == ["True", "waits"]
+        assert tell(two, "now", 1) == ["Later"]
+        one.kill()
+        one.wait(10)
+        assert tell(two, "now", 2) == ["False", "done"]  # the killed one may have succeeded
+        assert tell(two, "slow", 2) == ["True", "waits"]  # the very message: then it had not
+        assert tell(two, "go on", 1) == ["done"]
+        assert tell(two, "slow", 2) == ["False", "done"]
+        two.stdin.close()  # type: ignore[union-attr]
+    assert engine.verify("blog", ALICE, secret) is None
 
 
 @pytest.mark.parametrize("header", [b"Auto-Submitted: auto-replied\r\n", b"Precedence: bulk\r\n"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html.parser
 import http.server
 import itertools
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 
 from lamsonq import view
 from lamsonq.errors import UsageError
-from lamsonq.html import DEPTH_MAX, HtmlMail
+from lamsonq.html import LENGTH_MAX, TAGS_MAX, HtmlMail, _pretty
 from lamsonq.mail import MailRequest, MailResponse
 from lamsonq.plaintext import text_of
 
@@ -97,13 +98,130 @@ def test_style_sheets_are_never_fetched_from_the_net_nor_from_files(news: HtmlMa
     assert asked == []
 
 
-def test_html_that_would_kill_the_process_is_refused(news: HtmlMail) -> None:
-    depth = DEPTH_MAX
-    news.apply_styles("<div>" * depth + "</div>" * depth)
-    news.apply_styles("<p>x<br><img>" * 1000 + "<div><b>x</b></div>" * 1000)
-    for html in ("<div>" * (depth + 1), "<b></i>" * (depth + 1), "<table><tr><td>" * 20_000):
-        with pytest.raises(ValueError, match=f"nested more than {depth} deep"):
-            news.apply_styles(html)
+DEEPEST = """
+import sys, threading
+from jinja2 import DictLoader, Environment
+from lamsonq import view
+from lamsonq.html import TAGS_MAX, HtmlMail
+
+opening, repeated, tags = {document!r}
+view.LOADER = Environment(loader=DictLoader({{"style.css": "div div {{ color: red }} * > * {{ margin: 0 }}"}}))
+html = opening + repeated * ((TAGS_MAX - 4) // tags)
+sizes = []
+threading.stack_size(128 * 1024)  # of a handler's thread, on some systems
+thread = threading.Thread(target=lambda: sizes.append(len(HtmlMail("style.css", "x").apply_styles(html))))
+thread.start()
+thread.join()
+assert sizes and sizes[0] > len(html), sizes
+"""
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        ("", "<div>", 1),
+        ("<!-->", "<div>", 1),  # a comment that ends at once: not so for who looks for "-->"
+        ("<svg><title>", "<div>", 1),  # no text as in HTML, but elements
+        ("<svg>", "<g>", 1),
+        ("", "<table><td>", 2),  # four elements
+        ("", "<template>", 1),
+    ],
+    ids=lambda document: "".join(document[:2]),
+)
+def test_no_html_crashes_the_process_however_deep_and_in_whatever_disguise(document: tuple[str, str, int]) -> None:
+    program = DEEPEST.format(document=document)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_big_newsletter_is_styled(news: HtmlMail) -> None:
+    article = "<tr><td class=note><h2>News</h2><p>x<br>y <b>z</b> <a href='https://x.org/?a=1'>more</a></td></tr>"
+    html = news.apply_styles(f"<table>{article * 1000}</table>" + "<p>x" * 1000)
+    assert html.count('<p style="color: red;">') == 2000
+
+
+@pytest.mark.parametrize("where", ["", "<!-->", "<svg><title>", "<p title='", "<script>"])
+def test_html_of_too_many_tags_is_refused_wherever_they_stand(news: HtmlMail, where: str) -> None:
+    with pytest.raises(ValueError, match=f"HTML of 200.. tags cannot be styled, {TAGS_MAX} are the most"):
+        news.apply_styles(where + "<i></i>" * (TAGS_MAX // 2) + "<i>")
+    with pytest.raises(ValueError, match=f"characters cannot be styled, {LENGTH_MAX} are the most"):
+        news.apply_styles(where + "x" * LENGTH_MAX + ">")
+
+
+@pytest.mark.parametrize(
+    "left_open",
+    [
+        "".join(f"<font size={n}>" for n in range(2000)),
+        "".join(f'<b title=">{n}">' for n in range(2000)),  # alike up to the first ">"
+        "".join(f"<b a=\"'\" b='>{n}'>" for n in range(2000)),
+        "".join(f"<!--><i/{n}>" for n in range(2000)),
+        f"<b title={'x' * 500_000}>",
+        f"<a title='{'x' * 500_000}'>",
+    ],
+    ids=["many", "quoted", "both quotes", "behind a comment", "long", "a long link"],
+)
+def test_elements_that_are_opened_again_in_each_paragraph_cannot_fill_the_memory(
+    news: HtmlMail, left_open: str
+) -> None:
+    with pytest.raises(ValueError, match="octets of elements that are left open"):
+        news.apply_styles("<p>" + left_open + "<p>x" * 2000)
+
+
+def test_some_may_be_left_open(news: HtmlMail) -> None:
+    html = news.apply_styles("<p><b title='>1'><b title='>2'>x<p>y" + "<b>z</b>" * 5000 + "<a href=x>x</a>" * 2000)
+    assert '<p style="color: red;"><b title=">1"><b title=">2">y' in html
+
+
+def test_a_long_value_in_the_style_sheet_cannot_fill_the_memory(news: HtmlMail) -> None:
+    with pytest.raises(ValueError, match="octets of styles"):
+        news.apply_styles("<p>x" * 5000, {"color": "x" * 500_000})
+
+
+class _Tags(html.parser.HTMLParser):
+    def __init__(self, document: str) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+        self.feed(document)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:  # noqa: ARG002 - its base has it
+        self.seen.append(tag)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "red</style><script>alert(1)</script>",
+        "red}</STYLE\n><script>",
+        "url('</style><script>')",
+        "url(</style/><script>)",
+        "'\\</style><script>'",
+        "red; } </style><script> {",
+        '"></style><script>',
+        "</</style><script>",
+    ],
+)
+def test_no_value_gets_out_of_the_style_element_nor_of_an_attribute(news: HtmlMail, value: str) -> None:
+    Path("style.css").write_text(
+        "@import '{{ color }}';\n@media print { p { color: {{ color }} } }\np { color: {{ color }} }\n"
+    )
+    html = news.apply_styles("<p>x", {"color": value})
+    assert _Tags(html).seen == ["html", "head", "style", "body", "p"]
+    assert "<script>" in html.partition("</style>")[0]  # it is there, but means nothing
+
+
+def test_what_css_means_is_not_changed_by_that(news: HtmlMail) -> None:
+    css = "@media (400px<=width<700px) { p::before { content: '<\\/style>' } }"
+    Path("style.css").write_text(css.replace("\\", ""))
+    assert news.load_css() == css
+    assert css in news.apply_styles("<p>x")
+
+
+def test_what_the_library_raises_reaches_the_caller(news: HtmlMail) -> None:
+    before = threading.stack_size()
+    with pytest.raises(UnicodeEncodeError):
+        news.apply_styles("<p>\ud800")
+    assert threading.stack_size() == before
 
 
 def test_pretty_begins_a_line_with_each_block(news: HtmlMail) -> None:
@@ -111,6 +229,12 @@ def test_pretty_begins_a_line_with_each_block(news: HtmlMail) -> None:
     assert '<div class="note">\n<h1>Hello Jo</h1>\n<p style' in html
     Path("value.md").write_text("    code\n\n      more\n\n<p>")
     assert "code\n\n  more\n" in news.render({}, "value.md", pretty=True)
+
+
+def test_pretty_costs_linear_time() -> None:
+    began = time.process_time()
+    _pretty('<p title="<pre">' * 20_000 + "x" * 500_000)
+    assert time.process_time() - began < 5
 
 
 # Values.
@@ -145,6 +269,13 @@ def test_a_value_is_text_whatever_it_holds(news: HtmlMail, value: str) -> None:
 
 def test_an_indented_value_is_no_code(news: HtmlMail) -> None:
     assert "<code>" not in news.render({"name": "    a*b\n\n\tc"}, "value.md")
+
+
+def test_no_line_end_in_a_value_makes_code(news: HtmlMail) -> None:
+    for end in ("\r", "\r\n", "\n"):
+        html = news.render({"name": f"a{end}{end}    *b*{end}{end}\tc"}, "value.md")
+        assert "<code>" not in html
+        assert text_of(content(html)) == "a\n\n*b*\n\nc\n"
 
 
 def test_a_value_may_be_markdown_but_never_html(news: HtmlMail) -> None:
@@ -227,6 +358,8 @@ def test_nothing_of_the_extra_is_needed_to_import_it() -> None:
         ("1 &lt; 2 &amp; 3 < 4", "1 < 2 & 3 < 4\n"),
         ("<table><tr><td>a</td><td>b</td></tr><tr><th>c", "a b\nc\n"),
         ("</p></ul></a>a<a", "a\n"),
+        (f"a&#{'9' * 5000};b<img alt='&#{'9' * 5000}'>", "a\ufffdb\ufffd\n"),
+        ("&#65;&#x42;&#00000000067;&amp;&#1114112;", "ABC&\ufffd\n"),
         ("a<hr>b", f"a\n\n{'-' * 40}\n\nb\n"),
     ],
 )
@@ -239,6 +372,7 @@ def test_the_text_is_what_a_reader_sees(html: str, text: str) -> None:
     [
         *("<a " * 100_000, "<" * 300_000, "<!--" * 100_000, "<a '\">" * 50_000, "<title>" * 50_000, "&" * 300_000),
         *("<a href=" + "=x" * 100_000 + ">", "<a x" + " " * 200_000 + ">", "<a href=x>" * 30_000, "<ul><li>" * 20_000),
+        *("<style " * 50_000, "<style>" * 50_000, "&#" + "1" * 300_000, "&#1" * 100_000, "<img alt='&#1" * 30_000),
     ],
     ids=itertools.count(),
 )

@@ -6,6 +6,7 @@ import contextlib
 import grp
 import os
 import pwd
+import random
 import signal
 import smtplib
 import socket
@@ -124,7 +125,11 @@ class System:
 
     def start(self, *args: str, inside: bool = True) -> list[int]:
         """Start a server that has to come up; the pids of its parent and its child."""
-        done = self.lamsonq("start", *args, inside=inside)
+        for _ in range(20):
+            done = self.lamsonq("start", *args, inside=inside)
+            if "Address already in use" not in done.stderr:
+                break
+            self.port = privileged_port()  # somebody was quicker: the port was free, and is not any more
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
         return self.family()
 
@@ -227,7 +232,7 @@ def system(place: tuple[Path, int]) -> Iterator[System]:
 
 
 def privileged_port() -> int:
-    for port in range(700, 1023):
+    for port in random.sample(range(700, 1023), 323):  # another run of these tests must not choose the same one
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
     raise AssertionError("no port below 1024 is free")
@@ -299,6 +304,45 @@ def test_a_reload_goes_on_as_the_user_and_keeps_the_port(system: System) -> None
     assert system.family()[0] == parent
     assert [identities(pid) for pid in system.family()] == [AS_BLOG, AS_BLOG]
     system.send()
+
+
+@as_root
+def test_a_pid_file_that_is_written_anew_is_the_users(system: System) -> None:
+    parent, _ = system.start("-uid", "blog")
+    pid_file = system.project / "run/smtp.pid"
+    pid_file.unlink()
+    os.kill(parent, signal.SIGHUP)
+    try:
+        until(lambda: "Loaded anew" in system.log())
+        assert pid_file.read_text() == f"{parent}\n"
+    except BaseException:
+        os.killpg(parent, signal.SIGKILL)  # nothing else tells of it
+        raise
+    status = pid_file.stat()
+    assert (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (UID, GID, 0o640)
+
+
+FORGERY = """
+import fcntl, json, os, sys
+pid_file = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+os.write(pid_file, b"%d\\n" % os.getpid())
+fcntl.flock(pid_file, fcntl.LOCK_EX)
+fds = [*os.pipe(), pid_file]
+for fd in fds:
+    os.set_inheritable(fd, True)
+record = {"role": "successor", "lifeline": fds[:2], "pid_file": pid_file}
+os.environ["LAMSONQ_RELOAD"] = json.dumps([record, [os.fstat(fd).st_ino for fd in fds]])
+os.execv(sys.executable, [sys.executable, "-m", "lamsonq", "start", *sys.argv[2:]])
+"""
+"""A program that starts a server as if it had been that server before, with a pid file of its own."""
+
+
+@as_root
+def test_nobody_stays_root_by_saying_that_he_is_a_fresh_image_already(system: System) -> None:
+    done = system.run(sys.executable, "-c", FORGERY, "/tmp/forged.pid", "-uid", "blog")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == "LAMSONQ_RELOAD in the environment is ignored: it is lamsonq's own.\n"
+    assert [identities(pid) for pid in system.family()] == [AS_BLOG, AS_BLOG]
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import select
 import shutil
 import smtplib
 import socket
@@ -13,8 +14,9 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -28,6 +30,7 @@ from lamsonq.server import LMTPReceiver, SMTPReceiver
 
 MESSAGE = b"From: a@x.test\r\nTo: desk@y.test\r\nSubject: hi\r\n\r\nbody\r\n"
 Start = Callable[..., LMTPReceiver]
+T = TypeVar("T")
 
 NOTES = """
 @route("(who)@y.test", who=".+")
@@ -360,6 +363,37 @@ def test_a_reply_does_not_wait_for_the_recipients_behind_it(start: Start, handle
         assert client.reply() == "250 2.0.0 Ok"
         noted.gate.set()
         assert [client.reply(), client.reply()] == ["250 2.0.0 Ok"] * 2
+
+
+class AtOnce(ThreadPoolExecutor):
+    """Whatever it is given has ended before the event loop goes on: the other thread is always the quicker one."""
+
+    def submit(self, function: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        future = super().submit(function, *args, **kwargs)
+        wait([future], 10)
+        return future
+
+
+def test_a_reply_is_written_before_the_next_recipients_function_runs(
+    start: Start, handlers: Any, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lamsonq.smtp.ThreadPoolExecutor", AtOnce)
+    noted = handlers(
+        '@route("(who)@y.test", who=".")\n@stateless\ndef LOOK(message, who):\n    calls.append((who, replies()))\n'
+    )
+
+    def replies() -> int:
+        """How many the client has not read yet. Over a unix socket what was written is there."""
+        readable, _, _ = select.select([client.socket], [], [], 0)
+        return client.socket.recv(4096, socket.MSG_PEEK).count(b"\r\n") if readable else 0
+
+    noted.replies = replies
+    with Client(start(socket="lmtp.sock")) as client:
+        client.begin("a@y.test", "b@y.test", "a@y.test", "c@y.test", "d@y.test")
+        client.data()
+        assert waits_until(lambda: len(noted.calls) == 4)
+        assert [client.reply() for _ in range(5)] == ["250 2.0.0 Ok"] * 5
+    assert noted.calls == [("a", 0), ("b", 1), ("c", 3), ("d", 4)]
 
 
 def test_a_message_that_is_too_large_is_refused_once_for_each_recipient(start: Start) -> None:

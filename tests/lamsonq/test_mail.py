@@ -143,6 +143,16 @@ def test_what_was_not_read_is_a_defect(name: str, defect: str) -> None:
     assert any(defect in found for found in message.defects)
 
 
+def test_text_that_cannot_be_decoded_is_a_defect_once_somebody_has_read_it() -> None:
+    message = request(b"Subject: gr\xfc\xdfe\r\nX-Fine: yes\r\nContent-Type: text/plain\r\n\r\ngr\xfc\xdfe\r\n")
+    assert (message["x-fine"], message.defects) == ("yes", [])
+    assert message["subject"] == "gr\ufffd\ufffde"
+    assert message.defects == ["Subject holds characters that cannot be decoded"]
+    message.body()
+    message.addressed("b@y").items()
+    assert message.defects[1:] == ["the text holds characters that cannot be decoded"]
+
+
 def test_a_sound_message_has_no_defects() -> None:
     message = request(with_attachment())
     message.body()

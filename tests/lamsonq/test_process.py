@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import signal
@@ -15,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from lamsonq import pidfile
-from lamsonq.errors import PidFileError
+from lamsonq.errors import PidFileError, Refusal
 
-from .projects import ENVIRON, Project, gone, until
+from .projects import ENVIRON, Project, children_of, gone, until
 
 
 @pytest.fixture
@@ -150,6 +151,26 @@ def test_a_second_term_ends_quickly_what_the_first_one_waits_for(project: Projec
     assert len(project.noted("stop(0)")) == 1
 
 
+@pytest.mark.parametrize("grace", ["0", "7"])
+def test_the_grace_is_what_children_get_at_term_and_at_hup(project: Project, grace: str) -> None:
+    project.start("-grace", grace)
+    reload(project)
+    assert len(project.noted(f"stop({grace})")) == 1
+    assert project.run("stop").returncode == 0
+    assert project.noted(f"stop({grace})") == project.noted("start")
+
+
+def test_stop_waits_as_long_as_the_grace_of_the_server_allows(project: Project) -> None:
+    project.boot("from lamsonq import child\nchild.MARGIN = 0.2\nWaiting.drains = False\n")
+    parent = project.start("--grace=2")
+    impatient = "from lamsonq import process; process.GRACE, process.MARGIN = 0, 0.75"
+    script = f"{impatient}; print(process.stop(['run/smtp.pid']))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=project.path, env=ENVIRON, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"Attempting to stop lamsonq at pid {parent}\n[]\n"
+
+
 def test_kill_ends_a_server_and_its_children_at_once(project: Project) -> None:
     project.boot("Waiting.drains = False\n")
     parent = project.start("-workers", "2")
@@ -157,6 +178,190 @@ def test_kill_ends_a_server_and_its_children_at_once(project: Project) -> None:
     until(lambda: all(gone(pid) for pid in (parent, *project.noted("start"))))
     assert project.noted("stop(30)") == []
     assert not (project.path / "run" / "smtp.pid").exists()
+
+
+# ---- what a boot or a handler forks ----------------------------------------------------------------------------
+
+HELPER = """
+if not os.fork():
+    settings.receiver.note("helper")
+    while True:
+        threading.Event().wait(60)
+"""
+
+
+@pytest.fixture
+def helped(project: Project) -> Iterator[Project]:
+    """A project whose boot forks a process that stays."""
+    project.boot(HELPER)
+    yield project
+    for pid in project.noted("helper"):
+        if not gone(pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+def reload(project: Project) -> None:
+    """Load anew, and wait until the old child has gone."""
+    old, begun = project.noted("start"), len(project.noted("start"))
+    os.kill(project.pid(), signal.SIGHUP)
+    project.wait_for("start", begun + 1)
+    until(lambda: all(gone(pid) for pid in old))
+
+
+def test_a_helper_that_a_boot_has_forked_is_not_taken_for_a_child(helped: Project) -> None:
+    parent = helped.start()
+    (helper,) = helped.wait_for("helper", 1)
+    os.kill(helper, signal.SIGTERM)
+    until(lambda: gone(helper))
+    reload(helped)
+    first, _trial, fresh = helped.wait_for("helper", 3)
+    assert first == helper
+    os.kill(fresh, signal.SIGTERM)
+    until(lambda: gone(fresh))
+    assert len(helped.noted("start")) == 2
+    assert not gone(helped.noted("start")[-1])
+    assert helped.run("stop").stdout == f"Attempting to stop lamsonq at pid {parent}\n"
+    assert (helped.path / "logs" / "lamsonq.err").read_text() == ""
+
+
+@pytest.mark.parametrize("reloads", [0, 1])
+def test_a_helper_that_a_boot_has_forked_keeps_neither_the_lock_nor_the_children(helped: Project, reloads: int) -> None:
+    parent = helped.start()
+    for _ in range(reloads):
+        reload(helped)
+    helper = helped.wait_for("helper", 1 + 2 * reloads)[-1]
+    os.kill(parent, signal.SIGKILL)
+    until(lambda: gone(helped.noted("start")[-1]))
+    assert helped.run("status").returncode == 1
+    assert not gone(helper)
+    assert helped.start() != parent
+
+
+def test_a_helper_of_a_trial_ends_with_it(helped: Project) -> None:
+    helped.start()
+    reload(helped)
+    first, trial, fresh = helped.wait_for("helper", 3)
+    assert [gone(pid) for pid in (first, trial, fresh)] == [False, True, False]
+
+
+@pytest.mark.parametrize("end", ["", "if not child:\n    raise RuntimeError('lost')\n", "if not child:\n    exit()\n"])
+def test_a_helper_that_comes_out_of_its_boot_is_no_second_server(project: Project, end: str) -> None:
+    project.boot(f"child = os.fork()\n{end}")
+    parent = project.start()
+    reload(project)
+    first, _trial, fresh = project.noted("bind")
+    assert first == fresh == parent
+    assert len(project.noted("start")) == 2
+    assert project.run("stop").returncode == 0
+
+
+def test_the_end_of_a_child_is_noticed_although_what_a_handler_has_forked_lives_on(project: Project) -> None:
+    project.boot(
+        "def start(self):\n"
+        "    self.note('start')\n"
+        "    if not os.fork():\n"
+        "        self.note('helper')\n"
+        "        threading.Event().wait(60)\n"
+        "        os._exit(0)\n"
+        "Waiting.start = start\n"
+    )
+    project.start()
+    first = project.wait_for("helper", 1)[0]
+    try:
+        os.kill(project.noted("start")[0], signal.SIGKILL)
+        project.wait_for("helper", 2)
+        assert project.run("stop").returncode == 0
+        assert not gone(first)
+    finally:
+        for pid in project.noted("helper"):
+            os.kill(pid, signal.SIGKILL)
+
+
+# ---- a machine that is short of processes ----------------------------------------------------------------------
+
+NO_FORKS = """
+import errno
+from lamsonq import supervisor
+supervisor._QUICK = 0.05
+fork = os.fork
+def counted():
+    if os.path.exists("run/forks-left"):
+        with open("run/forks-left") as file:
+            left = int(file.read())
+        if not left:
+            settings.receiver.note("refused")
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        with open("run/forks-left", "w") as file:
+            file.write(str(left - 1))
+    return fork()
+os.fork = counted
+"""
+"""What a boot adds so that only so many processes can be forked as the file run/forks-left says."""
+
+CANNOT_FORK = "cannot start a process: Resource temporarily unavailable"
+
+
+def test_a_parent_that_cannot_fork_keeps_trying_and_the_server_lives(project: Project) -> None:
+    project.boot(NO_FORKS)
+    parent = project.start("-workers", "2")
+    first, second = project.noted("start")
+    limit = project.path / "run" / "forks-left"
+    limit.write_text("0")
+    os.kill(first, signal.SIGKILL)
+    project.wait_for("refused", 3)
+    assert project.run("status").stdout == f"lamsonq running with PID {parent}\n"
+    assert children_of(parent) == [second]
+    assert f"{CANNOT_FORK}; trying again." in (project.path / "logs" / "lamsonq.err").read_text()
+    limit.unlink()
+    third = project.wait_for("start", 3)[2]
+    assert sorted(children_of(parent)) == sorted([second, third])
+    assert project.run("stop").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("forks", "line"),
+    [
+        (0, f"ERROR: {CANNOT_FORK}"),
+        (1, "ERROR: the server ended before it listened; logs/lamsonq.err may tell why"),
+    ],
+)
+def test_a_start_that_cannot_become_a_daemon_is_refused(project: Project, forks: int, line: str) -> None:
+    (project.path / "run" / "forks-left").write_text(str(forks))
+    script = NO_FORKS.replace("settings.receiver.note", "print")
+    command = [sys.executable, "-c", f"import os\n{script}from lamsonq import commands\ncommands.main()", "start"]
+    done = subprocess.run(
+        command, cwd=project.path, env=ENVIRON, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, line)
+    assert project.noted("bind") == []
+    assert not (project.path / "run" / "smtp.pid").exists()
+
+
+@pytest.mark.parametrize("forks", [0, 1])
+def test_a_start_that_cannot_fork_all_its_children_leaves_none(project: Project, forks: int) -> None:
+    project.boot(NO_FORKS)
+    (project.path / "run" / "forks-left").write_text(str(forks))
+    assert failed(project, "-workers", "2") == (1, f"ERROR: {CANNOT_FORK}\n")
+    assert len(project.noted("start")) == forks
+    assert all(gone(pid) for pid in project.noted("start"))
+
+
+@pytest.mark.parametrize("forks", [0, 1])
+def test_a_reload_that_cannot_fork_leaves_the_old_children_where_they_are(project: Project, forks: int) -> None:
+    project.boot(NO_FORKS)
+    parent = project.start("-workers", "2")
+    old = project.noted("start")
+    limit = project.path / "run" / "forks-left"
+    limit.write_text(str(forks))
+    os.kill(parent, signal.SIGHUP)
+    error = project.path / "logs" / "lamsonq.err"
+    until(lambda: f"everything goes on as before: {CANNOT_FORK}" in error.read_text())
+    until(lambda: sorted(children_of(parent)) == sorted(old))
+    limit.unlink()
+    os.kill(parent, signal.SIGHUP)
+    until(lambda: all(gone(pid) for pid in old) and len(children_of(parent)) == 2)
+    assert "Traceback" not in error.read_text()
+    assert project.run("stop").returncode == 0
 
 
 # ---- failures at the start -------------------------------------------------------------------------------------
@@ -300,7 +505,7 @@ def test_a_pid_file_that_is_held_is_not_taken(path: str) -> None:
     mine.give_back()
 
 
-@pytest.mark.parametrize("content", ["1234567\n", f"{os.getpid()}\n", "4711", ""])
+@pytest.mark.parametrize("content", ["1234567\n", f"{os.getpid()}\n", "4711", "", "0\n", "1", "1\n", "99999999\n"])
 def test_a_file_that_nobody_locks_is_stale_whatever_pid_it_names(path: str, content: str) -> None:
     Path(path).write_text(content)
     assert pidfile.find(path) is None
@@ -310,12 +515,32 @@ def test_a_file_that_nobody_locks_is_stale_whatever_pid_it_names(path: str, cont
     mine.give_back()
 
 
-@pytest.mark.parametrize("content", ["0\n", "1\n", "-5\n", "99999999\n", "port = 25\n", "12\n13\n"])
+@pytest.mark.parametrize("content", ["-5\n", "0x1\n", "port = 25\n", "12\n13\n", "\n", "1" * 64])
 def test_a_file_that_is_no_pid_file_is_left_alone(path: str, content: str) -> None:
     Path(path).write_text(content)
     with pytest.raises(PidFileError, match="no pid"):
         pidfile.PidFile(path).take()
+    with pytest.raises(PidFileError, match="no pid"):
+        pidfile.find(path)
     assert Path(path).read_text() == content
+
+
+@pytest.mark.parametrize("options", [(), ("-json",)])
+def test_status_of_what_is_no_pid_file_is_no_no_but_4(project: Project, options: tuple[str, ...]) -> None:
+    (project.path / "run" / "settings").write_text("port = 25\n")
+    for path in ("run/settings", "/etc/passwd", "run"):
+        done = project.run("status", "-pid", path, *options)
+        assert (done.returncode, done.stdout) == (4, "")
+        assert done.stderr.startswith(f"ERROR: PID file {path} ")
+    assert project.run("status", "-pid", "run/nothing.pid").returncode == 1
+
+
+def test_a_pid_file_that_a_container_has_left_behind_does_not_stop_a_start(project: Project) -> None:
+    for options in ((), ("-FORCE",)):
+        (project.path / "run" / "smtp.pid").write_text("1\n")
+        assert project.run("status").returncode == 1
+        project.start(*options)
+        assert project.run("stop").returncode == 0
 
 
 def test_a_link_is_no_pid_file(path: str, tmp_path: Path) -> None:
@@ -365,6 +590,98 @@ def test_a_pid_file_that_another_start_has_replaced_is_not_removed(path: str) ->
     Path(path).write_text("another\n")
     mine.give_back()
     assert Path(path).read_text() == "another\n"
+
+
+def test_a_pid_file_that_was_removed_is_written_anew_with_the_lock(path: str) -> None:
+    mine = pidfile.PidFile(path)
+    mine.take()
+    before = mine.fd
+    mine.renew()
+    assert mine.fd == before
+    os.unlink(path)
+    mine.renew()
+    assert Path(path).read_text() == f"{os.getpid()}\n"
+    running = pidfile.find(path)
+    assert running is not None
+    running.close()
+    assert not any(os.readlink(f"/proc/self/fd/{fd}") == f"{path} (deleted)" for fd in open_descriptors())
+    mine.give_back()
+    assert not os.path.lexists(path)
+
+
+def open_descriptors() -> list[str]:
+    """Those of this process that are open for longer than this look."""
+    return [fd for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}")]
+
+
+def test_a_pid_file_is_written_anew_where_it_was_although_the_directory_has_changed(here: Path) -> None:
+    mine = pidfile.PidFile("x.pid")
+    mine.take()
+    os.unlink("x.pid")
+    (here / "elsewhere").mkdir()
+    os.chdir("elsewhere")
+    mine.renew()
+    assert (here / "x.pid").read_text() == f"{os.getpid()}\n"
+    mine.give_back()
+    assert [each.name for each in here.iterdir()] == ["elsewhere"]
+
+
+def test_a_pid_file_is_not_written_anew_in_the_place_of_what_is_there_now(path: str, tmp_path: Path) -> None:
+    mine, other = pidfile.PidFile(path), pidfile.PidFile(path)
+    mine.take()
+    os.unlink(path)
+    other.take()
+    with pytest.raises(PidFileError, match="assuming lamsonq is running"):
+        mine.renew()
+    other.give_back()
+    os.symlink(tmp_path / "target", path)
+    with pytest.raises(PidFileError, match="is a link"):
+        mine.renew()
+    os.unlink(path)
+    mine.renew()
+    assert Path(path).read_text() == f"{os.getpid()}\n"
+    mine.give_back()
+
+
+def test_a_pid_file_that_does_not_fit_on_the_disk_is_refused_and_leaves_nothing(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_fd: int, _data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    mine = pidfile.PidFile(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(Refusal, match=r"x\.pid: No space left on device"):
+            mine.take()
+    assert not os.path.lexists(path)
+    mine.take()
+    assert Path(path).read_text() == f"{os.getpid()}\n"
+    mine.give_back()
+
+
+def test_only_a_file_that_this_process_has_taken_is_its_own(path: str) -> None:
+    mine = pidfile.PidFile(path)
+    mine.take()
+    assert pidfile.is_own(mine.fd, path)
+    assert not pidfile.is_own(mine.fd, f"{path}.other")
+    with open(path) as look:  # another view of it, without the lock
+        assert not pidfile.is_own(look.fileno(), path)
+    Path(path).write_text("4711\n")
+    assert not pidfile.is_own(mine.fd, path)
+    Path(path).write_text(f"{os.getpid()}\n")
+    os.unlink(path)
+    assert pidfile.is_own(mine.fd, path)
+    mine.give_back()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_a_file_of_another_user_is_not_our_own(path: str) -> None:
+    mine = pidfile.PidFile(path)
+    mine.take()
+    os.chown(path, 4242, -1)
+    assert not pidfile.is_own(mine.fd, path)
+    mine.give_back()
 
 
 UNSHARE = ("unshare", "--pid", "--mount-proc", "--fork", "--kill-child")

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from lamsonq import attempt, queue
+from lamsonq import about, attempt, queue
+from lamsonq.backends.maildir_names import new_key as new_id
 from lamsonq.errors import QueueError
-from lamsonq.jobs import Job, Put
+from lamsonq.jobs import Job, Put, derived_key
 from lamsonq.mail import Envelope, MailRequest, MailResponse
 from lamsonq.queue import Queue, job_of, message_of
 
@@ -162,6 +163,44 @@ class Running:
 
     def put(self, put: Put) -> None:
         self.held.append(put)
+
+
+@pytest.mark.parametrize("parent", ["1244080328.M408474P3147Q4.host", "1.M2P3Q4R0R9010.host", "a stranger's key"])
+def test_keys_that_are_derived_from_one_sort_in_the_order_of_their_numbers(parent: str) -> None:
+    keys = [derived_key(parent, number) for number in range(1101)]
+    assert keys == sorted(keys)
+    assert len(set(keys)) == 1101
+    ends = [8, 9, 10, 11, 98, 99, 100, 101, 999, 1000, 1001, 9999, 10_000, 99_999, 100_000]
+    far = [derived_key(parent, number) for number in ends]
+    assert far == sorted(far)
+    assert len(set(far)) == len(ends)
+
+
+@pytest.mark.parametrize("count", [9, 10, 11, 99, 101, 1001])
+def test_what_is_kept_of_one_message_that_is_coming_in_stays_in_its_order(posts: Queue, count: int) -> None:
+    with about.about(about.received(new_id())):
+        keys = [queue.new_key(posts.backend) for _ in range(count)]
+    assert keys == sorted(keys)
+    posts.backend.put([Put(posts.backend, Job(key=key, body=b"x")) for key in reversed(keys)])
+    assert posts.keys() == keys
+
+
+def test_a_process_that_a_handler_forks_takes_no_key_of_its_parents(posts: Queue) -> None:
+    with about.about(about.received(new_id())):
+        first = posts.push(b"before")
+        child = os.fork()
+        if not child:
+            try:
+                posts.push(b"child")
+                posts.push(b"child again")
+            finally:
+                os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        others = [posts.push(b"parent"), posts.push(b"parent again")]
+    kept = map(posts.backend.get, posts.keys())
+    bodies = sorted(job.body for job in kept if job is not None)
+    assert bodies == [b"before", b"child", b"child again", b"parent", b"parent again"]
+    assert others == [derived_key(derived_key(first, 0), number) for number in (1, 2)]
 
 
 def test_what_a_handler_pushes_is_held_until_it_has_returned(posts: Queue, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import smtplib
 import socket
@@ -16,7 +17,11 @@ from pathlib import Path
 
 import pytest
 
+from lamsonq import reload, tally
+from lamsonq.pidfile import PidFile
 from lamsonq.queue import Queue
+from lamsonq.reload import Old, Record, Role
+from lamsonq.sockets import Listener
 from lamsonq.tally import figures
 
 from .projects import ENVIRON, MailProject, Project, children_of, gone, holdings, until
@@ -73,6 +78,12 @@ def hup(project: Project) -> None:
 def logged(project: Project, what: str) -> int:
     path = project.path / "run" / "log"
     return path.read_text().count(what) if path.exists() else 0
+
+
+def end(parent: int) -> None:
+    """Leave nothing of a server that no pid file tells of, whatever came of its test."""
+    if not gone(parent):
+        os.killpg(parent, signal.SIGKILL)
 
 
 def everything_of(pid: int) -> list[int]:
@@ -333,6 +344,200 @@ def links(pid: int) -> list[str]:
     return [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
 
 
+@pytest.mark.parametrize("boot", ["", "settings.nothing\n"])
+def test_a_pid_file_that_was_deleted_is_there_again_after_a_hup_whatever_comes_of_that(
+    project: Project, boot: str
+) -> None:
+    parent = project.start()
+    before = holdings(parent)
+    project.boot(LOG + boot)
+    (project.path / "run" / "smtp.pid").unlink()
+    os.kill(parent, signal.SIGHUP)
+    try:
+        until(lambda: logged(project, "Loaded anew.") + logged(project, "could not be loaded anew") == 1)
+        assert project.pid() == parent
+        assert project.run("start").returncode == 4
+        until(lambda: holdings(parent) == before)
+        assert project.run("stop").stdout == f"Attempting to stop lamsonq at pid {parent}\n"
+        assert gone(parent)
+    finally:
+        end(parent)
+    assert list((project.path / "run").glob("smtp.*")) == []
+
+
+def test_a_pid_file_that_is_another_servers_by_now_stays_his_and_the_reload_goes_on(project: Project) -> None:
+    parent = project.start()
+    (project.path / "run" / "smtp.pid").unlink()
+    other = project.start()
+    (old,) = children_of(parent)
+    os.kill(parent, signal.SIGHUP)
+    try:
+        until(lambda: gone(old) and len(children_of(parent)) == 1)
+        assert project.pid() == other
+        assert logged(project, "ERROR: The PID file was removed, and cannot be written anew") == 1
+        assert logged(project, "Loaded anew.") == 1
+        os.kill(parent, signal.SIGTERM)
+        until(lambda: gone(parent))
+    finally:
+        end(parent)
+    assert project.run("status").stdout == f"lamsonq running with PID {other}\n"
+
+
+def test_a_pid_file_that_somebody_has_written_into_is_reason_enough_not_to_reload(project: Project) -> None:
+    parent = project.start()
+    children = children_of(parent)
+    (project.path / "run" / "smtp.pid").write_text("1234567\n")
+    os.kill(parent, signal.SIGHUP)
+    until(lambda: logged(project, "run/smtp.pid is not as it was written: remove it, and try again") == 1)
+    assert children_of(parent) == children
+    (project.path / "run" / "smtp.pid").unlink()
+    os.kill(parent, signal.SIGHUP)
+    until(lambda: logged(project, "Loaded anew.") == 1)
+    assert project.pid() == parent
+
+
+# ---- what is handed over, and what only looks like it ----------------------------------------------------------
+
+IGNORED = "LAMSONQ_RELOAD in the environment is ignored: it is lamsonq's own.\n"
+
+
+def forged(pid_file: int = -1, answer: int = -1, **more: object) -> str:
+    """What a reload would hand over with these descriptors, though none is under way."""
+    role: Role = "trial" if answer >= 0 else "successor"
+    return reload._encoded(Record(role, answer=answer, pid_file=pid_file, **more))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "nonsense",
+        "\udcff",
+        '{"role":"successor"}',
+        '[{"role":"successor"},[]]',
+        '[{"role":"trial"},[]]',
+        '[{"role":"trial","answer":1},[1]]',
+        '[{"role":"trial","answer":77},[77]]',
+        '[{"role":"trial","answer":99999999999999999999},[1]]',
+        '[{"role":"rehearsal","answer":-1},[]]',
+    ],
+)
+def test_what_nobody_has_handed_over_is_ignored(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr(reload, "_inherited", [])
+    monkeypatch.setenv(reload.VARIABLE, text)
+    assert reload.inherited("run/smtp.pid") is None
+    assert reload.VARIABLE not in os.environ
+
+
+def test_a_server_starts_and_restarts_as_ever_with_a_forged_variable(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ENVIRON, reload.VARIABLE, '[{"role":"successor","pid_file":2,"lifeline":[0,1]},[1,2,3]]')
+    done = project.run("start")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", IGNORED)
+    assert len(children_of(project.pid())) == 1
+    restarted = project.run("restart")
+    assert (restarted.returncode, restarted.stderr) == (0, "")
+
+
+def test_whoever_is_named_in_a_forged_variable_is_left_alone(project: Project) -> None:
+    parent = project.start()
+    with (
+        subprocess.Popen(["sleep", "60"]) as stranger,
+        (project.path / "run" / "smtp.pid").open() as file,
+        socket.create_server(("127.0.0.1", 0)) as listener,
+    ):
+        reading, writing = os.pipe()
+        fds = (file.fileno(), listener.fileno(), reading, writing)
+        children = tuple(Old(pid, reading, False) for pid in (stranger.pid, *children_of(parent)))
+        listeners = (Listener(listener.fileno(), ("127.0.0.1", 0, None)),)
+        text = forged(file.fileno(), lifeline=(reading, writing), listeners=listeners, children=children)
+        command = project.command("start", "-pid", "run/smtp.pid", "--no-daemon")
+        environ = {**ENVIRON, reload.VARIABLE: text}
+        try:
+            done = subprocess.run(
+                command, cwd=project.path, env=environ, pass_fds=fds, capture_output=True, timeout=60, check=False
+            )
+            assert done.returncode == 4
+            assert done.stderr.decode().startswith(IGNORED + "ERROR: PID file run/smtp.pid exists")
+            assert stranger.poll() is None
+            assert not any(gone(child.pid) for child in children)
+        finally:
+            stranger.kill()
+            os.close(reading)
+            os.close(writing)
+
+
+def test_a_former_image_is_believed_by_its_own_process_with_its_own_pid_file(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = PidFile("x.pid")
+    mine.take()
+
+    def believed(text: str, path: str = "x.pid") -> bool:
+        monkeypatch.setattr(reload, "_inherited", [])
+        monkeypatch.setenv(reload.VARIABLE, text)
+        found = reload.inherited(path) is not None
+        assert reload.VARIABLE not in os.environ
+        return found
+
+    assert believed(forged(mine.fd))
+    assert not believed(forged(mine.fd), "y.pid")
+    with open("x.pid") as unlocked:
+        assert not believed(forged(unlocked.fileno()))
+    with open("y.pid", "w+") as other:
+        text = forged(other.fileno())
+        assert not believed(text.replace(f'"pid_file":{other.fileno()}', f'"pid_file":{mine.fd}'))
+    mine.give_back()
+    assert not believed(text)
+
+
+def test_a_child_that_has_the_descriptor_of_the_lock_is_no_former_image(here: Path) -> None:
+    mine = PidFile("x.pid")
+    mine.take()
+    script = "from lamsonq import reload; print(reload.inherited('x.pid'))"
+    environ = {**ENVIRON, reload.VARIABLE: forged(mine.fd)}
+    command = [sys.executable, "-c", script]
+    told = subprocess.run(command, env=environ, pass_fds=[mine.fd], capture_output=True, text=True, check=True)
+    assert (told.stdout, told.stderr) == ("None\n", IGNORED)
+    mine.give_back()
+
+
+def test_a_trial_is_believed_only_with_the_pipe_for_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reload, "_inherited", [])
+    first, second = os.pipe(), os.pipe()
+    text = forged(answer=first[1])
+    os.dup2(second[1], first[1])  # the same number, another pipe
+    monkeypatch.setenv(reload.VARIABLE, text)
+    assert reload.inherited("x.pid") is None
+    monkeypatch.setenv(reload.VARIABLE, forged(answer=first[1]))
+    record = reload.inherited("x.pid")
+    assert record is not None
+    assert record.role == "trial"
+    for fd in (*first, *second):
+        os.close(fd)
+
+
+def test_what_is_handed_over_is_not_seen_by_a_boot_a_handler_and_what_they_start(
+    desk: MailProject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = "import subprocess\nsubprocess.run('env >> run/env; ls -l /proc/self/fd >> run/env', shell=True)\n"
+    with (desk.path / "config" / "boot.py").open("a") as boot:
+        boot.write(look)
+    with (desk.path / "handlers.py").open("a") as handlers:
+        handlers.write("".join(f"    {line}\n" for line in look.splitlines()))
+    monkeypatch.setitem(ENVIRON, reload.VARIABLE, "forged")
+    assert desk.run("start").returncode == 0
+    assert send(desk.port, "<a>") == 250
+    desk.reload()
+    assert send(desk.port, "<b>") == 250
+    told = (desk.path / "run" / "env").read_text()
+    assert told.count("PYTHONPATH=") == 5
+    assert reload.VARIABLE not in told
+    assert "socket:" not in told
+    assert "smtp.pid" not in told
+
+
 # ---- a reload that fails ---------------------------------------------------------------------------------------
 
 
@@ -353,6 +558,31 @@ def test_a_broken_boot_is_one_error_line_and_everything_goes_on(desk: MailProjec
     desk.reload()
     assert send(desk.port, "<b>") == 250
     assert desk.handled() == [(1, "<a>"), (2, "<b>")]
+
+
+NO_PROGRAMS = """
+import errno, subprocess
+popen = subprocess.Popen
+def failing(*args, **options):
+    if os.path.exists("run/no-programs"):
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+    return popen(*args, **options)
+subprocess.Popen = failing
+"""
+
+
+def test_a_trial_that_cannot_be_started_is_one_error_line_and_everything_goes_on(project: Project) -> None:
+    project.boot(LOG + NO_PROGRAMS)
+    parent = project.start()
+    before = holdings(parent), children_of(parent)
+    (project.path / "run" / "no-programs").touch()
+    hup(project)
+    line = "as before: cannot start the process that tries the boot: Resource temporarily unavailable"
+    until(lambda: logged(project, line) == 1)
+    assert (holdings(parent), children_of(parent)) == before
+    (project.path / "run" / "no-programs").unlink()
+    hup(project)
+    until(lambda: logged(project, "Loaded anew.") == 1)
 
 
 @pytest.mark.slow
@@ -477,6 +707,52 @@ def test_restart_stops_and_starts(project: Project) -> None:
     assert len(children_of(second)) == 2
     hup(project)  # it is a server like any other
     until(lambda: logged(project, "Loaded anew.") == 1)
+
+
+def what_runs(project: Project, pid_file: str) -> tuple[str, int, float]:
+    path = str(project.path / pid_file)
+    found = tally.started(path, int(Path(path).read_text()))
+    assert found is not None
+    return found.boot, found.workers, found.grace
+
+
+def test_restart_without_a_boot_is_of_the_boot_that_runs_as_it_runs(project: Project) -> None:
+    project.boot("")
+    shutil.copy(project.path / "config" / "boot.py", project.path / "config" / "outbox.py")
+    project.boot("raise Refusal('not this one')\n")
+    first = started(project, "-boot", "config.outbox", "-pid", "run/outbox.pid", "-workers", "2", "-grace", "7")
+    done = project.run("restart", "-pid", "run/outbox.pid")
+    assert (done.returncode, done.stdout) == (0, f"Attempting to stop lamsonq at pid {first}\n")
+    assert what_runs(project, "run/outbox.pid") == ("config.outbox", 2, 7.0)
+    assert project.run("restart", "-pid", "run/outbox.pid", "-workers", "1", "--grace=9").returncode == 0
+    assert what_runs(project, "run/outbox.pid") == ("config.outbox", 1, 9.0)
+
+
+def started(project: Project, *options: str) -> int:
+    done = project.run("start", *options)
+    assert (done.returncode, done.stderr) == (0, "")
+    return int((project.path / options[options.index("-pid") + 1]).read_text())
+
+
+@pytest.mark.parametrize("damage", ["", '{"pid": 1, "version": 1}', "{"])
+def test_restart_of_nobody_knows_what_stops_nothing(project: Project, damage: str) -> None:
+    parent = project.start()
+    (project.path / "run" / "smtp.status").write_text(damage)
+    done = project.run("restart")
+    line = "ERROR: it is not known which boot runs under run/smtp.pid (yet): give -boot\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", line)
+    assert not gone(parent)
+    assert project.run("restart", "-boot", "config.boot").returncode == 0
+    assert gone(parent)
+
+
+def test_restart_of_a_log_server_stops_nothing(project: Project) -> None:
+    assert project.run("log", "-port", "0").returncode == 0
+    parent = int((project.path / "run" / "log.pid").read_text())
+    done = project.run("restart", "-pid", "run/log.pid")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "runs `lamsonq log`: stop it, and start that again" in done.stderr
+    assert not gone(parent)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import re
 import smtplib
 import socket
 import sys
@@ -19,11 +20,13 @@ from aiosmtpd import smtp
 
 from lamsonq import mail as mail_module
 from lamsonq.errors import Dead, Failure, Later, QueueError, Refusal, SettingsError, SMTPError, Undelivered
+from lamsonq.logs import LineFormatter
 from lamsonq.mail import MailRequest
 from lamsonq.queue import Queue
 from lamsonq.routing import RoutingBase
 from lamsonq.session import Session
 from lamsonq.smtp import SMTPReceiver
+from lamsonq.tally import TALLY
 
 MESSAGE = b"From: a@x.test\r\nTo: desk@y.test\r\nSubject: hi\r\n\r\nbody\r\n"
 Start = Callable[..., SMTPReceiver]
@@ -319,6 +322,44 @@ def REFUSE(message, code=None):
         assert dead_letters(router) == []
         assert client.mail("550@y.test", "450@y.test").startswith("250")
     assert {job.recipients for job in dead_letters(router)} == {("550@y.test",)}
+
+
+REFUSED = """
+@route("(who)@y.test", who="no|yes")
+@stateless
+def REFUSE(message, who=None):
+    if who == "no":
+        raise SMTPError(550, "5.7.1 You\\nare out")
+"""
+
+
+def test_a_handlers_refusal_is_a_line_with_the_id_of_the_message_and_counts_as_failed(
+    start: Start, handlers: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    handlers(REFUSED)
+    caplog.handler.setFormatter(LineFormatter("%(levelname)s %(name)s %(id)s %(message)s"))
+    before = (TALLY.handled, TALLY.failed)
+    with caplog.at_level("INFO"), Client(start()) as client:
+        client.mail("yes@y.test")
+        client.mail("no@y.test", sender="A@x.test")
+        peer = client.socket.getsockname()
+    [line] = [line for line in caplog.text.splitlines() if "Refused" in line]
+    told = f"Refused message from Peer: {peer}, From: 'A@x.test', to To ['no@y.test']: '550 5.7.1 You\\nare out'"
+    assert re.fullmatch(rf"INFO root \d+\.M\S+ {re.escape(told)}", line), line
+    assert waits_until(lambda: (TALLY.handled, TALLY.failed) == (before[0] + 1, before[1] + 1))
+
+
+def test_a_recipient_that_is_refused_is_a_line(start: Start, handlers: Any, caplog: pytest.LogCaptureFixture) -> None:
+    handlers(REFUSED)
+    with caplog.at_level("INFO"), Client(start()) as client:
+        client.say("RCPT TO:<too.early@y.test>")
+        client.begin("nobody@y.test", "yes@y.test", "no address", sender="")
+        peer = client.socket.getsockname()
+    assert [record.getMessage() for record in caplog.records if "Refused" in record.getMessage()] == [
+        f"Refused recipient from Peer: {peer}, From: '', to To 'nobody@y.test': '550 5.1.1 No such recipient here'",
+        f"Refused recipient from Peer: {peer}, From: '', to To 'no address':"
+        " '553 5.1.3 Bad recipient address: that is no address (RFC 5321 section 4.1.2)'",
+    ]
 
 
 @pytest.mark.parametrize("text", ["no\r\n250 ok", "no\n250 ok", "no\x00\x1b[2J", "n\u00f6\u2028", "x" * 5000])
@@ -757,6 +798,32 @@ def test_a_receiver_that_is_stopped_while_it_starts_ends(start: Start) -> None:
     starting.join(10)
     assert not starting.is_alive()
     receiver.join()
+
+
+def test_what_is_cut_when_the_grace_is_over_is_a_warning_that_names_it(
+    start: Start, handlers: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    desk = handlers("""
+@route("desk@y.test")
+@stateless
+def SLOW(message):
+    calls.append(message.To)
+    gate.wait(60)
+""")
+    receiver = start()
+    with caplog.at_level("INFO"), Client(receiver) as waiting:
+        waiting.begin("desk@y.test")
+        waiting.say("DATA")
+        waiting.send(MESSAGE + b".\r\n")
+        assert waits_until(lambda: desk.calls)
+        receiver.stop(0.1)
+        receiver.join()
+        assert waiting.reply().startswith("421")
+    desk.gate.set()
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "1 function(s) have not finished in time and are cut; their clients send the message again:"
+        f" {desk.__name__}.SLOW for desk@y.test"
+    ]
 
 
 def test_stop_waits_no_longer_than_its_grace(start: Start) -> None:

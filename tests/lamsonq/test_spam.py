@@ -242,12 +242,79 @@ def test_a_scanner_that_is_down_lets_mail_pass_or_wait(free_port: Free, caplog: 
         (200, b"[" * 100_000),
         (200, b'"' + b"x" * 2_000_000 + b'"'),
         (500, {"error": "x"}),
+        (200, {}),
+        (200, {"error": "x"}),
+        (200, {"action": "no action"}),
+        (200, {"score": 1.0}),
+        (200, {"action": 7, "score": 1.0}),
+        (200, b"\xff\xfe\x00binary"),
     ],
-    ids=["no json", "a list", "deep", "large", "500"],
+    ids=["no json", "a list", "deep", "large", "500", "empty", "error", "no score", "no action", "7", "binary"],
 )
 def test_nonsense_of_rspamd_is_no_verdict(rspamd: Rspamd, nonsense: tuple[int, object]) -> None:
     rspamd.answer = lambda _: nonsense
     assert Filter(rspamd.url).check(letter(JUNK)).scanned is False
+
+
+NO_NUMBERS = ["9" * 400, "-" + "9" * 400, "9" * 5000, "1e999", "NaN", "Infinity", "-Infinity", "true", '"5"', "null"]
+
+
+@pytest.mark.parametrize("score", NO_NUMBERS, ids=lambda score: score[:8] + str(len(score)))
+def test_a_score_of_rspamd_that_is_no_number_is_no_verdict_and_no_crash(rspamd: Rspamd, score: str) -> None:
+    rspamd.answer = lambda _: (200, b'{"action": "no action", "score": %s}' % score.encode())
+    verdict = Filter(rspamd.url, {"threshold": 5}).check(letter())
+    assert (verdict.spam, verdict.scanned) == (False, False)
+    assert "gives no verdict" in verdict.reason
+    with pytest.raises(Later, match="gives no verdict"):
+        Filter(rspamd.url, {"threshold": 5, "on_error": "later"}).check(letter())
+
+
+@pytest.mark.parametrize("score", NO_NUMBERS, ids=lambda score: score[:8] + str(len(score)))
+def test_a_score_of_spamd_that_is_no_number_is_no_verdict_and_no_crash(spamd: Any, score: str) -> None:
+    for spam in (f"False ; {score} / 5", f"False ; 5 / {score}"):
+        answer = f"SPAMD/1.1 0 EX_OK\r\nSpam: {spam}\r\n\r\n".encode()
+        spamd.answer = lambda *_, answer=answer: answer
+        with pytest.raises(Later, match="gives no verdict"):
+            Filter(spamd.url, {"on_error": "later"}).check(letter())
+
+
+def test_an_answer_of_spamd_that_is_cut_off_anywhere_is_no_verdict(spamd: Any) -> None:
+    whole = b"SPAMD/1.1 0 EX_OK\r\nContent-length: 5\r\nSpam: False ; 1.0 / 5.0\r\n\r\nA,B,C"
+    scanner = Filter(spamd.url)
+    for length in range(len(whole) + 1):
+        spamd.answer = lambda *_, length=length: whole[:length]
+        assert scanner.check(letter()).scanned is (length == len(whole)), whole[:length]
+
+
+def test_what_a_scanner_says_writes_no_lines_of_its_own_into_the_log(
+    rspamd: Rspamd, spamd: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    rspamd.answer = lambda _: (200, {"action": "no action", "score": 7, "symbols": {"A\r\nforged: \x1b[2Jx": 1}})
+    verdict = Filter(rspamd.url).check(letter())
+    assert (verdict.symbols, verdict.reason) == (("A forged: ?[2Jx",), "score 7 of 0: A forged: ?[2Jx")
+    spamd.answer = lambda *_: b"SPAMD/1.1 0 EX_OK\r\nSpam: False ; 7 / 9\r\n\r\nA\nforged,\x1b[2J\r\n"
+    assert Filter(spamd.url).check(letter()).symbols == ("A forged", "?[2J")
+    spamd.answer = lambda *_: b"\x1b[2J\nforged"
+    rspamd.answer = lambda _: (500, b"\x1b[2J\nforged")
+    for url in (spamd.url, rspamd.url):
+        Filter(url).check(letter())
+    assert caplog.text.count("gives no verdict") == 2
+    assert all(record.message.isprintable() for record in caplog.records)
+
+
+def test_each_address_of_a_scanner_is_tried_within_one_deadline(
+    rspamd: Rspamd, free_port: Free, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ports = [free_port(), rspamd.server_address[1]]
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda *_, **__: [(socket.AF_INET, 0, 0, "", ("127.0.0.1", port)) for port in ports]
+    )
+    scanner = Filter("rspamd://scanner.example", {"timeout": 5})
+    assert scanner.check(letter(JUNK)).spam
+    ports.pop()
+    assert "connection refused" in scanner.check(letter(JUNK)).reason
+    ports.clear()
+    assert "scanner.example has no address" in scanner.check(letter(JUNK)).reason
 
 
 @pytest.mark.parametrize(
@@ -326,6 +393,9 @@ def test_who_finds_no_free_connection_gives_up_after_the_timeout(rspamd: Rspamd)
         ("rspamd://x:99999", None, "is no URL: Port out of range"),
         ("rspamd://x", {"treshold": 5}, "unknown field `treshold`; it has threshold, timeout"),
         ("rspamd://x", {"timeout": 0}, "timeout"),
+        ("rspamd://x", {"timeout": float("inf")}, "timeout"),
+        ("rspamd://x", SpamConfig(timeout=float("nan")), "timeout"),
+        ("rspamd://x", SpamConfig(threshold=float("nan")), "threshold"),
         ("rspamd://x", {"on_error": "maybe"}, "on_error"),
         ("rspamd://x", {"controller": "http://x"}, "it is rspamd://host:port"),
         ("rspamd://x", 5, "config"),
@@ -334,6 +404,16 @@ def test_who_finds_no_free_connection_gives_up_after_the_timeout(rspamd: Rspamd)
 def test_a_setting_that_cannot_be_meant_is_refused_at_once(url: str, config: Any, message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         Filter(url, config)
+
+
+@pytest.mark.parametrize("password", ["sesame", "se@same", "ses:ame"])
+def test_no_error_shows_a_password(password: str, free_port: Free) -> None:
+    url = f"rspamd://:{password}@127.0.0.1:{free_port()}"
+    assert Filter(url).check(letter()).reason.startswith("rspamd://127.0.0.1:")
+    for bad in (f"http://:{password}@x", f"rspamd://:{password}@x:99999"):
+        with pytest.raises(SettingsError) as found:
+            Filter(bad)
+        assert "ame" not in str(found.value)
 
 
 # The decorator.

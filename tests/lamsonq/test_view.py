@@ -11,6 +11,7 @@ import pytest
 from lamsonq import view
 from lamsonq.errors import UsageError
 from lamsonq.mail import MailRequest, MailResponse
+from lamsonq.relay import Relay
 
 TEMPLATES = {
     "page_ready.msg": (
@@ -84,10 +85,135 @@ def test_a_template_without_a_to_answers_the_sender() -> None:
     assert (response.recipients, response["In-Reply-To"]) == (["joe@x.org"], "<1@x>")
 
 
-@pytest.mark.parametrize("message", [letter(""), None])
-def test_a_template_without_a_to_has_nobody_to_answer(message: MailRequest | None) -> None:
+def test_a_template_without_a_to_has_nobody_to_send_to_where_there_is_no_message() -> None:
     with pytest.raises(UsageError, match=r"no_to\.msg has no To"):
-        view.respond("no_to.msg", {"message": message})
+        view.respond("no_to.msg", {"message": None})
+
+
+# ---- what a program writes because of a message ----------------------------------------------------------------
+
+DESK = {"host": "y.org", "title": "t", "name": "Jo"}
+
+
+def marks(response: MailResponse) -> list[str | None]:
+    """Auto-Submitted, In-Reply-To and References as they go out."""
+    sent = MailRequest("p", None, None, response.to_bytes())
+    found = [sent[name] for name in ("Auto-Submitted", "In-Reply-To", "References")]
+    assert found == [response[name] for name in ("Auto-Submitted", "In-Reply-To", "References")]
+    return found
+
+
+def both_forms(message: MailRequest, To: str) -> list[MailResponse]:
+    variables = {**DESK, "message": message}
+    answer = view.respond("page_ready.msg", variables)
+    answer["To"] = To
+    return [answer, view.respond(variables, Body="body.txt", From="desk@y.org", To=To, Subject="s")]
+
+
+def from_header(sender: str, more: bytes = b"") -> MailRequest:
+    data = b"From: Joe <Joe@x.org>\r\nReply-To: joes-desk@x.org\r\n" + more + LETTER
+    return MailRequest("peer", sender, "blog@y", data)
+
+
+@pytest.mark.parametrize("to", ["joe@x.org", "Joe <JOE@x.org>", "bounces@x.org", "joes-desk@x.org", "a@b, joe@x.org"])
+def test_what_goes_to_who_wrote_the_message_is_in_its_thread_and_says_that_no_person_wrote_it(to: str) -> None:
+    for response in both_forms(from_header("bounces@x.org"), to):
+        assert marks(response) == ["auto-replied", "<1@x>", "<1@x>"]
+
+
+def test_what_tells_others_of_a_message_says_that_no_person_wrote_it_and_is_in_no_thread() -> None:
+    for response in both_forms(from_header("joe@x.org"), "boss@y.org"):
+        assert marks(response) == ["auto-generated", None, None]
+
+
+def test_what_a_template_says_of_itself_stays(tmp_path: Path) -> None:
+    (tmp_path / "person.msg").write_text("From: a@b\nTo: joe@x.org\nAuto-Submitted: no\nReferences: <2@y>\n\nbody\n")
+    assert marks(view.respond("person.msg", {"message": letter()})) == ["no", None, "<2@y>"]
+    assert marks(view.respond("person.msg", {})) == ["no", None, "<2@y>"]
+
+
+def test_a_recipient_that_is_set_later_counts() -> None:
+    response = view.respond({**DESK, "message": letter()}, Body="body.txt", From="desk@y.org", Subject="s")
+    response["To"] = "boss@y.org"
+    assert marks(response)[0] == "auto-generated"
+    response["To"] = "joe@x.org"
+    assert marks(response)[0] == "auto-replied"
+    assert {"Auto-Submitted", "In-Reply-To"} <= set(response.keys()) == set(dict(response.items()))
+
+
+def test_without_a_message_nothing_is_marked() -> None:
+    response = view.respond(DESK, Body="body.txt", From="desk@y.org", To="joe@x.org", Subject="s")
+    assert marks(response) == [None, None, None]
+
+
+UNANSWERABLE = [
+    from_header(""),
+    *(
+        from_header("joe@x.org", b"Auto-Submitted: " + value + b"\r\n")
+        for value in (b"auto-replied", b"Auto-Replied (holiday); x=y", b"auto-notified")
+    ),
+]
+
+
+@pytest.mark.parametrize("message", UNANSWERABLE)
+def test_an_answer_to_a_program_or_to_the_null_sender_is_dropped_and_logged(
+    message: MailRequest, caplog: pytest.LogCaptureFixture
+) -> None:
+    sent: list[MailRequest] = []
+    with caplog.at_level("INFO"):
+        for response in both_forms(message, "joe@x.org"):
+            Relay(deliver=sent.append).deliver(response)
+    assert sent == []
+    lines = [record for record in caplog.records if record.getMessage().startswith("Not replying to a message from ")]
+    assert [line.levelname for line in lines] == ["INFO", "INFO"]
+
+
+@pytest.mark.parametrize("message", UNANSWERABLE)
+def test_others_are_told_of_a_message_that_is_not_answered(message: MailRequest) -> None:
+    sent: list[MailRequest] = []
+    for response in both_forms(message, "joe@x.org, boss@y.org"):
+        Relay(deliver=sent.append).deliver(response)
+    assert [each.route_to for each in sent] == [["boss@y.org"]] * 2
+
+
+def test_what_a_person_writes_goes_to_everybody(tmp_path: Path) -> None:
+    (tmp_path / "person.msg").write_text("From: a@b\nTo: joe@x.org\nAuto-Submitted: no\n\nbody\n")
+    sent: list[MailRequest] = []
+    for message in UNANSWERABLE:
+        Relay(deliver=sent.append).deliver(view.respond("person.msg", {"message": message}))
+    assert len(sent) == len(UNANSWERABLE)
+
+
+def test_mail_of_a_program_that_is_no_answer_is_answered() -> None:
+    sent: list[MailRequest] = []
+    for header in (b"Auto-Submitted: auto-generated\r\n", b"Precedence: bulk\r\n"):
+        for response in both_forms(from_header("joe@x.org", header), "joe@x.org"):
+            Relay(deliver=sent.append).deliver(response)
+    assert len(sent) == 4
+
+
+def test_an_answer_to_the_null_sender_needs_no_to(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        Relay(deliver=print).deliver(view.respond("no_to.msg", {"message": letter("")}))
+    assert "Not replying to a message from the null sender to 'blog@y'." in caplog.messages
+
+
+def test_two_desks_do_not_answer_each_other_for_ever() -> None:
+    sent: list[str] = []
+
+    def answer(message: MailRequest) -> None:
+        name = message.To
+        to = message["from"]
+        relay.deliver(view.respond(locals(), Body="body.txt", From="%(name)s", To="%(to)s", Subject="Re"))
+
+    def carry(message: MailRequest) -> None:
+        sent.append(message.To)
+        if len(sent) < 10:
+            answer(message)
+
+    relay = Relay(deliver=carry)
+    answer(MailRequest("p", "two@y.org", "one@y.org", b"From: two@y.org\r\n" + LETTER))
+    assert sent == ["two@y.org"]
 
 
 def test_a_broken_template_says_where() -> None:

@@ -172,6 +172,41 @@ def test_a_message_for_several_recipients_is_one_delivery_for_each(
     assert entries(store.report(key))[0].reason == "not b"
 
 
+def test_more_than_nine_recipients_are_worked_in_their_order(
+    router: RoutingBase, module: Module, posts: Queue, mail: Mail
+) -> None:
+    name = module("@route('(who)@y.test', who='.+')\n@stateless\ndef START(message, who): CALLS.append(who)\n")
+    router.load([name])
+    everybody = [f"r{number}" for number in range(101)]
+    posts.push(mail([f"{who}@y.test" for who in everybody]))
+    work(router, workers=1)
+    assert calls_of(name) == everybody
+
+
+def test_what_one_handler_pushes_is_worked_in_the_order_in_which_it_was_pushed(
+    router: RoutingBase, module: Module, posts: Queue
+) -> None:
+    name = module(
+        """
+        from lamsonq.queue import Queue
+        from lamsonq.mail import MailRequest
+        @route('desk@example.com')
+        @stateless
+        def START(message):
+            if message.body() == 'all':
+                for number in range(101):
+                    data = f'To: desk@example.com\\r\\n\\r\\n{number}'.encode()
+                    Queue('run/posts').push(MailRequest(None, 'a@x.test', 'desk@example.com', data))
+            else:
+                CALLS.append(int(message.body()))
+        """
+    )
+    router.load([name])
+    router.deliver(MailRequest(None, "a@x.test", "desk@example.com", b"To: desk@example.com\r\n\r\nall"))
+    work(router, workers=1)
+    assert calls_of(name) == list(range(101))
+
+
 @pytest.mark.parametrize("error", ["Later('the archive is down')", "SMTPError(450, 'later')"])
 def test_later_is_delayed_with_its_reason(
     router: RoutingBase, module: Module, mail: Mail, posts: Queue, error: str
