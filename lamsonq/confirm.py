@@ -50,9 +50,9 @@ from typing import Any, NamedTuple, Protocol
 
 from lamsonq import attempt, view
 from lamsonq.address import bare_address, is_path_address
-from lamsonq.attempt import ELSEWHERE_PATIENCE, PATIENCE, Attempt, Settle
+from lamsonq.attempt import ELSEWHERE_PATIENCE, PATIENCE, Attempt
 from lamsonq.errors import Later, LeaseLost, SMTPError, UsageError
-from lamsonq.jobs import Done, Job, Outcome, Put
+from lamsonq.jobs import Job, Put
 from lamsonq.mail import MailRequest, MailResponse
 from lamsonq.queue import Queue, job_of, message_of
 from lamsonq.state import Conversations
@@ -378,7 +378,7 @@ class ConfirmationEngine:
                 claims.end(key, running)
         if mine and running is not None:
             running.afterwards(use_up)
-            _when_it_fails(running, give_back)
+            running.otherwise(give_back)
         return job if mine else None
 
     def _claim(self, key: str, target: str, from_address: str, secret: str, running: Attempt | None) -> bool:
@@ -562,35 +562,9 @@ def _taker(running: Attempt | None) -> str:
 def _inside_of(one: Attempt) -> list[Attempt]:
     """This attempt, the one that it was delivered in, and so on."""
     found = [one]
-    while (outer := found[-1]._outer) is not None:
+    while (outer := found[-1].outer) is not None:
         found.append(outer)
     return found
-
-
-def _when_it_fails(running: Attempt, act: Callable[[], None]) -> None:
-    """Do this when the attempt ends without success, or one that it is inside of does."""
-    for one in _inside_of(running):
-        one._settle = _settling(one._settle, act)
-
-
-def _settling(settle: Settle, act: Callable[[], None]) -> Settle:
-    def settle_or_act(outcome: Outcome, puts: list[Put]) -> None:
-        if not isinstance(outcome, Done):
-            _try(act)  # first: whoever hears of it may come at once
-        try:
-            settle(outcome, puts)
-        except BaseException:
-            _try(act)
-            raise
-
-    return settle_or_act
-
-
-def _try(act: Callable[[], None]) -> None:
-    try:
-        act()
-    except Exception:  # any storage: an attempt is settled all the same, and may take it when it comes again
-        LOG.exception("a confirmation could not be given back")
 
 
 def _is_secret(expected: str | None, secret: str) -> bool:

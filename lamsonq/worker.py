@@ -434,7 +434,10 @@ class QueueReceiver:
                     break
                 self._changed.wait(0.2)
         for attempt, (source, job) in list(self._running.items()):
-            self._left_running = self._left_running or attempt.started is not None
+            if attempt.started is not None:
+                self._left_running = True
+                name = attempt.call.name or "deliver"
+                LOG.warning("%s has not finished in time and is cut; job %s goes back into its queue", name, job.key)
             self._settle_instead(attempt, source, job, Later("the server was stopped", counted=False))
 
     def _forgive(self) -> None:
