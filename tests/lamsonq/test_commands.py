@@ -23,7 +23,7 @@ from lamsonq.jobs import Put
 from lamsonq.mail import MailRequest
 from lamsonq.queue import Queue, job_of
 
-from .cli import ENVIRON, lamsonq, parsed, refused
+from .cli import ENVIRON, every_command, lamsonq, parsed, refused
 
 # ---- spelling --------------------------------------------------------------------------------------------------
 
@@ -62,13 +62,15 @@ def test_lamsons_spelling_and_the_usual_one_mean_the_same(
         assert {name: params[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize("command", commands.lamsonq.commands)
+@pytest.mark.parametrize("command", every_command())
 def test_dashes_and_capitals_of_an_option_do_not_matter(command: str) -> None:
     """Each option of each command, in every spelling that is declared and in Lamson's, gives the same value."""
-    for option in commands.lamsonq.commands[command].params:
+    for option in every_command()[command].params:
         if not isinstance(option, click.Option) or option.is_flag:
             continue
-        value = {"integer": "7", "boolean": "yes", "integer range": "7"}.get(option.type.name, "x")
+        value = {"integer": "7", "boolean": "yes", "integer range": "7", "span": "7d"}.get(option.type.name, "x")
+        if isinstance(option.type, click.Choice):
+            value = option.type.choices[-1]
         long_names = [name for name in option.opts if len(name) > 2]
         spelled = [f"{dashes}{case(name.lstrip('-'))}" for name in long_names for dashes in ("-", "--", "---")
                    for case in (str.lower, str.upper, str.capitalize)]  # fmt: skip
@@ -80,7 +82,7 @@ def test_dashes_and_capitals_of_an_option_do_not_matter(command: str) -> None:
 
 def _value(command: str, option: click.Option, args: list[str]) -> Any:
     """What a command understands by one option, whatever else it may want."""
-    found = commands.lamsonq.commands[command]
+    found = every_command()[command]
     assert option.name is not None
     return found.make_context(command, args, resilient_parsing=True).params[option.name]
 
@@ -163,7 +165,7 @@ def test_help_lists_the_commands_and_explains_one(here: Path) -> None:
 
 
 def test_every_command_has_a_help_of_its_own() -> None:
-    for command in commands.lamsonq.commands.values():
+    for command in every_command().values():
         assert command.help
         assert all(param.help for param in command.params if isinstance(param, click.Option) and not param.hidden)
 
