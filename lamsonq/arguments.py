@@ -101,6 +101,17 @@ def decode(function: Callable[..., Any], body: bytes) -> tuple[list[Any], dict[s
     return args, kwargs
 
 
+def by_name(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by the names of the parameters, those of `**kwargs` among them."""
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    found = dict(bound.arguments)
+    for name, parameter in _parameters(function).items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            found |= found.pop(name)
+    return found
+
+
 def _told(function: Callable[..., Any], name: str, value: Any, parameter: inspect.Parameter) -> Any:
     """What JSON tells of a value; tried out, so that it arrives as it was given."""
     where = f"{_name(function)}({name}={value!r:.80})"

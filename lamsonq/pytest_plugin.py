@@ -4,19 +4,21 @@
     lamsonq_boot = "config.testing"     # boots the project once, before the first test is collected
 
 `conversation` is a fixture that makes a RouterConversation which begins from nothing; `mailbox` is the queue that
-`testing.relay()` delivers into, emptied.
+`testing.relay()` delivers into, emptied. `jobs` is a queue in memory, to which deferred calls go that name no queue;
+`time_now` stops the clock of all jobs: `time_now.tick(60)`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
     from lamsonq.queue import Queue
-    from lamsonq.testing import RouterConversation
+    from lamsonq.testing import FrozenClock, RouterConversation
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -55,3 +57,22 @@ def conversation(mailbox: Queue) -> Callable[..., RouterConversation]:  # noqa: 
         return sender
 
     return begin
+
+
+@pytest.fixture
+def jobs(monkeypatch: pytest.MonkeyPatch) -> Queue:
+    """A queue in memory that deferred calls go to, if they name no other: `testing.drain(jobs)` runs them."""
+    from lamsonq.queue import Queue
+
+    queue = Queue(f"memory:test-{uuid.uuid4().hex}")
+    monkeypatch.setenv("LAMSONQ_QUEUE", queue.dir)
+    return queue
+
+
+@pytest.fixture
+def time_now() -> Iterator[FrozenClock]:
+    """The clock of all jobs, standing still."""
+    from lamsonq.testing import frozen_clock
+
+    with frozen_clock() as standing:
+        yield standing

@@ -69,6 +69,10 @@ ROUTE_FIRST_STATE = START
 Candidate = tuple[Handler, Route, dict[str, str]]
 """A stateful function whose route matches, with what the route captured."""
 
+CONVERSATION = "lamsonq.routing.CONVERSATION"
+"""The target of a job that is bound to no function yet, but to the sender's conversation: to whichever stateful
+function that asks for when the job is run."""
+
 RELOAD_INTERVAL = 1.0
 """Seconds between two looks at the handlers' files, with `RELOAD = True`."""
 
@@ -207,7 +211,9 @@ class RoutingBase:
             yield [handler.function for handler in route_.handlers], captures
 
     def takes(self, address: str) -> bool:
-        """Whether any route's expression matches, whatever the states: for the answer at RCPT. Reads memory only."""
+        """Whether any route's expression matches, whatever the states: for the answer at RCPT."""
+        if self.RELOAD:
+            self._reload_if_changed()
         return any(True for _ in self.table.matches(canonical(address)))
 
     def plan(self, message: MailRequest) -> list[Call]:
@@ -294,13 +300,15 @@ class RoutingBase:
 
     def _in_state_now(self, message: MailRequest, key: str) -> Call | None:
         table = self.table
-        candidates = [
+        return self._choose(table, message, message.To, self._stateful_candidates(table, message.To), key)
+
+    def _stateful_candidates(self, table: Table, recipient: str) -> list[Candidate]:
+        return [
             (handler, route_, captures)
-            for route_, captures in table.matches(message.To)
+            for route_, captures in table.matches(recipient)
             for handler in route_.handlers
             if not handler.marks.stateless
         ]
-        return self._choose(table, message, message.To, candidates, key)
 
     # -- jobs that are bound to one function ---------------------------------------------------------------------
 
@@ -327,6 +335,14 @@ class RoutingBase:
         if call.stateful is None:
             return call
         return replace(call, stateful=replace(call.stateful, choose=partial(self._still, call, handler)))
+
+    def in_conversation(self, message: MailRequest) -> Call:
+        """The stateful call that the recipient's conversation asks for: what a job bound to CONVERSATION runs."""
+        table, recipient = self.table, message.To
+        candidates = self._stateful_candidates(table, recipient)
+        if not candidates:
+            return Call(self._keep_or_die, recipient)
+        return self._choose(table, message, recipient, candidates) or self._nobody(message, candidates[0])
 
     def _still(self, call: Call, handler: Handler, message: MailRequest, key: str) -> Call:
         """A bound call, unless its conversation has moved on: then what that asks for. After a crash it has not."""

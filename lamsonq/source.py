@@ -22,7 +22,7 @@ from lamsonq.errors import Dead, Failure, Later, LeaseLost, Undelivered, reason_
 from lamsonq.jobs import DONE, EXPIRED, KEPT, Done, Expired, Job, Outcome, Put, derived_key
 from lamsonq.mail import MailRequest
 from lamsonq.queue import Queue, message_of
-from lamsonq.routing import RoutingBase, unplanned
+from lamsonq.routing import CONVERSATION, RoutingBase, unplanned
 
 LOG = logging.getLogger()
 """The root logger, as the tutorial shows these lines."""
@@ -82,6 +82,8 @@ class Source:
             LOG.warning("Job %s of %s came too late and is dropped", job.key, self.queue.dir)
             spawn(lambda: self._expire(job))
             return None, message
+        if self.deliver is None and job.target == CONVERSATION:
+            return self.router.in_conversation(message), message
         if self.deliver is None and job.target is not None and job.target not in self.router.table.handlers:
             call = deferred.call_for(job)
             if call is None:
@@ -197,9 +199,10 @@ class Source:
 
 
 def _bound(job: Job, call: Call, number: int) -> Job:
-    """The job that stands for one call of another job's plan."""
+    """The job that stands for one call of another job's plan. One without a name is what a conversation asks for that
+    is in a queue, or in no function here: were its job bound to nothing, it would ask for all calls again."""
     child = _for_recipient(job, call.recipient, number)
-    return replace(child, target=call.name, metadata={**job.metadata, "route": call.route})
+    return replace(child, target=call.name or CONVERSATION, metadata={**job.metadata, "route": call.route})
 
 
 def _part(job: Job, message: MailRequest, number: int) -> Job:

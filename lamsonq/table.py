@@ -71,7 +71,8 @@ class Table:
         if handler not in found.handlers:
             found.handlers.append(handler)
         self.handlers[handler.name] = handler
-        self.states.setdefault(handler.module, set()).add(handler.state)
+        if not handler.marks.stateless:  # a conversation that was in a function which is stateless now begins anew
+            self.states.setdefault(handler.module, set()).add(handler.state)
 
 
 def build_table(modules: Iterable[str], captures: Mapping[str, str]) -> Table:

@@ -8,12 +8,13 @@ import lamsonq
 
 PACKAGE = Path(lamsonq.__file__).parent
 LAYERS = [
-    "errors address headers mime marks plaintext statuscodes tally identity systemd",
-    "mail bounce bouncetext dsn response jobs modules table settings state about logs",
+    "errors address headers mime plaintext statuscodes tally identity systemd clock schedule arguments",
+    "jobs reports policy marks events",
+    "mail bounce bouncetext dsn response modules table settings state about logs",
     "sockets connection mx transaction pidfile",
-    "backends attempt queue relay view deferred",
+    "backends attempt queue relay view deferred conformance",
     "routing confirm scanners spam html",
-    "session worker commit fsck",
+    "source session worker commit fsck",
     "smtp lmtp handlers",
     "server",
     "child supervisor reload process testing",

@@ -943,3 +943,37 @@ def test_an_attempt_that_was_given_up_settles_nothing(router: RoutingBase, modul
     assert settled == []
     assert not attempt.give_up()
     router.deliver(mail(sender="alice@example.com"))  # the conversation is free again
+
+
+def test_a_conversation_in_a_function_that_is_stateless_now_begins_anew(
+    router: RoutingBase, module: Callable[..., str], mail: Callable[..., MailRequest]
+) -> None:
+    name = module(
+        """
+        @route("desk@example.com")
+        def START(message):
+            CALLS.append("start")
+
+        @route("desk@example.com")
+        @stateless
+        def TICKET(message):
+            CALLS.append("ticket")
+        """
+    )
+    router.load([name])
+    router.set_state(name, mail(), "TICKET")
+    router.deliver(mail())
+    assert sorted(sys.modules[name].CALLS) == ["start", "ticket"]
+
+
+def test_with_reload_a_new_route_is_known_at_rcpt(
+    router: RoutingBase, module: Callable[..., str], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = module('@route("one@example.com")\n@stateless\ndef ONE(message): pass\n')
+    router.load([name])
+    router.RELOAD = True
+    assert not router.takes("two@example.com")
+    module('@route("two@example.com")\n@stateless\ndef TWO(message): pass\n', name=name)
+    os.utime(here / f"{name}.py", (1, 1))
+    monkeypatch.setattr(router, "_next_look", 0.0)
+    assert router.takes("two@example.com")

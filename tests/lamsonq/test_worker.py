@@ -670,3 +670,60 @@ def test_a_handler_that_kills_its_process_is_dead_after_three_deliveries(here: P
     ((_, report),) = dead(posts)
     assert "worker" in report
     assert "3" in report
+
+
+def test_a_stateless_function_runs_once_beside_a_stateful_one_that_is_not_in_state(
+    router: RoutingBase, module: Module, mail: Mail
+) -> None:
+    name = module(
+        """
+        @route("desk@example.com")
+        def WAITING(message):
+            CALLS.append("waiting")
+
+        @route("desk@example.com")
+        @stateless
+        def COPY(message):
+            CALLS.append("copy")
+        """
+    )
+    posts, undeliverable = Queue("memory:posts-beside"), Queue("memory:undeliverable-beside")
+    router.load([name])
+    posts.push(mail())
+    QueueReceiver(posts, router=router).start(one_shot=True)
+    assert sys.modules[name].CALLS == ["copy"]
+    assert posts.backend.counts()["dead"] == 1
+    router.UNDELIVERABLE_QUEUE = undeliverable
+    posts.push(mail())
+    QueueReceiver(posts, router=router).start(one_shot=True)
+    assert sys.modules[name].CALLS == ["copy", "copy"]
+    assert (posts.backend.counts()["dead"], undeliverable.count()) == (1, 1)
+
+
+def test_a_message_for_a_conversation_that_is_in_another_queue_goes_there_once(
+    router: RoutingBase, module: Module, mail: Mail
+) -> None:
+    behind = module('@route("desk@example.com")\ndef WORKING(message):\n    CALLS.append("working")\n')
+    front = module(
+        f"""
+        import {behind}
+
+        @route("desk@example.com")
+        def START(message):
+            CALLS.append("start")
+            return {behind}.WORKING
+
+        @route("desk@example.com")
+        @stateless
+        def COPY(message):
+            CALLS.append("copy")
+        """
+    )
+    posts, other = Queue("memory:posts-front"), Queue("memory:posts-behind")
+    router.load([front])
+    router.hand_over([behind], other)
+    for _ in range(2):
+        posts.push(mail())
+        QueueReceiver(posts, router=router).start(one_shot=True)
+    assert sorted(sys.modules[front].CALLS) == ["copy", "copy", "start"]
+    assert (posts.count(), other.count()) == (0, 2)

@@ -1,0 +1,303 @@
+"""Queue receivers: several queues in one, threads by weight, ending when idle or worn out, stopping, keeping."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from lamsonq import clock
+from lamsonq.conformance import Clock
+from lamsonq.errors import Dead, SettingsError
+from lamsonq.jobs import DONE, Job, Limit, Put
+from lamsonq.mail import MailRequest
+from lamsonq.queue import Queue
+from lamsonq.routing import RoutingBase
+from lamsonq.worker import QueueReceiver
+
+Module = Callable[..., str]
+Mail = Callable[..., MailRequest]
+_numbers = itertools.count(1)
+
+
+def queue() -> Queue:
+    return Queue(f"memory:receivers{next(_numbers)}")
+
+
+def run(receiver: QueueReceiver) -> threading.Thread:
+    thread = threading.Thread(target=receiver.start, daemon=True)
+    thread.start()
+    return thread
+
+
+def until(true: Callable[[], object]) -> None:
+    begun = time.monotonic()
+    while not true():
+        assert time.monotonic() - begun < 10, "it did not happen"
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def frozen() -> Iterator[Clock]:
+    standing = Clock()
+    with clock.replaced(standing):
+        yield standing
+
+
+# -- several queues ------------------------------------------------------------------------------------------------
+
+
+def test_one_receiver_works_several_queues_each_with_handlers_of_its_own(module: Module, mail: Mail) -> None:
+    source = '@route("desk@example.com")\n@stateless\ndef START(message):\n    CALLS.append(message.Peer)\n'
+    names = [module(source), module(source)]
+    routers, queues = [RoutingBase(), RoutingBase()], [queue(), queue()]
+    for router, name in zip(routers, names, strict=True):
+        router.load([name])
+    parts = [QueueReceiver(q, router=r) for q, r in zip(queues, routers, strict=True)]
+    receiver = QueueReceiver(parts, workers=3)
+    thread = run(receiver)
+    for one in queues * 5:
+        one.push(mail())
+    until(lambda: all(len(sys.modules[name].CALLS) == 5 for name in names))
+    receiver.stop()
+    thread.join(5)
+    assert not thread.is_alive()
+    assert [sys.modules[name].CALLS for name in names] == [[one.dir] * 5 for one in queues]
+
+
+def test_queues_that_compete_get_threads_by_their_weights(mail: Mail) -> None:
+    heavy, light = queue(), queue()
+    begun: list[str] = []
+
+    def work(message: MailRequest) -> None:
+        begun.append(str(message.Peer))
+        time.sleep(0.002)
+
+    for one in (heavy, light):
+        for _ in range(300):
+            one.push(mail())
+    receiver = QueueReceiver({heavy: 3, light: 1}, workers=2, deliver=work)
+    thread = run(receiver)
+    until(lambda: len(begun) >= 240)
+    receiver.stop(0.0)
+    thread.join(5)
+    share = begun[40:240].count(heavy.dir) / 200
+    assert 0.65 < share < 0.85
+
+
+def test_a_queue_with_nothing_to_do_holds_no_thread_back(mail: Mail) -> None:
+    idle, busy = queue(), queue()
+    seen: list[object] = []
+    receiver = QueueReceiver({idle: 100, busy: 1}, workers=1, deliver=seen.append)
+    thread = run(receiver)
+    for _ in range(50):
+        busy.push(mail())
+    begun = time.monotonic()
+    until(lambda: len(seen) == 50)
+    assert time.monotonic() - begun < 3
+    receiver.stop()
+    thread.join(5)
+
+
+def test_a_receiver_without_a_queue_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one queue"):
+        QueueReceiver([])
+
+
+# -- ending --------------------------------------------------------------------------------------------------------
+
+
+def test_a_receiver_ends_after_so_many_rounds_without_a_job(mail: Mail, caplog: pytest.LogCaptureFixture) -> None:
+    one, seen = queue(), list[MailRequest]()
+    one.push(mail())
+    receiver = QueueReceiver(one, sleep=0.05, deliver=seen.append, shutdown_after_number_of_empty_iterations=3)
+    with caplog.at_level(logging.DEBUG):
+        begun = time.monotonic()
+        receiver.start()
+    assert 0.1 < time.monotonic() - begun < 3
+    assert (receiver.retired, receiver.worn_out, receiver.stuck, len(seen)) == (True, False, False, 1)
+    assert caplog.text.count("Sleeping for 0 seconds...") == 3
+
+
+def test_a_receiver_that_has_had_enough_jobs_finishes_them_and_asks_to_be_replaced(mail: Mail) -> None:
+    one, seen = queue(), list[MailRequest]()
+    for _ in range(10):
+        one.push(mail())
+
+    def work(message: MailRequest) -> None:
+        time.sleep(0.05)
+        seen.append(message)
+
+    receiver = QueueReceiver(one, workers=4, deliver=work, max_jobs=6)
+    receiver.start()
+    assert (receiver.worn_out, receiver.retired, len(seen), one.count()) == (True, False, 6, 4)
+    assert one.backend.counts()["reserved"] == 0
+
+
+def test_a_receiver_that_is_told_to_stop_finishes_what_it_has_and_takes_no_more(mail: Mail) -> None:
+    one, go, seen = queue(), threading.Event(), []
+
+    def work(message: MailRequest) -> None:
+        go.wait(5)
+        seen.append(message)
+
+    for _ in range(5):
+        one.push(mail())
+    receiver = QueueReceiver(one, workers=2, deliver=work)
+    thread = run(receiver)
+    until(lambda: one.backend.counts()["reserved"] == 2)
+    receiver.stop()
+    until(lambda: all(job.deliveries == 0 for job in jobs_in(one, "reserved")))  # forgiven: a KILL would harm none
+    go.set()
+    thread.join(5)
+    assert (len(seen), one.count(), one.backend.counts()["reserved"]) == (2, 3, 0)
+
+
+def jobs_in(one: Queue, state: str) -> list[Job]:
+    return [job for job in map(one.backend.get, one.backend.keys(state)) if job is not None]
+
+
+# -- keeping -------------------------------------------------------------------------------------------------------
+
+
+def test_an_archive_keeps_what_has_succeeded_and_what_came_too_late(mail: Mail, frozen: Clock) -> None:
+    one = queue()
+    one.push(mail())
+    one.push(mail(), expires=-1)
+    receiver = QueueReceiver(one, deliver=lambda _: None, archive=100, keep_dead=1000)
+    receiver.start(one_shot=True)
+    assert {state: n for state, n in one.backend.counts().items() if n} == {"done": 1, "dead": 1}
+    [dead] = one.backend.keys("dead")
+    assert "it came too late" in one.backend.report(dead)
+    frozen.now += 101
+    QueueReceiver(one, deliver=lambda _: None, archive=100, keep_dead=1000).start(one_shot=True)
+    assert {state: n for state, n in one.backend.counts().items() if n} == {"dead": 1}
+    frozen.now += 1000
+    QueueReceiver(one, deliver=lambda _: None, keep_dead=1000).start(one_shot=True)
+    assert sum(one.backend.counts().values()) == 0
+
+
+# -- what is bound -------------------------------------------------------------------------------------------------
+
+
+def test_a_receiver_of_bound_jobs_leaves_alone_what_other_processes_know(module: Module) -> None:
+    one, router = queue(), RoutingBase()
+    name = module('@route("desk@example.com")\n@stateless\ndef START(message):\n    CALLS.append(1)\n')
+    router.load([name])
+    for target in (f"{name}.START", "app.elsewhere.START", None):
+        job = Job(key=one.new_key(), body=b"", target=target, sender="a@b.example", recipients=("desk@example.com",))
+        one.backend.put([Put(one.backend, job)])
+    QueueReceiver(one, router=router, bound=True).start(one_shot=True)
+    assert sys.modules[name].CALLS == [1]
+    assert [job.target for job in jobs_in(one, "ready")] == ["app.elsewhere.START", None]
+    assert all(job.deliveries == 0 for job in jobs_in(one, "ready"))
+
+
+# -- limits --------------------------------------------------------------------------------------------------------
+
+
+def test_limits_are_refused_where_the_store_cannot_keep_them() -> None:
+    with pytest.raises(SettingsError, match="use a sqlite: queue"):
+        QueueReceiver(queue(), deliver=lambda _: None, limits=[Limit("sender", concurrency=1)]).bind()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [("colour", 1, None), ("sender", None, None), ("sender", 1, 1.0), ("sender", 0, None), ("sender", None, 0.0)],
+)
+def test_a_limit_that_makes_no_sense_is_refused(wrong: tuple[str, int | None, float | None]) -> None:
+    with pytest.raises(ValueError, match="Limit"):
+        Limit(*wrong)
+
+
+def test_a_failure_of_a_second_queue_ends_the_receiver_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = queue(), queue()
+    receiver = QueueReceiver([one, other], deliver=lambda _: None)
+
+    def broken(*_: object, **__: object) -> list[Job]:
+        raise MemoryError("broken")
+
+    monkeypatch.setattr(other.backend, "reserve", broken)
+    with pytest.raises(MemoryError):
+        receiver.start()
+
+
+def test_what_could_not_be_settled_in_any_queue_is_given_back(mail: Mail, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = queue(), queue()
+    other.push(mail())
+    receiver = QueueReceiver([one, other], deliver=lambda _: None)
+    settle, failures = other.backend.settle, [OSError(28, "No space left on device")]
+
+    def full(job: Job, outcome: object, puts: object = ()) -> list[bool]:
+        if outcome is DONE and failures:
+            raise failures.pop()
+        return settle(job, outcome, puts)  # type: ignore[arg-type]  # passed on as it came
+
+    monkeypatch.setattr(other.backend, "settle", full)
+    thread = run(receiver)
+    until(lambda: other.backend.counts()["delayed"] == 1)
+    receiver.stop()
+    thread.join(5)
+    [job] = jobs_in(other, "delayed")
+    assert (job.attempts, job.deliveries) == (0, 0)
+
+
+def test_a_dead_letter_says_what_its_function_said(mail: Mail) -> None:
+    one = queue()
+
+    def refuse(_: MailRequest) -> None:
+        raise Dead("no such list")
+
+    one.push(mail())
+    QueueReceiver(one, deliver=refuse).start(one_shot=True)
+    [key] = one.backend.keys("dead")
+    assert "attempt 1: no such list" in one.backend.report(key)
+
+
+# -- a thousand at once --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_thousand_functions_await_in_one_process_in_few_threads_and_little_memory(module: Module, mail: Mail) -> None:
+    one, router = queue(), RoutingBase()
+    name = module(
+        """
+        import asyncio
+        NOW, MOST = [0], [0]
+
+        @route("desk@example.com")
+        @stateless
+        async def START(message):
+            NOW[0] += 1
+            MOST[0] = max(MOST[0], NOW[0])
+            await asyncio.sleep(1.5)
+            NOW[0] -= 1
+            CALLS.append(1)
+        """
+    )
+    router.load([name])
+    for _ in range(3000):
+        one.push(mail())
+    before, memory = threading.active_count(), resident()
+    receiver = QueueReceiver(one, router=router, workers=8)
+    threads: list[int] = []
+    watcher = threading.Timer(1.0, lambda: threads.append(threading.active_count()))
+    watcher.start()
+    receiver.start(one_shot=True)
+    watcher.join()
+    assert len(sys.modules[name].CALLS) == 3000
+    assert sys.modules[name].MOST[0] > 900
+    assert threads[0] - before < 15
+    assert resident() - memory < 64 * 2**20
+
+
+def resident() -> int:
+    """Bytes of memory that this process has."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
