@@ -12,14 +12,18 @@ from __future__ import annotations
 
 import os
 import re
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+<<<<<<< HEAD
 from lamsonq import databases
 from lamsonq.backends.maildir_files import STATES, Folders, Oversize, Unreadable, read_job
 from lamsonq.backends.maildir_index import Index
+=======
+from lamsonq.backends.maildir_files import FOLDERS, STATES, Folders, Oversize, Unreadable, read_job
+from lamsonq.backends.maildir_index import Index, put_at
+>>>>>>> q-maildir
 from lamsonq.backends.maildir_names import is_deleted, parse_name
 from lamsonq.errors import Refusal
 from lamsonq.jobs import Job
@@ -27,7 +31,6 @@ from lamsonq.queue import message_of
 
 _MESSAGE_ID = re.compile(rb"^message-id:\s*(\S+)", re.IGNORECASE | re.MULTILINE)
 _HEADER_END = re.compile(rb"\r?\n\r?\n")
-_SECONDS = re.compile(r"([0-9]{9,11})\.")
 
 
 @dataclass
@@ -93,11 +96,15 @@ def check(run: str | Path, accepted: Iterable[str] = (), handled: Iterable[str] 
             ids = _look(path, state, file, queue)
             wanted -= ids
         queue.held = _count(path / "held")
+<<<<<<< HEAD
         queue.tmp = sum(_count(path / sub) for sub in ("tmp", ".delayed/tmp", ".dead/tmp"))
     for database in databases.found(run):
         for name, queue, ids in _look_into(database):
             report.queues[name] = queue
             wanted -= ids
+=======
+        queue.tmp = sum(_count(path / sub) for sub in ("tmp", ".delayed/tmp", ".dead/tmp", ".done/tmp"))
+>>>>>>> q-maildir
     report.missing = sorted(wanted)
     report.accounted -= len(wanted)
     return report
@@ -127,19 +134,8 @@ def counts(run: str | Path) -> dict[Path, dict[str, int]]:
 
 def oldest(queue: Path, now: float) -> float | None:
     """How long the oldest ready job of a queue has waited, in seconds; None when there is none. Reads names only."""
-    index = Index(Folders(str(queue)))
-    born = [_born(index, key) for key in index.keys("ready")]
-    return round(max(0.0, now - min(born)), 1) if born else None
-
-
-def _born(index: Index, key: str) -> float:
-    """When a job came: its key says so, and where another program has chosen that, its file."""
-    if number := _SECONDS.match(key):
-        return float(number[1])
-    try:
-        return os.stat((index.find(key) or ("", key))[1]).st_mtime
-    except OSError:  # taken while we looked
-        return time.time()
+    path = Index(Folders(str(queue))).oldest()
+    return None if path is None else round(max(0.0, now - min(now, put_at(path)[0])), 1)
 
 
 def queues(run: str | Path) -> Iterator[Path]:
@@ -153,7 +149,7 @@ def queues(run: str | Path) -> Iterator[Path]:
             inner[:] = [name for name in inner if name not in _OWN]
 
 
-_OWN = {"new", "cur", "tmp", "claimed", "held", "errors", ".delayed", ".dead"}
+_OWN = {folder.partition("/")[0] for folder in FOLDERS}
 
 
 def read_ids(path: str | None) -> list[str]:

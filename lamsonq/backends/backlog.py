@@ -54,6 +54,14 @@ class Backlog:
     def pop(self) -> Entry | None:
         return heapq.heappop(self._heap) if self._heap else None
 
+    def put_back(self, entry: Entry) -> None:
+        """What was taken out is still to come."""
+        heapq.heappush(self._heap, entry)
+
+    def clear(self) -> None:
+        """Nothing is known any more."""
+        self._heap, self._horizon = [], ""
+
     def add(self, folder: str, name: str, *, known: bool = False) -> None:
         """A name has appeared. `known`: it is kept even if a later look would find it as well."""
         if len(self._heap) > 2 * LIMIT:

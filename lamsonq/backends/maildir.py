@@ -4,12 +4,17 @@ Rules:
 
 1. Ready is what lies in new/ and cur/. Other programs may put files there, move them and read them; a file that they
    put there is a job with defaults. What cannot be a job (a directory, a link, a newer version's file) is left alone.
+   A pause is a file of that name in the queue's folder.
 2. To claim is to rename the file into this process's folder; who comes second finds nothing. The delivery is counted
    in that rename. A dead process is recognised by its lock (maildir_claims.py), and its jobs go back.
 3. A job whose worker died runs with no other such job of this queue beside it, and at its last chance with no other at
    all: of the jobs of one queue, what is buried for killing its worker has done so alone.
 4. To settle is to rename or unlink the claimed file; who comes second gets LeaseLost. With puts: maildir_commit.py.
-5. A receiver that finds nothing sleeps until a file appears (maildir_arrivals.py); it does not look again.
+5. A key that is there already is put once. A key that this process has just made is not looked for, it can be nowhere.
+   Keys that derive from a job's, and all that a settle publishes, are looked for by their whole file name where the job
+   would go: that finds what a crash would repeat, as long as it is as it was put. Any other key is looked for among
+   all jobs in every state, under the lock of the guarded puts (maildir_guards.py).
+6. A receiver that finds nothing sleeps until a file appears (maildir_arrivals.py); it does not look again.
 """
 
 from __future__ import annotations
@@ -22,17 +27,28 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 
+from lamsonq import clock
 from lamsonq.backends.backlog import Entry
-from lamsonq.backends.durable import make_folders, remove_file, sync_folder, write_file
+from lamsonq.backends.durable import make_folders, remove_file, write_file
 from lamsonq.backends.maildir_arrivals import Arrivals
 from lamsonq.backends.maildir_claims import Worker, dead_workers
-from lamsonq.backends.maildir_commit import Target
-from lamsonq.backends.maildir_files import READY, Folders, Oversize, Place, Unreadable, place_of, queue_error, read_job
-from lamsonq.backends.maildir_index import Index
-from lamsonq.backends.maildir_names import Name, fitted, new_key, parse_name
-from lamsonq.backends.maildir_settle import Settler, backoff, fate_of, killed
+from lamsonq.backends.maildir_commit import Fate, Target
+from lamsonq.backends.maildir_desk import Desk
+from lamsonq.backends.maildir_files import (
+    READY,
+    TAKEN_FROM,
+    Folders,
+    Oversize,
+    Place,
+    Unreadable,
+    place_of,
+    read_job,
+)
+from lamsonq.backends.maildir_guards import Guards
+from lamsonq.backends.maildir_names import Name, fitted, is_derived, new_key, parse_name, use_key
+from lamsonq.backends.maildir_settle import Settler, fate_of, killed
 from lamsonq.errors import LeaseLost, QueueError
 from lamsonq.jobs import DELIVERIES_MAX, Job, Outcome, Put
 
@@ -41,6 +57,10 @@ LOG = logging.getLogger()
 
 REAP_EVERY = 5.0
 """Seconds between two looks for dead workers."""
+TIDY_EVERY = 600.0
+"""Seconds between two looks for guards that are of no use any more."""
+PAUSE_LOOK_EVERY = 0.5
+"""Seconds between two looks whether a pause is over."""
 
 
 def open_queue(url: str, *, pop_limit: int = 0, oversize_dir: str | None = None) -> Maildir:
@@ -48,12 +68,14 @@ def open_queue(url: str, *, pop_limit: int = 0, oversize_dir: str | None = None)
     return Maildir(url, pop_limit=pop_limit, oversize_dir=oversize_dir)
 
 
-class Maildir:
-    """A queue in a directory; see lamsonq.jobs.Backend. `clock` gives seconds since the epoch.
+class Maildir(Desk):
+    """A queue in a directory; see lamsonq.jobs.Backend. `now` gives seconds since the epoch.
 
     With `pop_limit` (bytes, 0 = none) a larger message is not handed out but moved into the maildir `oversize_dir`, or
     to the dead letters where there is none.
     """
+
+    capabilities: frozenset[str] = frozenset({"processes", "files"})
 
     def __init__(
         self,
@@ -61,14 +83,12 @@ class Maildir:
         *,
         pop_limit: int = 0,
         oversize_dir: str | None = None,
-        clock: Callable[[], float] = time.time,
+        now: Callable[[], float] = clock.now,
     ) -> None:
-        self.name = name
+        super().__init__(name, Folders(os.path.abspath(name), now))
         self.pop_limit = pop_limit
         self.oversize_dir = oversize_dir
-        self.folders = Folders(os.path.abspath(name))
-        self._clock = clock
-        self._index = Index(self.folders)
+        self._guards = Guards(self.folders)
         self._begin()
         _all.add(self)
 
@@ -76,9 +96,10 @@ class Maildir:
         """The state of a process that has claimed nothing yet."""
         self._lock = threading.RLock()
         self._worker: Worker | None = None
-        self._arrivals = Arrivals(self.folders, self._clock)
+        self._arrivals = Arrivals(self.folders)
         self._numbers = itertools.count(1)
         self._reap_at = 0.0
+        self._tidy_at = time.monotonic() + TIDY_EVERY
         self._suspect = ""
         self._held: set[str] = set()  # our claims that are not settled
         self._waits_for_quiet = False  # a job at its last chance is to run with no other beside it
@@ -92,72 +113,94 @@ class Maildir:
         self._begin()
         arrivals.close()
 
-    @contextlib.contextmanager
-    def _writing(self, data: object = None) -> Iterator[None]:
-        """Tell what the operating system refuses as a QueueError that says what to do."""
-        try:
-            yield
-        except OSError as error:
-            raise queue_error(self.name, error, data) from error
-
     # -- putting -----------------------------------------------------------------------------------------------
 
     def new_key(self) -> str:
         return new_key()
 
-    def put(self, puts: Sequence[Put]) -> None:
+    def put(self, puts: Sequence[Put], conn: object = None) -> list[bool]:
         """Raises QueueError, and then none of them is in the queue."""
+        if conn is not None:
+            raise QueueError(f"{self.name} is no database: push(..., conn=...) is for sqlite: queues", puts)
+        sought = {put.job.key for put in puts if not use_key(put.job.key) and not is_derived(put.job.key)}
         with self._writing(puts):
             self.folders.make()
             try:
-                self._put(puts)
+                return self._put(puts, sought)
             except FileNotFoundError:  # somebody has removed the queue while we had it open
                 self.folders.make(again=True)
-                self._put(puts)
+                return self._put(puts, sought)
 
-    def _put(self, puts: Sequence[Put]) -> None:
+    def _put(self, puts: Sequence[Put], sought: set[str]) -> list[bool]:
+        places = [place_of(put, self.folders.now()) for put in puts]
+        staged = self._stage(puts, places)
+        paths: list[str | None] = []
+        with contextlib.ExitStack() as stack:
+            try:
+                if sought or any(place.guarded for place in places):
+                    stack.enter_context(self._guards.locked())
+                there = self._index.present(sought)
+                for file, place in zip(staged, places, strict=True):
+                    paths.append("" if place.name.key in there else self._guards.publish(file, place))
+                self._guards.sync(list(zip(places, paths, strict=True)))
+            except Exception:  # the gate may be somebody's own
+                paths += [None] * (len(puts) - len(paths))
+                for file, place, path in zip(staged, places, paths, strict=True):
+                    self._guards.retract(file, place, path)
+                raise
+        for file, path in zip(staged, paths, strict=True):
+            if not path:
+                remove_file(file)
+        return [path is not None for path in paths]
+
+    def _stage(self, puts: Sequence[Put], places: Sequence[Place]) -> list[str]:
         made: list[str] = []
-        reported: list[str] = []
-        places = [self._place(put) for put in puts]
         try:
             for put, place in zip(puts, places, strict=True):
                 path = self.folders.free("tmp", place.name)
                 write_file(path, place.block, put.job.body)
                 made.append(path)
-            for number, place in enumerate(places):
-                if place.report:
-                    reported.append(place.name.key)
-                    self.folders.set_report(place.name.key, place.report)
-                path = self.folders.free(place.folder, place.name)
-                os.rename(made[number], path)
-                made[number] = path
-            for folder in {place.folder for place in places}:
-                sync_folder(self.folders.at(folder))
         except OSError:
             for path in made:
                 remove_file(path)
-            for key in reported:
-                self.folders.drop_report(key)
             raise
-
-    def _place(self, put: Put) -> Place:
-        return place_of(put, self._clock(), backoff(put.job.attempts - 1))
+        return made
 
     # -- reserving ---------------------------------------------------------------------------------------------
 
-    def reserve(self, n: int, wait: float = 0.0, *, bound: bool = False) -> list[Job]:
+    def reserve(self, n: int, wait: float = 0.0, *, only: Collection[str] | None = None) -> list[Job]:
         """Raises QueueError."""
+        self._arrivals.ask_for(only if only is None or isinstance(only, frozenset) else frozenset(only))
         until = time.monotonic() + wait
         with self._writing():
             while True:
                 self._keep_up()
-                jobs = self._take(n, bound)
+                jobs = self._take(n) if self._may_take() else []
                 left = until - time.monotonic()
-                if jobs or n <= 0 or left <= 0 or self._arrivals.sleep(min(left, REAP_EVERY)):
+                if jobs or n <= 0 or left <= 0 or self._sleep(left):
                     return jobs
+
+    def wait(self, seconds: float) -> None:
+        """Raises QueueError."""
+        until = time.monotonic() + seconds
+        with self._writing():
+            while True:
+                self._keep_up()
+                left = until - time.monotonic()
+                if (self._may_take() and self._arrivals.any()) or left <= 0 or self._sleep(left):
+                    return
+
+    def _sleep(self, seconds: float) -> bool:
+        """Sleep until there may be something to do; True when `wake` was called."""
+        return self._arrivals.sleep(min(seconds, PAUSE_LOOK_EVERY if self.paused() else REAP_EVERY))
 
     def wake(self) -> None:
         self._arrivals.wake()
+
+    def resume(self) -> None:
+        """Raises QueueError."""
+        super().resume()
+        self.wake()
 
     def _keep_up(self) -> None:
         """Now and then: look for dead workers, and whether the directory is still the same."""
@@ -165,21 +208,31 @@ class Maildir:
         if now >= self._reap_at:
             self._reap_at = now + REAP_EVERY
             self.release_stale()
-            self.folders.sweep()
+            if abandoned := self.folders.abandoned():
+                self._guards.clear_away(abandoned)
             self._arrivals.follow_moved()
+        if now >= self._tidy_at:
+            self._tidy_at = now + TIDY_EVERY
+            self._guards.sweep()
 
-    def _take(self, n: int, bound: bool) -> list[Job]:
+    def _may_take(self) -> bool:
+        """Take note of what is new; whether anything may be claimed now."""
         self._arrivals.look()
+        if self.paused():
+            return False
         with self._lock:
             if self._waits_for_quiet and self._held:
-                return []
+                return False
             self._waits_for_quiet = False
             if not self._suspect and self._arrivals.has_aside:
                 self._arrivals.take_back()
+        return True
+
+    def _take(self, n: int) -> list[Job]:
         jobs: list[Job] = []
         try:
             while len(jobs) < n and not self._waits_for_quiet:
-                entry = self._arrivals.next(bound, more=not jobs)
+                entry = self._arrivals.next(more=not jobs)
                 if entry is None:
                     break
                 job = self._claim(entry)
@@ -200,7 +253,7 @@ class Maildir:
             self._arrivals.set_aside(entry)
             return None
         name = fitted(name)
-        claimed = name._replace(deliveries=name.deliveries + 1, mark=next(self._numbers))
+        claimed = name._replace(deliveries=name.deliveries + 1, mark=next(self._numbers), taken=0)
         path = self._rename_to_claim(os.path.join(entry.folder, entry.name), claimed.text())
         if path is None:
             return None
@@ -259,16 +312,16 @@ class Maildir:
 
     def _open(self, path: str, name: Name) -> Job | None:
         """Read a claimed file; None when it was none for a handler, and was dealt with."""
-        claim = path[len(self.folders.at("claimed")) + 1 :]
+        claim = self._claim_of(path)
         if name.deliveries >= DELIVERIES_MAX:
-            self.folders.bury(path, name, killed(name.deliveries))
+            self._settler.bury(path, name, killed(name.deliveries))
             return None
         try:
             if name.trouble:
                 raise ValueError(name.trouble)
             return read_job(path, name, limit=self.pop_limit, claim=claim)
         except ValueError as error:
-            self.folders.bury(path, name._replace(block=0), str(error))
+            self._settler.bury(path, name._replace(block=0), str(error))
         except Oversize:
             self._put_away(path, name)
         except FileNotFoundError:
@@ -280,38 +333,84 @@ class Maildir:
         where = self.oversize_dir or "the dead letters (set oversize_dir)"
         LOG.info("Message key %s over size limit %d, moving to %s.", name.key, self.pop_limit, where)
         if self.oversize_dir is None:
-            self.folders.bury(path, name, f"it is over the size limit of {self.pop_limit} bytes")
+            self._settler.bury(path, name, f"it is over the size limit of {self.pop_limit} bytes")
             return
+        self._settler.set_free(path, name)
         target = Folders(os.path.abspath(self.oversize_dir))
         make_folders(target.at(sub) for sub in ("tmp", "new", "cur"))
         target.adopt(path, READY, name._replace(deliveries=0))
 
+    def claim(self, key: str) -> Job | None:
+        """Raises QueueError."""
+        with self._writing():
+            for _ in range(3):  # it may be moved while we look
+                found = self._index.find(key)
+                name = parse_name(os.path.basename(found[1])) if found else None
+                if found is None or name is None or found[0] not in TAKEN_FROM:
+                    return None
+                self.folders.make()
+                taken = fitted(name)._replace(mark=next(self._numbers), taken=TAKEN_FROM.index(found[0]) + 1)
+                path = self._rename_to_claim(found[1], taken.text())
+                if path is not None:
+                    return self._open_taken(path, taken, found[1])
+        return None
+
+    def _open_taken(self, path: str, name: Name, origin: str) -> Job:
+        try:
+            return read_job(path, name, claim=self._claim_of(path))
+        except (ValueError, Unreadable, OSError) as error:
+            self._put_back(path, Entry("", os.path.dirname(origin), os.path.basename(origin)))
+            if isinstance(error, OSError):
+                raise
+            raise QueueError(f"{origin} cannot be read: {error}") from error
+
+    def _claim_of(self, path: str) -> str:
+        return path[len(self.folders.at("claimed")) + 1 :]
+
     # -- settling ----------------------------------------------------------------------------------------------
 
-    def settle(self, job: Job, outcome: Outcome, puts: Sequence[Put] = ()) -> None:
+    def settle(self, job: Job, outcome: Outcome, puts: Sequence[Put] = ()) -> list[bool]:
         """Raises LeaseLost, and QueueError when nothing was settled."""
-        name = parse_name(os.path.basename(job.claim))
-        if name is None or not job.claim:
-            raise LeaseLost(f"job {job.key} was not reserved from {self.name}")
-        path = self.folders.at("claimed", job.claim)
-        fate = fate_of(job, name, outcome, self._clock())
+        path, name = self._claimed(job)
+        fate = fate_of(job, name, outcome, self.folders.now())
         with self._writing(puts):
             try:
-                self._settler.settle(path, name, fate, next(self._numbers), [self._target(put) for put in puts])
+                results = self._settle(path, name, fate, puts)
             except FileNotFoundError:
                 if not os.path.lexists(path):
                     self._settled(job)
-                    raise LeaseLost(f"job {job.key} of {self.name} was settled or taken by somebody else") from None
+                    raise self._lost(job) from None
                 self.folders.make(again=True)
-                self._settler.settle(path, name, fate, next(self._numbers), [self._target(put) for put in puts])
+                results = self._settle(path, name, fate, puts)
+            except ValueError as error:
+                raise QueueError(f"{self.name}: {error}", puts) from error
         self._settled(job)
+        return results
+
+    def _settle(self, path: str, name: Name, fate: Fate, puts: Sequence[Put]) -> list[bool]:
+        return self._settler.settle(path, name, fate, next(self._numbers), [self._target(put) for put in puts])
+
+    def _claimed(self, job: Job) -> tuple[str, Name]:
+        """The file of a reserved job. Raises LeaseLost."""
+        name = parse_name(os.path.basename(job.claim))
+        if name is None or not job.claim:
+            raise LeaseLost(f"job {job.key} was not reserved from {self.name}")
+        return self.folders.at("claimed", job.claim), name
+
+    def _lost(self, job: Job) -> LeaseLost:
+        return LeaseLost(f"job {job.key} of {self.name} was settled or taken by somebody else")
+
+    def touch(self, job: Job) -> None:
+        if not os.path.lexists(self._claimed(job)[0]):
+            raise self._lost(job)
 
     def _target(self, put: Put) -> Target:
         store = put.store
+        place = place_of(put, self.folders.now())
         if not isinstance(store, Maildir):
-            return Target(put, store.name, True, self._place(put))
+            return Target(put, store.name, True, place)
         store.folders.make()
-        return Target(put, store.folders.path, False, store._place(put))
+        return Target(put, store.folders.path, False, place)
 
     def _settled(self, job: Job) -> None:
         with self._lock:
@@ -334,7 +433,13 @@ class Maildir:
                 raise OSError(code, os.strerror(code))
             self._settler.retry()
             own = self._worker.id if self._worker is not None else None
-            return sum(self._settler.release(folder) for folder in dead_workers(claimed, own))
+            return sum(self._settler.release(folder, forgiven) for folder, forgiven in dead_workers(claimed, own))
+
+    def forgive(self) -> None:
+        """Raises QueueError."""
+        with self._writing(), self._lock:
+            if self._worker is not None:
+                self._worker.forgive(next(self._numbers))
 
     def close(self) -> None:
         """Claims go back uncounted. Another `reserve` starts anew."""
@@ -346,58 +451,6 @@ class Maildir:
         if worker is not None:
             self._settler.give_back(worker.folder)
             worker.close()
-
-    # -- looking -----------------------------------------------------------------------------------------------
-
-    def keys(self, state: str = "ready") -> list[str]:
-        return self._index.keys(state)
-
-    def counts(self) -> dict[str, int]:
-        return self._index.counts()
-
-    def get(self, key: str) -> Job | None:
-        for _ in range(3):  # it may be moved while we look
-            found = self._index.find(key)
-            name = parse_name(os.path.basename(found[1])) if found else None
-            if found is None or name is None:
-                return None
-            with contextlib.suppress(FileNotFoundError, Unreadable, ValueError):
-                return read_job(found[1], name)
-        return None
-
-    def path_of(self, key: str) -> str | None:
-        """The file of a job, for people and for Lamson's `Queue.oversize`."""
-        found = self._index.find(key)
-        return found[1] if found else None
-
-    def report(self, key: str) -> str:
-        return self.folders.report(key)
-
-    def remove(self, key: str) -> bool:
-        found = self._index.find(key)
-        if found is None or found[0] == "reserved":
-            return False
-        try:
-            with self._writing():
-                os.unlink(found[1])
-        except QueueError as error:
-            if isinstance(error.__cause__, FileNotFoundError):
-                return False
-            raise
-        self.folders.drop_report(key)
-        return True
-
-    def kick(self, key: str) -> bool:
-        found = self._index.find(key)
-        name = parse_name(os.path.basename(found[1])) if found else None
-        if found is None or name is None or found[0] not in ("delayed", "dead"):
-            return False
-        with self._writing():
-            try:
-                self.folders.move(found[1], READY, fitted(name)._replace(deliveries=0, failures=0, due=0, mark=0))
-            except FileNotFoundError:
-                return False
-        return True
 
 
 _all: weakref.WeakSet[Maildir] = weakref.WeakSet()

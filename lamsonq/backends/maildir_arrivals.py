@@ -1,7 +1,9 @@
 """What comes next in a maildir queue, and sleeping until something does.
 
-Rules: names come in the order of their keys, which is the order in which they were put. A delayed job becomes ready by
-a rename when it is due. What cannot be a job is left where it is, said once, and never looked at again.
+Rules: names come by priority, then in the order of their keys, which is the order in which they were put; where the
+kernel gives no watches, an urgent job comes behind those that are known already. A delayed job becomes ready by a
+rename when it is due. What cannot be a job is left where it is, said once, and never looked at again. Of jobs that have
+a target the record is read before the claim: one that is not asked for is never touched, and not read again.
 """
 
 from __future__ import annotations
@@ -11,11 +13,10 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
 
 from lamsonq.backends.backlog import Backlog, Entry
-from lamsonq.backends.maildir_files import READY, Folders
-from lamsonq.backends.maildir_names import due_of, fitted, is_bound, is_deleted, is_newer, parse_name
+from lamsonq.backends.maildir_files import READY, Folders, Unreadable, read_record
+from lamsonq.backends.maildir_names import due_of, fitted, is_bound, is_deleted, is_newer, parse_name, priority_of
 from lamsonq.backends.watch import Watch
 
 BLIND_LOOK_EVERY = 1.0
@@ -27,16 +28,17 @@ _FEW = 200
 class Arrivals:
     """The ready and the delayed of one queue, for the one thread that reserves; `wake` is for any thread."""
 
-    def __init__(self, folders: Folders, clock: Callable[[], float]) -> None:
+    def __init__(self, folders: Folders) -> None:
         self._folders = folders
-        self._clock = clock
         self._lock = threading.RLock()
         self._watch: Watch | None = None
         self._left_alone: set[str] = set()
         self._aside: dict[str, str] = {}
+        self._only: frozenset[str] | None = None
+        self._passed_over: set[str] = set()
         self._blind_look_at = 0.0
         ready = folders.of("ready")
-        self._ready = {False: Backlog(ready, self._rank), True: Backlog(ready, self._rank_bound)}
+        self._ready = Backlog(ready, self._rank_ready)
         self._delayed = Backlog(folders.of("delayed"), self._rank_delayed)
 
     # -- what is next ------------------------------------------------------------------------------------------
@@ -55,22 +57,60 @@ class Arrivals:
         if not watch.tried:
             self._follow(watch)
 
-    def next(self, bound: bool, *, more: bool) -> Entry | None:
+    def ask_for(self, only: frozenset[str] | None) -> None:
+        """From now on only jobs with these targets are wanted; None: all jobs."""
+        if only != self._only:
+            self._only = only
+            self._passed_over.clear()
+            self._ready.clear()
+
+    def next(self, *, more: bool) -> Entry | None:
         """The next name; `more` is whether to look into the directories when none is known."""
-        backlog = self._ready[bound]
+        while (entry := self._pop(more)) is not None:
+            if self._is_wanted(entry):
+                return entry
+        return None
+
+    def any(self) -> bool:
+        """Whether there may be a next name."""
+        while (entry := self.next(more=True)) is not None:
+            if os.path.lexists(os.path.join(entry.folder, entry.name)):
+                self._ready.put_back(entry)
+                return True
+        return False
+
+    def _pop(self, more: bool) -> Entry | None:
+        backlog = self._ready
         entry = backlog.pop()
         if entry is None and more and backlog.refill(self._seeing):
-            if len(backlog) > _FEW and not self._seeing:
-                # Jobs that come of these ones, bound to one call each, are to run among them and not after them all.
+            if len(backlog) > 1 and not self._seeing:
+                # What comes while these are worked, more urgent or of one of them, is to run among them.
                 self._look_seldom()
                 backlog.refill(self._seeing)
             entry = backlog.pop()
         return entry
 
+    def _is_wanted(self, entry: Entry) -> bool:
+        if self._only is None:
+            return True
+        name = parse_name(entry.name)
+        try:
+            wanted = name is None or read_record(os.path.join(entry.folder, entry.name), name).target in self._only
+        except FileNotFoundError:
+            return False  # another process was faster
+        except (Unreadable, ValueError):
+            return True  # who claims it says what is wrong
+        except OSError:
+            self.look_again()
+            raise
+        if not wanted:
+            self._passed_over.add(entry.name)
+        return wanted
+
     def look_again(self) -> None:
         """Something that was taken out is still there."""
-        for backlog in self._backlogs():
-            backlog.outdate()
+        self._ready.outdate()
+        self._delayed.outdate()
 
     def set_aside(self, entry: Entry) -> None:
         self._aside[entry.name] = entry.folder
@@ -79,8 +119,7 @@ class Arrivals:
         """What was set aside comes next."""
         aside, self._aside = self._aside, {}
         for name, folder in aside.items():
-            for backlog in self._ready.values():
-                backlog.add(folder, name, known=True)
+            self._ready.add(folder, name, known=True)
 
     @property
     def has_aside(self) -> bool:
@@ -91,7 +130,7 @@ class Arrivals:
         if not blind or time.monotonic() >= self._blind_look_at:
             self._blind_look_at = time.monotonic() + BLIND_LOOK_EVERY
             self._delayed.refill(self._seeing)
-        now = int(self._clock() * 1000)
+        now = int(self._folders.now() * 1000)
         while (first := self._delayed.peek()) is not None and int(first.rank) <= now:
             self._delayed.pop()
             name = parse_name(first.name)
@@ -99,15 +138,19 @@ class Arrivals:
                 continue
             with contextlib.suppress(FileNotFoundError):  # another process was faster
                 path = self._folders.move(os.path.join(first.folder, first.name), READY, fitted(name)._replace(due=0))
-                for backlog in self._ready.values():
-                    backlog.add(os.path.dirname(path), os.path.basename(path), known=True)
-
-    def _backlogs(self) -> Iterator[Backlog]:
-        yield from (*self._ready.values(), self._delayed)
+                self._ready.add(os.path.dirname(path), os.path.basename(path), known=True)
 
     # -- which names can be taken ------------------------------------------------------------------------------
 
-    def _rank(self, folder: str, name: str, regular: bool) -> str | None:
+    def _rank_ready(self, folder: str, name: str, regular: bool) -> str | None:
+        if self._only is not None and (not is_bound(name) or name in self._passed_over):
+            return None
+        return f"{priority_of(name):010d}{name}" if self._is_possible(folder, name, regular) else None
+
+    def _rank_delayed(self, folder: str, name: str, regular: bool) -> str | None:
+        return f"{due_of(name):015d}" if self._is_possible(folder, name, regular) else None
+
+    def _is_possible(self, folder: str, name: str, regular: bool) -> bool:
         reason = ""
         if name.startswith("."):
             reason = "its name begins with a dot"
@@ -117,14 +160,8 @@ class Arrivals:
             reason = "a newer version of lamsonq wrote it"
         if reason:
             self.leave_alone(os.path.join(folder, name), reason)
-            return None
-        return None if is_deleted(name) or name in self._left_alone or name in self._aside else name
-
-    def _rank_bound(self, folder: str, name: str, regular: bool) -> str | None:
-        return self._rank(folder, name, regular) if is_bound(name) else None
-
-    def _rank_delayed(self, folder: str, name: str, regular: bool) -> str | None:
-        return None if self._rank(folder, name, regular) is None else f"{due_of(name):015d}"
+            return False
+        return not (is_deleted(name) or name in self._left_alone or name in self._aside)
 
     def leave_alone(self, path: str, reason: str) -> None:
         name = os.path.basename(path)
@@ -160,7 +197,7 @@ class Arrivals:
             seconds = min(seconds, BLIND_LOOK_EVERY)
         first = self._delayed.peek()
         if first is not None:
-            seconds = min(seconds, int(first.rank) / 1000 - self._clock())
+            seconds = min(seconds, int(first.rank) / 1000 - self._folders.now())
         return watch.wait(seconds)
 
     def follow_moved(self) -> None:
@@ -180,8 +217,7 @@ class Arrivals:
             return
         delayed = self._folders.of("delayed")
         for folder, name in news:
-            for backlog in (self._delayed,) if folder in delayed else self._ready.values():
-                backlog.add(folder, name)
+            (self._delayed if folder in delayed else self._ready).add(folder, name)
 
     def close(self) -> None:
         """Stop watching. Takes no lock: in a forked child a thread that is not there may hold it."""

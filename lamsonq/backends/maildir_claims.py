@@ -9,7 +9,9 @@ Rules:
    however the process ends, so no clock can break a claim and none outlives its worker.
 2. Whoever gets the lock of another worker knows that it is dead, and is the only one who acts on it.
 3. The lock is made before the folder and goes after it: a folder without a lock is one whose lock was deleted by hand.
-4. A forked child closes its copies of the lock, which does not release it, and starts as a worker of its own.
+4. What a worker has written into its lock, "forgiven 17", tells that its claims up to that number are not to be counted
+   against their jobs: it is being stopped, and may be killed.
+5. A forked child closes its copies of the lock, which does not release it, and starts as a worker of its own.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import weakref
 from collections.abc import Iterator
 
 _LOCK = ".lock"
+_FORGIVEN = "forgiven "
 
 
 class Worker:
@@ -38,6 +41,10 @@ class Worker:
     def close(self) -> None:
         """Stop being a worker: what is still in the folder is found by the next reaper."""
         self._finalizer()
+
+    def forgive(self, number: int) -> None:
+        """Its claims up to this number are not to count when it dies. Raises OSError."""
+        os.pwrite(self._fd, f"{_FORGIVEN}{number}\n".encode("ascii"), 0)
 
     def forget(self) -> None:
         """In a forked child: the worker is the parent."""
@@ -82,8 +89,9 @@ def _remove(folder: str) -> None:
         pass
 
 
-def dead_workers(claimed: str, own: str | None) -> Iterator[str]:
-    """The folder of each dead worker, locked while the caller deals with it; an emptied one is removed after that."""
+def dead_workers(claimed: str, own: str | None) -> Iterator[tuple[str, int]]:
+    """The folder of each dead worker, and the number up to which its claims are forgiven; it is locked while the caller
+    deals with it, and removed after that if it is empty."""
     names = set(os.listdir(claimed))
     for worker in sorted({name.removesuffix(_LOCK) for name in names} - {own}):
         folder = os.path.join(claimed, worker)
@@ -91,10 +99,16 @@ def dead_workers(claimed: str, own: str | None) -> Iterator[str]:
         if fd is None:
             continue
         try:
-            yield folder
+            yield folder, _forgiven(fd)
             _remove(folder)
         finally:
             os.close(fd)
+
+
+def _forgiven(fd: int) -> int:
+    told = os.pread(fd, 64, 0).decode("ascii", "replace").partition("\n")[0]
+    number = told.removeprefix(_FORGIVEN)
+    return int(number) if told != number and number.isdecimal() else 0
 
 
 def _take_lock(path: str, *, new: bool) -> int | None:

@@ -10,40 +10,49 @@ Rules:
 1. Nothing is visible before 2, and the handler never runs again after it. Whoever finds a committed file of a dead
    worker does 3 and 4, and may do so again and again: a staged file that is not there has gone out already.
 2. The manifest goes last: a committed file whose manifest is gone was damaged by hand, and becomes a dead letter.
-3. Between maildirs on one file system a put leaves exactly once. To another file system, or a store of another kind,
+3. `unique` and gates decide when a put is published; one that they keep out is dropped then.
+4. Between maildirs on one file system a put leaves exactly once. To another file system, or a store of another kind,
    a crash in the moment of handing over can make it leave twice, under one key; it is never lost.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import msgspec
 
 from lamsonq import backends
 from lamsonq.backends.durable import remove_file, sync_folder, write_file
-from lamsonq.backends.maildir_files import DEAD, DELAYED, READY, Folders, Place, read_job
-from lamsonq.backends.maildir_names import Name, parse_name
+from lamsonq.backends.maildir_files import DEAD, DELAYED, DONE, Folders, Place, read_job
+from lamsonq.backends.maildir_guards import Guards
+from lamsonq.backends.maildir_names import parse_name
 from lamsonq.errors import Dead, Later
-from lamsonq.jobs import Put
+from lamsonq.jobs import KEPT, Debounce, Gate, Put, Tick
+from lamsonq.reports import entries
 
 VERSION = 1
+_GATES: dict[str, type[Debounce | Tick]] = {"debounce": Debounce, "tick": Tick}
 
 
 class Fate(msgspec.Struct, frozen=True):
-    """What becomes of the settled job itself: `folder` is "" when it is gone. `reported`: it has failed before."""
+    """What becomes of the settled job itself: `folder` is "" when it is gone. `reported`: it has failed before.
+    `unique` marks what like jobs need no longer wait for."""
 
     folder: str = ""
     name: str = ""
     report: str = ""
     reported: bool = False
+    unique: str = ""
 
 
 class Publication(msgspec.Struct, frozen=True):
-    """One put: the staged file's name, and the queue (a path, or another store's URL), folder and name it gets."""
+    """One put: the staged file's name, the queue (a path, or another store's URL) and its place there."""
 
     staged: str
     queue: str
@@ -51,6 +60,18 @@ class Publication(msgspec.Struct, frozen=True):
     name: str
     report: str = ""
     foreign: bool = False
+    entry: str = ""
+    unique: str | None = None
+    gate: dict[str, Any] | None = None
+    open_end: bool = True
+
+    def place(self) -> Place:
+        """Raises ValueError for one that a newer version has made."""
+        name = parse_name(self.name)
+        if name is None:
+            raise ValueError(f"{self.name!r} has a name of a newer version")
+        gate = None if self.gate is None else _gate_of(self.gate)
+        return Place(self.folder, name, b"", self.report, self.entry, self.unique, gate, self.open_end)
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -70,14 +91,47 @@ class Target(NamedTuple):
     place: Place
 
 
-def stage(home: Folders, token: str, fate: Fate, targets: Sequence[Target]) -> Manifest:
-    """Step 1. On an OSError nothing is left."""
-    publications: list[Publication] = []
+def _kept_gate(gate: Gate | None) -> dict[str, Any] | None:
+    for kind, known in _GATES.items():
+        if isinstance(gate, known):
+            return {"kind": kind, **asdict(gate)}
+    if gate is not None:
+        raise ValueError(f"what a settle puts may have Debounce and Tick as a gate, not {type(gate).__name__}")
+    return None
+
+
+def _gate_of(kept: Mapping[str, Any]) -> Gate:
+    fields = dict(kept)
+    kind = fields.pop("kind", None)
     try:
-        for number, (put, queue, foreign, place) in enumerate(targets):
-            staged = f"{token}.{number}"
-            publications.append(Publication(staged, queue, place.folder, place.name.text(), place.report, foreign))
-            write_file(home.at("held", staged), place.block, put.job.body)
+        return _GATES[kind](**fields)
+    except (KeyError, TypeError):
+        raise ValueError(f"this lamsonq knows no gate as {kept!r}") from None
+
+
+def _publication(staged: str, target: Target) -> Publication:
+    put, queue, foreign, place = target
+    gate = _kept_gate(put.gate)
+    return Publication(
+        staged,
+        queue,
+        place.folder,
+        place.name.text(),
+        place.report,
+        foreign,
+        place.entry,
+        place.unique,
+        gate,
+        place.open_end,
+    )
+
+
+def stage(home: Folders, token: str, fate: Fate, targets: Sequence[Target]) -> Manifest:
+    """Step 1. On an OSError nothing is left. Raises ValueError for a gate that cannot be kept."""
+    publications = [_publication(f"{token}.{number}", target) for number, target in enumerate(targets)]
+    try:
+        for publication, target in zip(publications, targets, strict=True):
+            write_file(home.at("held", publication.staged), target.place.block, target.put.job.body)
         manifest = Manifest(fate, tuple(publications))
         # json, not msgspec, because file names may hold undecodable bytes.
         write_file(_manifest_path(home, token), json.dumps(msgspec.to_builtins(manifest)).encode("ascii"))
@@ -111,52 +165,91 @@ def _manifest_path(home: Folders, token: str) -> str:
     return home.at("held", f"{token}.json")
 
 
-def publish(home: Folders, committed: str, manifest: Manifest, live: Mapping[str, Put]) -> None:
-    """Step 3, as often as needed. `live` has the puts of this process by staged name. Raises OSError, QueueError."""
+def publish(
+    home: Folders, committed: str, manifest: Manifest, live: Mapping[str, Put], results: list[bool] | None = None
+) -> None:
+    """Step 3, as often as needed. `live` has the puts of this process by staged name; `results`, in the order of the
+    publications, become False where something is kept out. Raises OSError, QueueError, ValueError."""
     touched: dict[str, None] = {}
-    for publication in manifest.publications:
+    for number, publication in enumerate(manifest.publications):
         staged = home.at("held", publication.staged)
+        let_in = True
         if not os.path.lexists(staged):
             touched[os.path.join(publication.queue, publication.folder)] = None
         elif publication.foreign:
-            _hand_over(staged, publication, live.get(publication.staged))
+            let_in = _hand_over(staged, publication, live.get(publication.staged))
         else:
-            _move_out(staged, committed, publication)
+            let_in = _move_out(home, staged, committed, publication)
             touched[os.path.join(publication.queue, publication.folder)] = None
+        if results is not None:
+            results[number] = let_in
     for folder in touched:
         if os.path.isdir(folder):
             sync_folder(folder)
 
 
-def _move_out(staged: str, committed: str, publication: Publication) -> None:
-    target = Folders(publication.queue)
-    name = _name(publication)
-    if publication.report:
-        target.set_report(name.key, publication.report)
-    # On another file system the message must not be there before the commit is certain.
-    target.adopt(staged, publication.folder, name, first=os.path.dirname(committed))
+def _move_out(home: Folders, staged: str, committed: str, publication: Publication) -> bool:
+    place = publication.place()
+    guards = Guards(Folders(publication.queue, home.now))
+    with guards.locked() if place.guarded else contextlib.nullcontext():
+        try:
+            path = guards.publish(staged, place)
+            moved = bool(path)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            path, moved = _copy_out(staged, committed, place, guards), False
+        if place.guarded:
+            guards.sync([(place, path)])
+    if not moved:  # it is kept out, there already, or on another file system
+        os.unlink(staged)
+    return path is not None
 
 
-def _hand_over(staged: str, publication: Publication, put: Put | None) -> None:
-    """Give a staged job to a store of another kind."""
-    if put is None:
-        name = _name(publication)
-        job = read_job(staged, name)
-        outcome = {
-            READY: None,
-            DELAYED: Later(publication.report.strip(), at=job.due),
-            DEAD: Dead(publication.report.strip()),
-        }[publication.folder]
-        put = Put(backends.open_backend(publication.queue), job, outcome)
-    put.store.put([put])
+def _copy_out(staged: str, committed: str, place: Place, guards: Guards) -> str | None:
+    sync_folder(os.path.dirname(committed))  # before the commit is certain, nothing must be there
+    copy = guards.folders.copy_in(staged)
+    path: str | None = None
+    try:
+        path = guards.publish(copy, place)
+        guards.sync([(place, path)])
+    except OSError:
+        guards.retract(copy, place, path)
+        raise
+    if not path:
+        remove_file(copy)
+    return path
+
+
+def _hand_over(staged: str, publication: Publication, put: Put | None) -> bool:
+    """Give a staged job to a store of another kind; whether it is kept there."""
+    put = put or _put_of(staged, publication)
+    [kept] = put.store.put([put])
     os.unlink(staged)
+    return kept
 
 
-def _name(publication: Publication) -> Name:
-    name = parse_name(publication.name)
-    if name is None:
-        raise ValueError(f"{publication.name!r} has a name of a newer version")
-    return name
+def _put_of(staged: str, publication: Publication) -> Put:
+    """The put that another process had staged."""
+    place = publication.place()
+    job = read_job(staged, place.name)
+    store = backends.open_backend(publication.queue)
+    if place.folder == DONE:
+        return Put(store, job, KEPT, place.gate, place.report)
+    if not (place.entry or place.folder == DEAD):
+        return Put(store, job, None, place.gate, place.report)
+    failure = entries(place.entry)[-1:]
+    reason = failure[0].reason if failure else ""
+    outcome = (
+        Later(reason, at=job.due)
+        if place.folder == DELAYED
+        else Dead(reason)
+        if place.folder == DEAD
+        else Later(reason)
+    )
+    if failure and failure[0].details:
+        outcome.add_note(failure[0].details)
+    return Put(store, job, outcome, place.gate, place.report)
 
 
 def finish(home: Folders, committed: str, key: str, fate: Fate, token: str) -> None:
@@ -179,6 +272,17 @@ def sweep(home: Folders, worker: str, kept: Sequence[str]) -> None:
 
 def apply_fate(home: Folders, path: str, key: str, fate: Fate) -> None:
     """Let a settled job go where its outcome says. Raises FileNotFoundError when its file has been taken away."""
+    guards = Guards(home)
+    released = bool(fate.unique) and guards.release(fate.unique, path)
+    try:
+        _apply_fate(home, path, key, fate)
+    except OSError:
+        if released:
+            guards.retake(fate.unique, path)
+        raise
+
+
+def _apply_fate(home: Folders, path: str, key: str, fate: Fate) -> None:
     if not fate.folder:
         os.unlink(path)
         if fate.reported:

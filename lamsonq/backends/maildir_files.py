@@ -3,9 +3,12 @@
     run/posts/new cur tmp           ready; `cur` because mail programs move there what they have shown
     run/posts/.delayed/new cur tmp  waiting for their time, a Maildir++ folder
     run/posts/.dead/new cur tmp     dead letters, the same
+    run/posts/.done/new cur tmp     the archive, the same
     run/posts/claimed/<worker>/     being worked (lamsonq/backends/maildir_claims.py)
     run/posts/held/                 not yet certain (lamsonq/backends/maildir_commit.py)
-    run/posts/errors/<key>          why a job failed
+    run/posts/errors/<key>          why a job failed (lamsonq/reports.py)
+    run/posts/guards/               who is unique, and when a gate opens (lamsonq/backends/maildir_guards.py)
+    run/posts/paused                there while nothing is to be reserved
 
 Rules: folders are 0700 and files 0600. A rename is the only way into a folder. No name is ever renamed onto another:
 where it is taken, a mark in the name keeps the two apart. Reports are for people; a report that cannot be written
@@ -21,24 +24,31 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import IO, NamedTuple
 
-from lamsonq.backends.durable import make_folders, remove_file, sync_folder, write_file
+from lamsonq import clock
+from lamsonq.backends.durable import make_folders, sync_folder, write_file
 from lamsonq.backends.maildir_names import Name, Record, decode_block, encode_block, fitted
-from lamsonq.errors import Dead, Later, QueueError, report_of
-from lamsonq.jobs import Job, Put
+from lamsonq.errors import Dead, Later, QueueError
+from lamsonq.jobs import Done, Gate, Job, Put, due_after
+from lamsonq.reports import entry_of
 
-READY, DELAYED, DEAD = "new", ".delayed/new", ".dead/new"
+READY, DELAYED, DEAD, DONE = "new", ".delayed/new", ".dead/new", ".done/new"
 STATES: Mapping[str, tuple[str, ...]] = {
     "ready": ("new", "cur"),
     "delayed": (".delayed/new", ".delayed/cur"),
     "dead": (".dead/new", ".dead/cur"),
+    "done": (".done/new", ".done/cur"),
 }
-_FOLDERS = (
-    *("tmp", "new", "cur", "claimed", "held", "errors"),
-    *(f"{state}/{sub}" for state in (".delayed", ".dead") for sub in ("tmp", "new", "cur")),
+TAKEN_FROM = ("ready", "delayed", "dead", "done")
+"""Where a tool may take a job from, in the order in which a name counts them."""
+_EXTRA = (".delayed", ".dead", ".done")
+FOLDERS = (
+    *("tmp", "new", "cur", "claimed", "held", "errors", "guards"),
+    *(f"{folder}/{sub}" for folder in _EXTRA for sub in ("tmp", "new", "cur")),
 )
+"""What a queue consists of."""
 _ABANDONED = 36 * 3600.0
 _ADVICE = {
     errno.EROFS: "mount it writable or set another queue directory",
@@ -62,10 +72,11 @@ def queue_error(name: str, error: OSError, data: object = None) -> QueueError:
 
 
 class Folders:
-    """The directories of one queue; `path` is absolute."""
+    """The directories of one queue; `path` is absolute, `now` gives seconds since the epoch."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, now: Callable[[], float] = clock.now) -> None:
         self.path = path
+        self.now = now
         self._made = False
 
     def at(self, *parts: str) -> str:
@@ -79,8 +90,8 @@ class Folders:
         have made it a moment ago and not yet synced it."""
         if self._made and not again:
             return
-        make_folders(self.at(folder) for folder in _FOLDERS)
-        for folder in (self.at(".delayed"), self.at(".dead"), self.path, os.path.dirname(self.path)):
+        make_folders(self.at(folder) for folder in FOLDERS)
+        for folder in (*map(self.at, _EXTRA), self.path, os.path.dirname(self.path)):
             with contextlib.suppress(PermissionError):  # a parent that is not ours to read was there before
                 sync_folder(folder)
         self._made = True
@@ -95,6 +106,11 @@ class Folders:
     def move(self, source: str, folder: str, name: Name) -> str:
         """Rename a file into a folder. Raises FileNotFoundError when the file is not there (any more)."""
         target = self.free(folder, name)
+        self.rename(source, target)
+        return target
+
+    def rename(self, source: str, target: str) -> None:
+        """Rename a file to a path in this queue that is not taken. Raises FileNotFoundError when it is gone."""
         try:
             os.rename(source, target)
         except FileNotFoundError:
@@ -102,38 +118,37 @@ class Folders:
                 raise
             self.make(again=True)
             os.rename(source, target)
-        return target
 
-    def adopt(self, source: str, folder: str, name: Name, *, first: str = "") -> None:
-        """Move a file in from another queue, by a copy where that is on another file system; `first` is a folder to be
-        synced before that copy."""
+    def copy_in(self, source: str) -> str:
+        """A synced copy in tmp/ of a file on another file system."""
+        copy = self.at("tmp", f"{os.path.basename(source)}.{secrets.token_hex(4)}")
+        with open(source, "rb") as file:
+            write_file(copy, file.read())
+        return copy
+
+    def adopt(self, source: str, folder: str, name: Name) -> None:
+        """Move a file in from another queue, by a copy where that is on another file system."""
         try:
             self.move(source, folder, name)
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
-            if first:
-                sync_folder(first)
-            copy = self.at("tmp", os.path.basename(source))
-            remove_file(copy)  # of an earlier try
-            with open(source, "rb") as file:
-                write_file(copy, file.read())
-            self.move(copy, folder, name)
+            self.move(self.copy_in(source), folder, name)
             sync_folder(self.at(folder))
             os.unlink(source)
 
     def bury(self, path: str, name: Name, reason: str) -> None:
         """Make a dead letter of a claimed file that no handler is to see."""
         logging.error("Job %s of %s is a dead letter: %s", name.key, self.path, reason)
-        self.add_report(name.key, reason)
-        self.move(path, DEAD, name._replace(mark=0, commit=0, errors=1))
+        self.add_report(name.key, entry_of(Dead(reason), name.failures + 1, self.now()))
+        self.move(path, DEAD, name._replace(mark=0, commit=0, taken=0, errors=1))
 
-    def sweep(self) -> None:
-        """Remove what was never finished in tmp/: the maildir convention gives a writer 36 hours."""
+    def abandoned(self) -> list[str]:
+        """What was never finished in tmp/: the maildir convention gives a writer 36 hours."""
         with contextlib.suppress(OSError), os.scandir(self.at("tmp")) as found:
-            for entry in found:
-                if entry.is_file(follow_symlinks=False) and time.time() - entry.stat().st_mtime > _ABANDONED:
-                    remove_file(entry.path)
+            files = [entry for entry in found if entry.is_file(follow_symlinks=False)]
+            return [entry.path for entry in files if time.time() - entry.stat().st_mtime > _ABANDONED]
+        return []
 
     def add_report(self, key: str, text: str) -> None:
         self._report(key, text, os.O_APPEND)
@@ -171,6 +186,31 @@ class Oversize(Exception):
 def read_job(path: str, name: Name, *, limit: int = 0, claim: str = "") -> Job:
     """The job in this file. Raises FileNotFoundError, Unreadable, Oversize; ValueError with a reason for a record that
     does not check out; and the OSError where the machine is short of something."""
+    with _opened(path) as (file, facts):
+        if limit and facts.st_size - name.block > limit:
+            raise Oversize
+        try:
+            block = file.read(min(name.block, facts.st_size)) if name.block else b""
+            body = file.read()
+        except OSError as error:
+            raise Unreadable(error.strerror) from error
+    return _job(name, block, body, facts.st_mtime, claim)
+
+
+def read_record(path: str, name: Name) -> Record:
+    """What stands in front of a message. Raises as `read_job` does."""
+    with _opened(path) as (file, facts):
+        if not name.block:
+            return Record(received=facts.st_mtime)
+        try:
+            block = file.read(min(name.block, facts.st_size))
+        except OSError as error:
+            raise Unreadable(error.strerror) from error
+    return decode_block(block, name.block)
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[tuple[IO[bytes], os.stat_result]]:
     try:
         # O_NONBLOCK: a fifo must not hang us.
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -182,18 +222,10 @@ def read_job(path: str, name: Name, *, limit: int = 0, claim: str = "") -> Job:
         facts = os.fstat(fd)
         if not stat.S_ISREG(facts.st_mode):
             raise Unreadable("not a file")
-        if limit and facts.st_size - name.block > limit:
-            raise Oversize
-        try:
-            block = file.read(min(name.block, facts.st_size)) if name.block else b""
-            body = file.readall()
-        except OSError as error:
-            raise Unreadable(error.strerror) from error
-    return _job(name, block, body, facts.st_mtime, claim)
+        yield file, facts
 
 
 def _job(name: Name, block: bytes, body: bytes, received: float, claim: str) -> Job:
-    due = name.due / 1000 if name.due else None
     record = decode_block(block, name.block) if name.block else Record(received=received)
     return Job(
         key=name.key,
@@ -203,7 +235,10 @@ def _job(name: Name, block: bytes, body: bytes, received: float, claim: str) -> 
         peer=record.peer,
         target=record.target,
         received=record.received,
-        due=due,
+        due=name.due / 1000 if name.due else None,
+        expires=name.expires / 1000 if name.expires else None,
+        priority=name.priority,
+        unique=record.unique,
         deliveries=name.deliveries,
         attempts=name.failures,
         metadata=record.metadata,
@@ -212,31 +247,51 @@ def _job(name: Name, block: bytes, body: bytes, received: float, claim: str) -> 
 
 
 class Place(NamedTuple):
-    """Where a new job goes, the line in front of it, and why it failed before it came."""
+    """Where a new job goes, the line in front of it, and the failures before it came: `report` is brought along,
+    `entry` is the outcome's. `open_end`: the gate, if there is one, says when the job is due."""
 
     folder: str
     name: Name
-    block: bytes
-    report: str
+    block: bytes = b""
+    report: str = ""
+    entry: str = ""
+    unique: str | None = None
+    gate: Gate | None = None
+    open_end: bool = True
+
+    @property
+    def guarded(self) -> bool:
+        """Whether it is decided at the put if the job is kept."""
+        return self.unique is not None or self.gate is not None
+
+    def due_at(self, due: float | None, now: float) -> Place:
+        """The same job, ready or, where `due` lies ahead, delayed."""
+        if due is None or due <= now:
+            return self._replace(folder=READY, name=self.name._replace(due=0))
+        return self._replace(folder=DELAYED, name=self.name._replace(due=milliseconds(due)))
 
 
-def place_of(put: Put, now: float, delay: float) -> Place:
-    """`delay` is the back-off, in seconds, of a job that has failed before."""
+def place_of(put: Put, now: float) -> Place:
+    """Where the job of a put goes, if nothing keeps it out."""
     job, outcome = put.job, put.outcome
     block = encode_block(job, job.received or now)
-    name = fitted(Name(job.key, block=len(block), failures=job.attempts, bound=int(job.target is not None)))
-    report = ""
-    due = job.due
-    if outcome is not None:
-        name, report = name._replace(errors=1), report_of(outcome)
-        due = outcome.at if isinstance(outcome, Later) else None
-        if due is None and job.attempts:
-            due = now + delay
-    if isinstance(outcome, Dead):
-        return Place(DEAD, name, block, report)
-    if due is not None and due > now:
-        return Place(DELAYED, name._replace(due=milliseconds(due)), block, report)
-    return Place(READY, name, block, report)
+    entry = entry_of(outcome, max(job.attempts, 1), now) if isinstance(outcome, Later | Dead) else ""
+    name = Name(
+        job.key,
+        block=len(block),
+        failures=job.attempts,
+        bound=int(job.target is not None),
+        errors=int(bool(put.report or entry)),
+        priority=job.priority,
+        expires=0 if job.expires is None else milliseconds(job.expires),
+        unique=int(job.unique is not None),
+    )
+    place = Place(READY, fitted(name), block, put.report, entry, job.unique, put.gate)
+    if isinstance(outcome, Dead | Done):
+        return place._replace(folder=DEAD if isinstance(outcome, Dead) else DONE, open_end=False)
+    if isinstance(outcome, Later) and (outcome.at is not None or job.attempts):
+        return place._replace(open_end=False).due_at(due_after(outcome, job.attempts, now), now)
+    return place.due_at(job.due, now)
 
 
 def milliseconds(at: float) -> int:

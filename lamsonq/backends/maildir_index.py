@@ -7,12 +7,15 @@ the directories each time; what is remembered is only a hint, the file system de
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 
 from lamsonq.backends.maildir_files import STATES, Folders
-from lamsonq.backends.maildir_names import is_deleted, is_newer
+from lamsonq.backends.maildir_names import is_deleted, is_newer, key_of, priority_of
+from lamsonq.jobs import STATES as ALL
 
 _RESERVED = "reserved"
+_SECONDS = re.compile(r"([0-9]{9,11})\.")
 
 
 class Index:
@@ -24,29 +27,45 @@ class Index:
 
     def keys(self, state: str) -> list[str]:
         """Raises ValueError for a state that is none."""
-        found = [(key_of(path), path) for path in self._paths(state)]
-        self._hints.update((key, (state, path)) for key, path in found)
-        return sorted(key for key, _ in found)
+        found = []
+        for path in self.paths(state):
+            name = os.path.basename(path)
+            key = key_of(name)
+            self._hints[key] = state, path
+            found.append((priority_of(name), key))
+        return [key for _, key in sorted(found)]
 
     def counts(self) -> dict[str, int]:
-        return {state: sum(1 for _ in self._paths(state)) for state in (*STATES, _RESERVED)}
+        return {state: sum(1 for _ in self.paths(state)) for state in ALL}
+
+    def present(self, keys: Collection[str]) -> set[str]:
+        """Which of these keys are there, in any state. Reads all directories, unless there are no keys."""
+        # In the order in which jobs move, and the ready once more, so that hardly one that moves is missed.
+        states = ("ready", _RESERVED, "delayed", "dead", "done", "ready") if keys else ()
+        return {
+            key for state in states for path in self.paths(state) if (key := key_of(os.path.basename(path))) in keys
+        }
+
+    def oldest(self) -> str | None:
+        """The ready file that was put first, whatever its priority: a key of ours begins with that moment."""
+        return min(self.paths("ready"), key=put_at, default=None)
 
     def find(self, key: str) -> tuple[str, str] | None:
         """(state, path) of the job with this key."""
         hint = self._hints.pop(key, None)
         if hint is not None and os.path.lexists(hint[1]):
             return hint
-        self._hints = {key_of(path): (state, path) for state in (*STATES, _RESERVED) for path in self._paths(state)}
+        self._hints = {key_of(os.path.basename(path)): (state, path) for state in ALL for path in self.paths(state)}
         return self._hints.get(key)
 
-    def _paths(self, state: str) -> Iterator[str]:
+    def paths(self, state: str) -> Iterator[str]:
         if state == _RESERVED:
             yield from self._reserved()
         elif state in STATES:
             for folder in self._folders.of(state):
                 yield from _files(folder)
         else:
-            raise ValueError(f"a job is {', '.join((*STATES, _RESERVED))}; not {state!r}")
+            raise ValueError(f"a job is {', '.join(ALL)}; not {state!r}")
 
     def _reserved(self) -> Iterator[str]:
         claimed = self._folders.at("claimed")
@@ -56,9 +75,15 @@ class Index:
                 yield from _files(os.path.join(claimed, worker))
 
 
-def key_of(path: str) -> str:
-    """The key in a file's name."""
-    return os.path.basename(path).partition(":2,")[0].partition(",")[0]
+def put_at(path: str) -> tuple[float, str]:
+    """When a job came, and its name: its key tells, and where another program has chosen that, its file."""
+    name = os.path.basename(path)
+    if match := _SECONDS.match(name):
+        return float(match[1]), name
+    try:
+        return os.lstat(path).st_mtime, name
+    except OSError:  # taken while we looked
+        return float("inf"), name
 
 
 def _files(folder: str) -> Iterator[str]:

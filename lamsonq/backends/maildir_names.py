@@ -9,12 +9,15 @@ Rules:
 1. A name begins with the key; fields follow, each behind a comma; `:2,` and flags end it. Fields of other programs are
    kept as they are. Ours is `LQ=`, a version, then letters with numbers; those that are zero are left out.
    b: length of our line, d: deliveries, f: failures, t: due (ms since the epoch), o: has a target, e: a report lies
-   beside, k: mark of a claim, c: number of a commit.
+   beside, k: mark of a claim, c: number of a commit, p: priority, x: expires (ms since the epoch), q: is unique, r:
+   taken by a tool (1 from the ready, 2 the delayed, 3 the dead, 4 the archive), and goes back there.
 2. No `LQ=`: a stranger's file, and all of it is the message. A version that we do not know: left untouched.
 3. What must be known about a message stands in one line of ASCII JSON in front of it, and the *name* tells how long
    that line is. A header that looks like ours inside a message is only a header: nobody can forge a record by mail.
 4. Letters that other programs look for (`S` `W` of dovecot and courier, `U` `FMD5` of mbsync and offlineimap) are
    never used for a field.
+5. A key that this process has made and that was not put yet can be in no queue: it is remembered, so that most puts
+   need not look whether theirs is there.
 """
 
 from __future__ import annotations
@@ -37,18 +40,22 @@ PREFIX = b"X-Lamsonq-Job: "
 NAME_MAX = 255
 """Bytes that a file name may have on every local file system of Linux."""
 
-_OURS_MAX = 90  # our field with every number at its longest, and the flags that a mail program may add
+_OURS_MAX = 124  # our field with every number at its longest, and the flags that a mail program may add
 _NEWER = re.compile(r",LQ=(?!1(?![0-9]))[0-9]")
 _BOUND = re.compile(r",LQ=1[a-z0-9]*o1")
 _DUE = re.compile(r",LQ=1[a-z0-9]*?t([0-9]{1,15})")
+_PRIORITY = re.compile(r",LQ=1[a-z0-9]*?p([0-9]{1,18})")
 _FIELD = re.compile(r"LQ=1((?:[a-z][0-9]{1,18})*)")
 _PAIR = re.compile(r"([a-z])([0-9]+)")
-_TAGS = "bdftoekc"
+_TAGS = "bdftoekcpxqr"
+_DERIVED = re.compile(r"^[0-9]+\.M[0-9]+P[0-9]+Q[0-9]+(?:R[0-9]+)+(?:\.|$)|\.R[0-9]+$")
+_FRESH_MAX = 10_000
 
 
 class Name(NamedTuple):
     """What one file name says. `block` is the length of our line; `mark` keeps two files with one key apart; `commit`
-    is the number of the settle whose puts are certain (lamsonq/backends/maildir_commit.py)."""
+    is the number of the settle whose puts are certain (lamsonq/backends/maildir_commit.py); `taken` is 1 and where in
+    lamsonq.backends.maildir_files.TAKEN_FROM a tool has taken it."""
 
     key: str
     others: tuple[str, ...] = ()
@@ -60,12 +67,16 @@ class Name(NamedTuple):
     errors: int = 0
     mark: int = 0
     commit: int = 0
+    priority: int = 0
+    expires: int = 0
+    unique: int = 0
+    taken: int = 0
     trouble: str = ""
 
     def text(self) -> str:
         """The file name, without flags."""
         head = ",".join((self.key, *self.others))
-        pairs = zip(_TAGS[1:], self[3:10], strict=True)
+        pairs = zip(_TAGS[1:], self[3:14], strict=True)
         return f"{head},LQ={VERSION}b{self.block}" + "".join(f"{tag}{number}" for tag, number in pairs if number)
 
 
@@ -82,8 +93,7 @@ def parse_name(text: str) -> Name | None:
     numbers = {tag: int(digits) for tag, digits in _PAIR.findall(match[1])} if match else {}
     if match is None or len(ours) > 1 or not numbers.keys() <= set(_TAGS):
         return Name(key, others, trouble=f"its name has a field that cannot be read: {text!r}")
-    b, d, f, t, o, e, k, c = [numbers.get(tag, 0) for tag in _TAGS]
-    return Name(key, others, b, d, f, t, o, e, k, c)
+    return Name._make((key, others, *(numbers.get(tag, 0) for tag in _TAGS), ""))
 
 
 def is_newer(text: str) -> bool:
@@ -107,6 +117,17 @@ def due_of(text: str) -> int:
     return int(match[1]) if match else 0
 
 
+def priority_of(text: str) -> int:
+    """How urgent the job in this file is; 0, the most urgent, when the name does not tell."""
+    match = _PRIORITY.search(text)
+    return int(match[1]) if match else 0
+
+
+def key_of(text: str) -> str:
+    """The key in a file's name."""
+    return text.partition(":2,")[0].partition(",")[0]
+
+
 def fitted(name: Name) -> Name:
     """The same name, or one with a key of our own where this one would not fit into a file system."""
     size = len(os.fsencode(",".join((name.key, *name.others)))) + _OURS_MAX
@@ -127,6 +148,7 @@ class _Keys:
         self._lock = threading.Lock()
         self._count = itertools.count(1)
         self._last = 0
+        self._fresh: dict[str, None] = {}
 
     def new(self) -> str:
         with self._lock:
@@ -135,7 +157,15 @@ class _Keys:
                 now = self._last + 1
             self._last = now
             number = next(self._count)
-        return f"{now // 1_000_000}.M{now % 1_000_000:06d}P{os.getpid()}Q{number}.{_host()}"
+            key = f"{now // 1_000_000}.M{now % 1_000_000:06d}P{os.getpid()}Q{number}.{_host()}"
+            self._fresh[key] = None
+            if len(self._fresh) > _FRESH_MAX:
+                del self._fresh[next(iter(self._fresh))]
+        return key
+
+    def use(self, key: str) -> bool:
+        with self._lock:
+            return self._fresh.pop(key, self) is None
 
 
 _keys = _Keys()
@@ -144,6 +174,16 @@ _keys = _Keys()
 def new_key() -> str:
     """`<seconds>.M<microseconds>P<process>Q<number>.<host>`: what maildir programs call their files."""
     return _keys.new()
+
+
+def use_key(key: str) -> bool:
+    """A job is put under this key; whether none can be there that has it, because this process has just made it."""
+    return _keys.use(key)
+
+
+def is_derived(key: str) -> bool:
+    """Whether lamsonq.jobs.derived_key has made this key: only who has the parent makes it."""
+    return _DERIVED.search(key) is not None
 
 
 def _start_afresh() -> None:
@@ -164,11 +204,12 @@ class Record(msgspec.Struct, omit_defaults=True):
     target: str | None = None
     received: float = 0.0
     metadata: dict[str, str] = {}
+    unique: str | None = None
 
 
 def encode_block(job: Job, received: float) -> bytes:
     """The line in front of a message, for a job that was received at this time."""
-    record = Record(job.sender, job.recipients, job.peer, job.target, received, dict(job.metadata))
+    record = Record(job.sender, job.recipients, job.peer, job.target, received, dict(job.metadata), job.unique)
     # json, not msgspec, because it writes ASCII and does not refuse the surrogates of undecodable bytes.
     return PREFIX + json.dumps(msgspec.to_builtins(record), separators=(",", ":")).encode("ascii") + b"\n"
 

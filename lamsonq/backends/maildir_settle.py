@@ -7,7 +7,9 @@ Rules:
 2. A job that has been committed is never given back. What could not be published is tried again, by this process as
    long as it lives and then by whoever finds it.
 3. Counts: a settle sets the deliveries to zero, because the worker has lived; only what is given back uncounted keeps
-   those that it had before this claim.
+   those that it had before this claim, and so does what a worker had that was forgiven. What a tool has taken was not
+   counted: when the tool dies it goes back where it was.
+4. A job that ends (gone, dead, archived) is no longer unique: see lamsonq/backends/maildir_guards.py.
 """
 
 from __future__ import annotations
@@ -16,15 +18,27 @@ import contextlib
 import errno
 import logging
 import os
-import random
 from collections.abc import Mapping, Sequence
 
 from lamsonq.backends import maildir_commit as commits
 from lamsonq.backends.maildir_commit import Fate, Manifest
-from lamsonq.backends.maildir_files import DEAD, DELAYED, READY, Folders, milliseconds
+from lamsonq.backends.maildir_files import (
+    DEAD,
+    DELAYED,
+    DONE,
+    READY,
+    STATES,
+    TAKEN_FROM,
+    Folders,
+    Unreadable,
+    milliseconds,
+    read_record,
+)
+from lamsonq.backends.maildir_guards import Guards, mark_of
 from lamsonq.backends.maildir_names import Name, parse_name
-from lamsonq.errors import Dead, Later, QueueError, report_of
-from lamsonq.jobs import DELIVERIES_MAX, GIVE_UP_AFTER, Done, Job, Outcome, Put
+from lamsonq.errors import Dead, Later, QueueError
+from lamsonq.jobs import DELIVERIES_MAX, Done, Expired, Job, Outcome, Put, due_after
+from lamsonq.reports import entry_of
 
 LOG = logging.getLogger()
 """The root logger, as in the rest of the queue."""
@@ -32,38 +46,28 @@ LOG = logging.getLogger()
 
 def fate_of(job: Job, name: Name, outcome: Outcome, now: float) -> Fate:
     """Where a job with this outcome goes, with its counts in its new name."""
-    if isinstance(outcome, Done):
-        return Fate(reported=bool(name.errors))
     if isinstance(outcome, Later) and not outcome.counted:
-        return _given_back(name, outcome.at, now)
-    if isinstance(outcome, Later) and job.received and now - job.received > GIVE_UP_AFTER:
-        outcome = _given_up(outcome)
-    report = report_of(outcome) if outcome.reason or outcome.__cause__ else ""
-    errors = int(bool(name.errors or report))
-    name = name._replace(deliveries=0, failures=name.failures + 1, errors=errors, mark=0)
+        back = given_back(name)._replace(due=0, taken=0)
+        if outcome.at is None or outcome.at <= now:
+            return Fate(READY, back.text())
+        return Fate(DELAYED, back._replace(due=milliseconds(outcome.at)).text())
+    unique = "" if job.unique is None or isinstance(outcome, Later) else mark_of(job.unique)
+    if isinstance(outcome, Expired) or (isinstance(outcome, Done) and not outcome.kept):
+        return Fate(reported=bool(name.errors), unique=unique)
+    name = name._replace(deliveries=0, mark=0, due=0, taken=0)
+    if isinstance(outcome, Done):
+        return Fate(DONE, name.text(), unique=unique)
+    failures = name.failures + 1
+    report = entry_of(outcome, failures, now)
+    name = name._replace(failures=failures, errors=1)
     if isinstance(outcome, Dead):
-        return Fate(DEAD, name.text(), report)
-    at = now + backoff(name.failures - 1) if outcome.at is None else outcome.at
-    return Fate(DELAYED, name._replace(due=milliseconds(at)).text(), report)
+        return Fate(DEAD, name.text(), report, unique=unique)
+    return Fate(DELAYED, name._replace(due=milliseconds(due_after(outcome, failures, now))).text(), report)
 
 
-def _given_back(name: Name, at: float | None, now: float) -> Fate:
-    name = name._replace(deliveries=max(name.deliveries - 1, 0), mark=0)
-    if at is None or at <= now:
-        return Fate(READY, name.text())
-    return Fate(DELAYED, name._replace(due=milliseconds(at)).text())
-
-
-def _given_up(outcome: Later) -> Dead:
-    dead = Dead(f"gave up after {round(GIVE_UP_AFTER / 86400)} days: {outcome.reason}")
-    dead.__cause__ = outcome.__cause__
-    return dead
-
-
-def backoff(failures: int) -> float:
-    """Seconds to wait after so many failures and one more: 2-4, 4-8, ... up to an hour; at random, so that jobs that
-    failed together do not come back together."""
-    return float(min(2 ** min(max(failures, 0), 20) * 4, 3600)) * random.uniform(0.5, 1)
+def given_back(name: Name) -> Name:
+    """The name that a claimed job had before it was claimed, but for where a tool took it from."""
+    return name._replace(deliveries=name.deliveries if name.taken else max(name.deliveries - 1, 0), mark=0)
 
 
 def killed(times: int) -> str:
@@ -79,11 +83,12 @@ class Settler:
         self._unfinished: dict[str, Mapping[str, Put]] = {}
         self._complained: set[str] = set()
 
-    def settle(self, path: str, name: Name, fate: Fate, number: int, puts: Sequence[commits.Target]) -> None:
+    def settle(self, path: str, name: Name, fate: Fate, number: int, puts: Sequence[commits.Target]) -> list[bool]:
         """`number` is one that this worker has not used yet. Raises FileNotFoundError when the claim is gone."""
+        results = [True] * len(puts)
         if not puts:
             commits.apply_fate(self._folders, path, name.key, fate)
-            return
+            return results
         if not os.path.lexists(path):
             raise FileNotFoundError(errno.ENOENT, "it was taken away", path)
         committed = os.path.join(os.path.dirname(path), name._replace(commit=number).text())
@@ -95,8 +100,9 @@ class Settler:
             commits.discard(self._folders, token, manifest.publications)
             raise
         live = {p.staged: target.put for p, target in zip(manifest.publications, puts, strict=True)}
-        if not self._finish(committed, name.key, token, manifest, live):
+        if not self._finish(committed, name.key, token, manifest, live, results):
             self._unfinished[committed] = live
+        return results
 
     def retry(self) -> None:
         """Try again to publish what this process has committed."""
@@ -105,17 +111,21 @@ class Settler:
             if name is None or self._finish_committed(path, name, live):
                 self._unfinished.pop(path, None)
 
-    def release(self, folder: str) -> int:
-        """Deal with the claims of a dead worker; how many there were."""
+    def release(self, folder: str, forgiven: int = 0) -> int:
+        """Deal with the claims of a dead worker; how many there were. Those up to `forgiven` do not count."""
         kept, claims = [], claims_in(folder)
         for path, name in claims:
             if name.commit:
                 if not self._finish_committed(path, name, {}):
                     kept.append(_token(path, name.commit))
-            elif name.deliveries >= DELIVERIES_MAX:
-                self._folders.bury(path, name, killed(name.deliveries))
+            elif name.taken:
+                self._put_back(path, name)
+            elif name.deliveries >= DELIVERIES_MAX and name.mark > forgiven:
+                self.bury(path, name, killed(name.deliveries))
             else:
                 LOG.warning("The worker of job %s has died; it is ready again in %s", name.key, self._folders.path)
+                if name.mark <= forgiven:
+                    name = given_back(name)
                 self._folders.move(path, READY, name._replace(mark=0))
         if not _has_strangers(folder):
             commits.sweep(self._folders, os.path.basename(folder), kept)
@@ -127,11 +137,28 @@ class Settler:
         for path, name in claims_in(folder):
             if not name.commit:
                 with contextlib.suppress(OSError):
-                    back = name._replace(deliveries=max(name.deliveries - 1, 0), mark=0)
-                    self._folders.move(path, READY, back)
+                    self._put_back(path, name)
         if not claims_in(folder):  # no thread of ours can commit any more, so nothing that is staged is needed
             with contextlib.suppress(OSError):
                 commits.sweep(self._folders, os.path.basename(folder), [])
+
+    def _put_back(self, path: str, name: Name) -> None:
+        """As it was before it was claimed."""
+        state = TAKEN_FROM[name.taken - 1] if 0 < name.taken <= len(TAKEN_FROM) else "ready"
+        self._folders.move(path, STATES[state][0], given_back(name)._replace(taken=0))
+
+    def bury(self, path: str, name: Name, reason: str) -> None:
+        """Make a dead letter of a claimed file that no handler is to see."""
+        self.set_free(path, name)
+        self._folders.bury(path, name, reason)
+
+    def set_free(self, path: str, name: Name) -> None:
+        """Like jobs need not wait for this one any longer."""
+        if name.unique:
+            with contextlib.suppress(ValueError, Unreadable):
+                unique = read_record(path, name).unique
+                if unique is not None:
+                    Guards(self._folders).release(mark_of(unique), path)
 
     def _finish_committed(self, path: str, name: Name, live: Mapping[str, Put]) -> bool:
         """Whether nothing is left to be done for a job that was committed."""
@@ -145,12 +172,20 @@ class Settler:
             return self._finish(path, name.key, token, manifest, live)
         if os.path.lexists(path):
             reason = f"it was settled, but {token}.json, which says how, is gone from held/"
-            self._folders.bury(path, name, reason)
+            self.bury(path, name, reason)
         return True
 
-    def _finish(self, path: str, key: str, token: str, manifest: Manifest, live: Mapping[str, Put]) -> bool:
+    def _finish(
+        self,
+        path: str,
+        key: str,
+        token: str,
+        manifest: Manifest,
+        live: Mapping[str, Put],
+        results: list[bool] | None = None,
+    ) -> bool:
         try:
-            commits.publish(self._folders, path, manifest, live)
+            commits.publish(self._folders, path, manifest, live, results)
             commits.finish(self._folders, path, key, manifest.fate, token)
         except (OSError, ValueError, QueueError) as error:
             self._complain(path, f"what job {key} has put is not out yet, and is tried again: {error}")

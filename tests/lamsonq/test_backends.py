@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 
+from lamsonq.backends.maildir import Maildir
 from lamsonq.backends.memory import Memory
 from lamsonq.conformance import BackendConformance, Clock
 from lamsonq.errors import Later, LeaseLost
@@ -38,10 +40,39 @@ class MemoryStores:
         backend.forget()
 
 
+class MaildirStores:
+    """Queues that are folders of one directory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.clock = Clock()
+        self._folder = folder
+        self._opened: list[Maildir] = []
+
+    def open(self, name: str = "posts") -> Maildir:
+        self._opened.append(Maildir(str(self._folder / name), now=self.clock))
+        return self._opened[-1]
+
+    def die(self, backend: Backend) -> None:
+        assert isinstance(backend, Maildir)
+        backend.forget()
+
+    def close(self) -> None:
+        for queue in self._opened:
+            queue.close()
+
+
 class TestMemory(BackendConformance):
     @pytest.fixture
     def stores(self) -> MemoryStores:
         return MemoryStores()
+
+
+class TestMaildir(BackendConformance):
+    @pytest.fixture
+    def stores(self, tmp_path: Path) -> Iterator[MaildirStores]:
+        stores = MaildirStores(tmp_path)
+        yield stores
+        stores.close()
 
 
 # -- backends with a fault -----------------------------------------------------------------------------------------

@@ -21,11 +21,15 @@ from lamsonq.backends.maildir_names import (
     fitted,
     is_bound,
     is_deleted,
+    is_derived,
     is_newer,
+    key_of,
     new_key,
     parse_name,
+    priority_of,
+    use_key,
 )
-from lamsonq.jobs import Job
+from lamsonq.jobs import PRIORITY_MAX, Job, derived_key
 
 KEY = "1244080328.M408474P3147Q4.mycomputer.local"
 
@@ -38,6 +42,8 @@ VERSION_1 = {
     f"{KEY},LQ=1b96d1k7c9": Name(KEY, block=96, deliveries=1, mark=7, commit=9),
     f"{KEY},S=812,W=830,LQ=1b96d1:2,S": Name(KEY, ("S=812", "W=830"), block=96, deliveries=1),
     f"{KEY},LQ=1b96,U=12:2,FRS": Name(KEY, ("U=12",), block=96),
+    f"{KEY},LQ=1b140o1p7x1244080400123q1": Name(KEY, block=140, bound=1, priority=7, expires=1244080400123, unique=1),
+    f"{KEY},LQ=1b96f3e1k2r3": Name(KEY, block=96, failures=3, errors=1, mark=2, taken=3),
 }
 VERSION_1_RECORD = (
     b'X-Lamsonq-Job: {"sender":"Joe@Example.org","recipients":["a@b.example","\\u00fc@b.example"],'
@@ -58,6 +64,10 @@ names = st.builds(
     errors=st.integers(0, 1),
     mark=numbers,
     commit=numbers,
+    priority=numbers,
+    expires=numbers,
+    unique=st.integers(0, 1),
+    taken=st.integers(0, 4),
     trouble=st.just(""),
 )
 
@@ -65,6 +75,15 @@ names = st.builds(
 @pytest.mark.parametrize("text", VERSION_1)
 def test_names_of_version_1_are_read(text: str) -> None:
     assert parse_name(text) == VERSION_1[text]
+
+
+VERSION_1_UNIQUE = b'X-Lamsonq-Job: {"target":"clean","received":1244080328.5,"unique":"clean:\\u00fc"}\n'
+
+
+def test_a_record_of_a_unique_job_is_read_and_written_as_version_1_has_it() -> None:
+    record = decode_block(VERSION_1_UNIQUE, len(VERSION_1_UNIQUE))
+    assert (record.target, record.received, record.unique) == ("clean", 1244080328.5, "clean:ü")
+    assert encode_block(Job(key=KEY, body=b"", target="clean", unique="clean:ü"), 1244080328.5) == VERSION_1_UNIQUE
 
 
 def test_a_record_of_version_1_is_read() -> None:
@@ -97,6 +116,8 @@ def test_a_name_is_read_as_it_was_written(name: Name, flags: str) -> None:
 def test_the_quick_looks_at_a_name_agree_with_the_grammar(name: Name) -> None:
     assert due_of(name.text()) == name.due
     assert is_bound(name.text()) == bool(name.bound)
+    assert priority_of(name.text()) == name.priority
+    assert key_of(name.text() + ":2,S") == name.key
     assert not is_newer(name.text())
 
 
@@ -109,7 +130,18 @@ def test_any_file_name_is_read_or_left_alone(text: str) -> None:
 @given(st.text(st.characters(codec="utf-8", exclude_characters="/\0"), max_size=200), st.lists(fields, max_size=30))
 def test_a_name_that_we_write_always_fits(key: str, others: list[str]) -> None:
     name = fitted(Name(key, tuple(others)))._replace(
-        block=10**7, deliveries=9, failures=999, due=10**14, bound=1, errors=1, mark=10**10, commit=10**10
+        block=10**7,
+        deliveries=9,
+        failures=999,
+        due=10**14,
+        bound=1,
+        errors=1,
+        mark=2**48,
+        commit=10**10,
+        priority=PRIORITY_MAX,
+        expires=10**14,
+        unique=1,
+        taken=4,
     )
     assert len(os.fsencode(name.text() + ":2,FRST")) <= NAME_MAX
     assert parse_name(name.text()) == name
@@ -207,3 +239,20 @@ def test_a_time_is_never_before_itself_in_a_name() -> None:
     assert milliseconds(1.0001) == 1001
     assert milliseconds(2.0) == 2000
     assert milliseconds(-5) == 1
+
+
+def test_a_key_is_known_to_be_new_once() -> None:
+    key = new_key()
+    assert [use_key(key), use_key(key), use_key(KEY)] == [True, False, False]
+
+
+def test_of_very_many_keys_that_were_never_used_the_last_ones_are_known_to_be_new() -> None:
+    keys = [new_key() for _ in range(20_000)]
+    assert not use_key(keys[0])
+    assert use_key(keys[-1])
+
+
+def test_a_derived_key_is_told_from_others() -> None:
+    parts = [derived_key(key, number) for key in (new_key(), "of-a-stranger", "1.M2P3Q4") for number in (0, 12)]
+    assert all(is_derived(part) and is_derived(derived_key(part, 3)) for part in parts)
+    assert not any(is_derived(key) for key in (new_key(), KEY, "1.M2P3Q4.R2.example", "of-a-stranger", "R3"))

@@ -405,7 +405,7 @@ def CRASH(message):
 def test_what_has_to_wait_is_worked_off_by_the_same_process(
     start: Start, handlers: Any, router: RoutingBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lamsonq.backends.maildir.backoff", lambda _failures: 0.05)
+    monkeypatch.setattr("lamsonq.jobs.exponential", lambda _failures: 0.05)
     noted = handlers("""
 @route("later@y.test")
 @stateless
