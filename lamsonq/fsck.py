@@ -16,14 +16,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-<<<<<<< HEAD
 from lamsonq import databases
-from lamsonq.backends.maildir_files import STATES, Folders, Oversize, Unreadable, read_job
-from lamsonq.backends.maildir_index import Index
-=======
 from lamsonq.backends.maildir_files import FOLDERS, STATES, Folders, Oversize, Unreadable, read_job
 from lamsonq.backends.maildir_index import Index, put_at
->>>>>>> q-maildir
 from lamsonq.backends.maildir_names import is_deleted, parse_name
 from lamsonq.errors import Refusal
 from lamsonq.jobs import Job
@@ -96,15 +91,11 @@ def check(run: str | Path, accepted: Iterable[str] = (), handled: Iterable[str] 
             ids = _look(path, state, file, queue)
             wanted -= ids
         queue.held = _count(path / "held")
-<<<<<<< HEAD
-        queue.tmp = sum(_count(path / sub) for sub in ("tmp", ".delayed/tmp", ".dead/tmp"))
+        queue.tmp = sum(_count(path / sub) for sub in ("tmp", ".delayed/tmp", ".dead/tmp", ".done/tmp"))
     for database in databases.found(run):
         for name, queue, ids in _look_into(database):
             report.queues[name] = queue
             wanted -= ids
-=======
-        queue.tmp = sum(_count(path / sub) for sub in ("tmp", ".delayed/tmp", ".dead/tmp", ".done/tmp"))
->>>>>>> q-maildir
     report.missing = sorted(wanted)
     report.accounted -= len(wanted)
     return report

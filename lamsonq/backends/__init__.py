@@ -30,9 +30,8 @@ def open_backend(url: str, *, pop_limit: int = 0, oversize_dir: str | None = Non
     url = url.removeprefix("maildir:")
     match = _SCHEME.match(url)
     scheme = match[1] if match else "maildir"
-    # A path means another directory after a chdir, so where we are is part of the question.
-    place = os.path.abspath(url) if match is None else ""
-    return _open(scheme, url, place, pop_limit, oversize_dir and os.path.abspath(oversize_dir))
+    # A path means another directory or file after a chdir, so where we are is part of the question.
+    return _open(scheme, url, os.path.abspath(url), pop_limit, oversize_dir and os.path.abspath(oversize_dir))
 
 
 @functools.lru_cache(maxsize=128)

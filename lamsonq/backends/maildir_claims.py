@@ -16,14 +16,12 @@ Rules:
 
 from __future__ import annotations
 
-import fcntl
-import logging
 import os
-import secrets
 import weakref
 from collections.abc import Iterator
 
-_LOCK = ".lock"
+from lamsonq.backends.lives import LOCK, new_lock, take_lock
+
 _FORGIVEN = "forgiven "
 
 
@@ -32,7 +30,7 @@ class Worker:
 
     def __init__(self, claimed: str) -> None:
         """Raises OSError."""
-        self.id, fd = _new_lock(claimed)
+        self.id, fd = new_lock(claimed)
         self.folder = os.path.join(claimed, self.id)
         os.mkdir(self.folder, 0o700)
         self._fd = fd
@@ -52,25 +50,6 @@ class Worker:
             os.close(self._fd)
 
 
-def _new_lock(claimed: str) -> tuple[str, int]:
-    while True:
-        worker = f"{os.getpid()}.{secrets.token_hex(4)}"
-        path = os.path.join(claimed, worker + _LOCK)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        if _locked(fd, path):  # between the two lines a reaper may have taken the new lock for a dead one
-            return worker, fd
-        os.close(fd)
-
-
-def _locked(fd: int, path: str) -> bool:
-    """Take the lock, unless somebody holds it or it is no longer the one behind this path."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(fd), os.stat(path))
-    except (BlockingIOError, FileNotFoundError):
-        return False
-
-
 def _retire(folder: str, fd: int) -> None:
     _remove(folder)
     os.close(fd)
@@ -84,7 +63,7 @@ def _remove(folder: str) -> None:
     except OSError:  # not empty: the lock stays, so that the next reaper looks at it
         return
     try:
-        os.unlink(folder + _LOCK)
+        os.unlink(folder + LOCK)
     except FileNotFoundError:
         pass
 
@@ -93,9 +72,9 @@ def dead_workers(claimed: str, own: str | None) -> Iterator[tuple[str, int]]:
     """The folder of each dead worker, and the number up to which its claims are forgiven; it is locked while the caller
     deals with it, and removed after that if it is empty."""
     names = set(os.listdir(claimed))
-    for worker in sorted({name.removesuffix(_LOCK) for name in names} - {own}):
+    for worker in sorted({name.removesuffix(LOCK) for name in names} - {own}):
         folder = os.path.join(claimed, worker)
-        fd = _take_lock(folder + _LOCK, new=worker + _LOCK not in names)
+        fd = take_lock(folder + LOCK, new=worker + LOCK not in names)
         if fd is None:
             continue
         try:
@@ -109,18 +88,3 @@ def _forgiven(fd: int) -> int:
     told = os.pread(fd, 64, 0).decode("ascii", "replace").partition("\n")[0]
     number = told.removeprefix(_FORGIVEN)
     return int(number) if told != number and number.isdecimal() else 0
-
-
-def _take_lock(path: str, *, new: bool) -> int | None:
-    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT | os.O_EXCL if new else 0)
-    try:
-        fd = os.open(path, flags, 0o600)
-    except (FileNotFoundError, FileExistsError):
-        return None
-    except OSError as error:
-        logging.warning("Cannot look whether the worker of %r lives: %s", path, error.strerror)
-        return None
-    if _locked(fd, path):
-        return fd
-    os.close(fd)
-    return None

@@ -14,6 +14,7 @@ import pytest
 
 from lamsonq.backends.maildir import Maildir
 from lamsonq.backends.memory import Memory
+from lamsonq.backends.sqlite import SQLite
 from lamsonq.conformance import BackendConformance, Clock
 from lamsonq.errors import Later, LeaseLost
 from lamsonq.jobs import DONE, Backend, Done, Job, Outcome, Put, Tick
@@ -65,6 +66,35 @@ class TestMemory(BackendConformance):
     @pytest.fixture
     def stores(self) -> MemoryStores:
         return MemoryStores()
+
+
+class SQLiteStores:
+    """Queues in one file of a folder of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.clock = Clock()
+        self._folder = folder
+        self._opened: list[SQLite] = []
+
+    def open(self, name: str = "posts") -> SQLite:
+        self._opened.append(SQLite(f"sqlite:{self._folder}/q.db?queue={name}", now=self.clock))
+        return self._opened[-1]
+
+    def die(self, backend: Backend) -> None:
+        assert isinstance(backend, SQLite)
+        backend.forget()
+
+    def close(self) -> None:
+        for queue in self._opened:
+            queue.close()
+
+
+class TestSQLite(BackendConformance):
+    @pytest.fixture
+    def stores(self, tmp_path: Path) -> Iterator[SQLiteStores]:
+        stores = SQLiteStores(tmp_path)
+        yield stores
+        stores.close()
 
 
 class TestMaildir(BackendConformance):

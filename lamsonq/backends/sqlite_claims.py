@@ -1,0 +1,176 @@
+"""Which jobs are claimed: the one transaction of `reserve`.
+
+Rules:
+
+1. Jobs come by priority, then by key; what is due is made ready before. A batch looks at a bounded number of rows.
+2. A job whose worker died runs with no other such job of this queue beside it in this process, and at its last chance
+   with no other at all: of the jobs of one queue, what is buried for killing its worker has done so alone. Such jobs
+   stand in an index of their own, so that many of them slow nobody down.
+3. Nothing here changes the worker's own memory: the transaction may fail, or run in another thread.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lamsonq.backends.sqlite_lanes import admit
+from lamsonq.backends.sqlite_rows import COLUMNS, bound, job_of
+from lamsonq.jobs import DELIVERIES_MAX, Limit
+
+LOOKS = 500
+"""How many rows one transaction changes at most, besides those that it claims."""
+
+_DUE = """
+update jobs set state = 'ready', due = null, since = ?2 where id in
+    (select id from jobs where queue = ?1 and state = 'delayed' and due <= ?2 order by due, key limit ?3)
+"""
+_TOO_EARLY = "update jobs set state = 'delayed', since = ? where id = ?"
+_CLAIM = """
+update jobs set state = 'reserved', token = ?, deliveries = deliveries + ?, since = ?, due = null, lane = null
+where id = ? returning body, file
+"""
+_BODY = len(COLUMNS.split(","))
+PRIORITY, KEY, DELIVERIES, DUE = 9, 1, 11, 7
+
+
+@dataclass(slots=True)
+class Asked:
+    """What a `reserve` asks for, and what this worker has at the moment."""
+
+    queue: str
+    n: int
+    only: Collection[str] | None
+    now: float
+    token: Callable[[int], str]
+    """The token of a new claim of this row."""
+    has_jobs: bool
+    has_suspect: bool
+    limits: Sequence[Limit]
+
+
+@dataclass(slots=True)
+class Claimed:
+    """What came of it: (row, body, file, token) of each job, in order."""
+
+    jobs: list[tuple[tuple[Any, ...], Any, str | None, str]] = field(default_factory=list)
+    suspect: str = ""
+    """The token of the one whose worker died."""
+    quiet: bool = False
+    """One at its last chance has been claimed, or is to be as soon as this worker has no other."""
+    passed_over: bool = False
+    """A suspect waits until another is settled."""
+    more: bool = False
+    """There may be more, that this transaction did not look at."""
+
+
+def take(database: sqlite3.Connection, asked: Asked) -> Claimed:
+    """Claim up to n jobs."""
+    found = Claimed()
+    if is_paused(database, asked.queue):
+        return found
+    database.execute(_DUE, (asked.queue, asked.now, LOOKS))
+    looks = LOOKS
+    while len(found.jobs) < asked.n and not found.quiet:
+        rows = _candidates(database, asked, asked.n - len(found.jobs))
+        if not rows:
+            break
+        before, passed_over = len(found.jobs), 0
+        for row in rows:
+            if row[DELIVERIES] and not _may_run(row, asked, found):
+                passed_over += 1
+            else:
+                looks -= not _look_at(database, asked, found, row)
+            if found.quiet or len(found.jobs) >= asked.n:
+                break
+        if looks <= 0:
+            found.more = True
+            break
+        if len(found.jobs) == before and passed_over == len(rows):
+            break
+    return found
+
+
+def _may_run(row: tuple[Any, ...], asked: Asked, found: Claimed) -> bool:
+    """Rule 2, for a job whose worker died."""
+    last_chance = row[DELIVERIES] >= DELIVERIES_MAX - 1
+    if asked.has_suspect or found.suspect:
+        found.passed_over = True
+        return False
+    if last_chance and (asked.has_jobs or found.jobs):
+        found.quiet = True
+        return False
+    return True
+
+
+def _look_at(database: sqlite3.Connection, asked: Asked, found: Claimed, row: tuple[Any, ...]) -> bool:
+    """Claim this job, if it may begin; else it no longer stands among the ready ones."""
+    if row[DUE] is not None and row[DUE] > asked.now:  # another program has put it, and knows no states
+        database.execute(_TOO_EARLY, (asked.now, row[0]))
+        return False
+    if asked.limits and not _admitted(database, asked, row):
+        return False
+    token = asked.token(row[0])
+    [(body, file)] = database.execute(_CLAIM, (token, 1, asked.now, row[0])).fetchall()
+    found.jobs.append((row, body, file, token))
+    if row[DELIVERIES]:
+        found.suspect = token
+        found.quiet = row[DELIVERIES] >= DELIVERIES_MAX - 1
+    return True
+
+
+def _admitted(database: sqlite3.Connection, asked: Asked, row: tuple[Any, ...]) -> bool:
+    try:
+        job = job_of(row, b"")
+    except ValueError:  # it will be buried
+        return True
+    return admit(database, asked.queue, row[0], job, asked.limits, asked.now)
+
+
+def _candidates(database: sqlite3.Connection, asked: Asked, n: int) -> list[tuple[Any, ...]]:
+    """The next jobs that nobody died of, and the next one that somebody did."""
+    rows = _ready(database, asked, "deliveries = 0", n)
+    suspects = _ready(database, asked, "deliveries > 0", 1)
+    if not suspects:
+        return rows
+    return sorted([*rows, *suspects], key=_order)  # one more than asked for: the suspect may have to wait
+
+
+def _ready(database: sqlite3.Connection, asked: Asked, condition: str, n: int) -> list[tuple[Any, ...]]:
+    which = f"from jobs where queue = ? and state = 'ready' and {condition}"
+    if asked.only is None:
+        query = f"select {COLUMNS} {which} order by priority, key limit ?"
+        return database.execute(query, (asked.queue, n)).fetchall()
+    rows: list[tuple[Any, ...]] = []
+    for target in asked.only:
+        query = f"select {COLUMNS} {which} and target = ? order by priority, key limit ?"
+        rows += database.execute(query, (asked.queue, bound(target), n)).fetchall()
+    return sorted(rows, key=_order)[:n]
+
+
+def _order(row: tuple[Any, ...]) -> tuple[int, bool, Any]:
+    return row[PRIORITY], isinstance(row[KEY], bytes), row[KEY]
+
+
+def claim_one(database: sqlite3.Connection, queue: str, key: str, token: Callable[[int], str], now: float) -> Claimed:
+    """Claim this one job, uncounted."""
+    found = Claimed()
+    query = f"select {COLUMNS} from jobs where queue = ? and key = ? and state != 'reserved'"
+    for row in database.execute(query, (queue, bound(key))).fetchall():
+        claim = token(row[0])
+        values = (claim, 0, now, row[0])
+        try:
+            [(body, file)] = database.execute(_CLAIM, values).fetchall()
+        except sqlite3.IntegrityError:  # while it lay dead or done, another like it has come
+            database.execute("update jobs set uniq = null where id = ?", (row[0],))
+            [(body, file)] = database.execute(_CLAIM, values).fetchall()
+        found.jobs.append((row, body, file, claim))
+    return found
+
+
+def is_paused(database: sqlite3.Connection, queue: str) -> bool:
+    """Whether nothing may be claimed."""
+    found = database.execute("select paused from lamsonq_queues where name = ?", (queue,)).fetchall()
+    return bool(found and found[0][0])

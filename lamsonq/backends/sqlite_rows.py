@@ -1,0 +1,178 @@
+"""Jobs as rows, and what is decided where a row is put.
+
+Rules: text that is no Unicode (a mail's raw bytes, as Python has them) is kept as a blob. What is wrong with a row that
+another program has put is a ValueError with a reason, and makes a dead letter of it. A job is put by one function,
+whether on a connection of ours or of the user's, alone or with the job from which it comes.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from dataclasses import dataclass
+from typing import Any
+
+from lamsonq.errors import Dead, Later
+from lamsonq.jobs import Done, Gate, Job, Put, due_after
+from lamsonq.reports import entry_of
+
+COLUMNS = (
+    "id, key, sender, recipients, peer, target, received, due, expires, priority, uniq, deliveries, attempts, metadata"
+)
+"""What `job_of` reads, without the body."""
+
+_INSERT = """
+insert into jobs (queue, key, state, priority, attempts, received, since, due, expires, sender, recipients, peer,
+                  target, uniq, metadata, report, file, body)
+values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) on conflict do nothing
+"""
+
+
+def bound(text: str | None) -> str | bytes | None:
+    """A text as SQLite keeps it."""
+    if text is None or text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogatepass")
+    return text
+
+
+def text_of(value: Any) -> str | None:
+    """What `bound` has kept."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "surrogatepass")
+    return None if value is None else str(value)
+
+
+def readable(report: str) -> str:
+    """A report is for people, so that what is no Unicode is only shown."""
+    return report if report.isascii() else report.encode("utf-8", "backslashreplace").decode()
+
+
+def body_of(value: Any) -> bytes:
+    """The bytes of a body, which another program may have put as a text."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "surrogateescape")
+    return value if isinstance(value, bytes) else b"" if value is None else str(value).encode()
+
+
+def job_of(row: tuple[Any, ...], body: bytes, claim: str = "") -> Job:
+    """The job in a row of COLUMNS. Raises ValueError."""
+    recipients, metadata = row[3], row[13]
+    try:
+        return Job(
+            key=text_of(row[1]) or "",
+            body=body,
+            sender=text_of(row[2]),
+            recipients=() if recipients == "[]" else _texts(recipients),
+            peer=text_of(row[4]),
+            target=text_of(row[5]),
+            received=row[6],
+            due=row[7],
+            expires=row[8],
+            priority=row[9],
+            unique=text_of(row[10]),
+            deliveries=row[11],
+            attempts=row[12],
+            metadata={} if metadata == "{}" else _pairs(metadata),
+            claim=claim,
+        )
+    except ValueError as error:
+        raise ValueError(f"its row is not what a job's is: {error}") from error
+
+
+def _texts(value: str) -> tuple[str, ...]:
+    found = json.loads(value)
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise ValueError("`recipients` is no JSON array of texts")
+    return tuple(found)
+
+
+def _pairs(value: str) -> dict[str, str]:
+    found = json.loads(value)
+    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
+        raise ValueError("`metadata` is no JSON object of texts")
+    return found
+
+
+@dataclass(slots=True)
+class Row:
+    """A job on its way into the table; with a `file` the body lies there."""
+
+    queue: str
+    job: Job
+    now: float
+    outcome: Later | Dead | Done | None
+    gate: Gate | None
+    report: str
+    file: str | None = None
+
+
+def row_of(put: Put, queue: str, now: float) -> Row:
+    """`now` is the clock of the queue."""
+    report = put.report
+    if isinstance(put.outcome, Later | Dead):
+        report += entry_of(put.outcome, max(put.job.attempts, 1), now)
+    return Row(queue, put.job, now, put.outcome, put.gate, readable(report))
+
+
+def insert(database: sqlite3.Connection, row: Row) -> bool | None:
+    """False: not kept because of unique or the gate. None: the key is there already."""
+    cursor = database.cursor()
+    cursor.row_factory = None
+    job, now, due = row.job, row.now, row.job.due
+    key = bound(job.key)
+    if row.gate is not None:
+        known = _conflict(cursor, row, key)
+        if known is not True:
+            return known
+        passage = row.gate.passage(_number(cursor, row.queue, row.gate.key), now)
+        if passage is None:
+            return False
+        _set_number(cursor, row.queue, row.gate, passage.last)
+        due = passage.due
+    if isinstance(row.outcome, Later):
+        due = due_after(row.outcome, job.attempts, now) if row.outcome.at is not None or job.attempts else due
+    state = "dead" if isinstance(row.outcome, Dead) else "done" if isinstance(row.outcome, Done) else "ready"
+    if state == "ready" and due is not None and due > now:
+        state = "delayed"
+    cursor.execute(
+        _INSERT,
+        (
+            *(row.queue, key, state, job.priority, job.attempts, job.received or now, now),
+            *(due if state == "delayed" else None, job.expires, bound(job.sender)),
+            json.dumps(job.recipients) if job.recipients else "[]",
+            *(bound(job.peer), bound(job.target), bound(job.unique)),
+            json.dumps(dict(job.metadata)) if job.metadata else "{}",
+            *(row.report, row.file, None if row.file else job.body),
+        ),
+    )
+    if cursor.rowcount:
+        return True
+    return _conflict(cursor, row, key)
+
+
+def _conflict(cursor: sqlite3.Cursor, row: Row, key: str | bytes | None) -> bool | None:
+    """True: there is none."""
+    if cursor.execute("select 1 from jobs where queue = ? and key = ?", (row.queue, key)).fetchall():
+        return None
+    if row.job.unique is None:
+        return True
+    query = "select 1 from jobs where queue = ? and uniq = ? and state in ('ready', 'delayed', 'parked', 'reserved')"
+    return not cursor.execute(query, (row.queue, bound(row.job.unique))).fetchall()
+
+
+def _number(cursor: sqlite3.Cursor, queue: str, key: str) -> float | None:
+    query = "select last from lamsonq_gates where queue = ? and key = ?"
+    found = cursor.execute(query, (queue, bound(key))).fetchall()
+    return found[0][0] if found else None
+
+
+def _set_number(cursor: sqlite3.Cursor, queue: str, gate: Gate, last: float) -> None:
+    cursor.execute(
+        "insert into lamsonq_gates values (?, ?, ?, ?) on conflict do update set last = excluded.last,"
+        " until = excluded.until",
+        (queue, bound(gate.key), last, last + gate.memory),
+    )
