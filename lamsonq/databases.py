@@ -19,7 +19,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, quote
+from urllib.parse import parse_qs, quote, unquote
 
 from lamsonq.errors import Refusal
 
@@ -60,12 +60,14 @@ class Row:
 def parsed(url: str) -> tuple[str, str]:
     """The file and the queue that `sqlite:run/q.db?queue=posts` names."""
     path, _, query = url.removeprefix("sqlite:").partition("?")
+    path = unquote(path[2:] if path.startswith("//") else path)
     return path, parse_qs(query).get("queue", [DEFAULT_QUEUE])[-1]
 
 
 def url_of(path: str | Path, queue: str) -> str:
     """What a queue in a file is called."""
-    return f"sqlite:{path}" if queue == DEFAULT_QUEUE else f"sqlite:{path}?queue={quote(queue, safe='')}"
+    name = quote(os.fspath(path))
+    return f"sqlite:{name}" if queue == DEFAULT_QUEUE else f"sqlite:{name}?queue={quote(queue, safe='')}"
 
 
 def found(run: str | Path) -> list[Path]:

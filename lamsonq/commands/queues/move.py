@@ -3,9 +3,9 @@
 Rules:
 
 1. No crash loses a message. What is ready or delayed is claimed, so that nobody works it meanwhile, and settled
-   together with its put into the other queue; what is dead or done, which nobody works, is put there and then removed
-   here: a claim would make it ready if the mover were killed.
-2. The key stays, and a key is put once: a move that was interrupted is simply begun again.
+   together with its put into the other queue, or after it. What is dead or done, which nobody works, is put there and
+   then removed here: a claim might make it ready if the mover were killed.
+2. The key stays, and a key is put once: a move that was interrupted is simply begun again, and mends what is in both.
 3. State, due moment, attempts, report, priority, unique and metadata stay. A message whose like (`unique`) waits in the
    other queue stays where it is.
 4. What is being worked is left to who works it.
@@ -16,7 +16,9 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -28,11 +30,17 @@ from lamsonq.commands.queues.printed import print_json, print_line
 from lamsonq.errors import LeaseLost, QueueError, Refusal
 
 if TYPE_CHECKING:
-    from lamsonq.jobs import Backend, Job
+    from lamsonq.jobs import Backend, Job, Put
 
 MOVED = ("ready", "delayed", "dead", "done")
 ROUNDS = 10
 """How often the queue is looked at: producers may be quicker than a mover."""
+
+BATCH = 64
+"""How many are claimed together."""
+
+THREADS = 8
+"""How many are handed over at the same time, so that they share syncs."""
 
 
 @declare()
@@ -76,77 +84,119 @@ class _Mover:
         self.store = store
         self.into = into
         self.states = states
+        # A maildir looks through its folders at each put of keys that are not its own: many should share that look.
+        self.together = "files" in into.capabilities and "files" not in store.capabilities
         self.moved: Counter[str] = Counter()
         self.kept_out: list[str] = []
 
     def run(self) -> None:
         """Move until a look finds nothing more to move."""
         for _ in range(ROUNDS):
-            keys = [(state, key) for state in self.states for key in self.store.keys(state) if key not in self.kept_out]
-            before = self.moved.total()
-            for state, key in _with_progress(keys):
-                if self._move(state, key):
-                    self.moved[state] += 1
+            counts, before = self.store.counts(), self.moved.total()
+            with _progress(sum(counts[state] for state in self.states)) as advance:
+                if "ready" in self.states:
+                    self._move_ready(counts["ready"], advance)
+                for state in self.states:
+                    self._move_listed(state, advance)
             if self.moved.total() == before:
                 return
 
-    def _move(self, state: str, key: str) -> bool:
-        return self._waiting(state, key) if state in ("ready", "delayed") else self._kept(state, key)
+    def _move_ready(self, count: int, advance: Advance) -> None:
+        """So many of the ready ones, as a worker takes them: the quickest way. From a paused queue it takes none."""
+        with ThreadPoolExecutor(THREADS, thread_name_prefix="lamsonq-move") as pool:
+            while count > 0:
+                jobs = self.store.reserve(min(count, BATCH))
+                self.store.forgive()  # it counts no delivery that a mover is killed
+                moved = sum(self._hand_over_together(jobs) if self.together else pool.map(self._hand_over, jobs))
+                self.moved["ready"] += moved
+                advance(moved)
+                count -= len(jobs)
+                if not moved:
+                    return
 
-    def _waiting(self, state: str, key: str) -> bool:
-        """One that somebody may want to work: rule 1."""
-        from lamsonq.jobs import DONE, Put
+    def _move_listed(self, state: str, advance: Advance) -> None:
+        """What is in this state now, one by one."""
+        move = self._move_waiting if state in ("ready", "delayed") else self._move_kept
+        for key in self.store.keys(state):
+            if key not in self.kept_out and self.store.state(key) == state and move(key):
+                self.moved[state] += 1
+                advance(1)
 
-        if self.store.state(key) != state:
-            return False  # taken since we looked
-        before = self.store.get(key)
+    def _move_waiting(self, key: str) -> bool:
         job = self.store.claim(key)
-        if job is None or before is None:
-            return False
-        due = job.due or before.due
-        put = Put(self.into, replace(job, due=due, claim=""), report=self.store.report(key))
+        return job is not None and self._hand_over(job)
+
+    def _hand_over(self, job: Job) -> bool:
+        """Settle a claimed job by putting it into the other queue; False when it stays."""
+        from lamsonq.jobs import DONE
+
+        if job.unique is not None:
+            return self._hand_over_together([job])[0]
         try:
-            if job.unique is not None:
-                # A put that is let go must not settle its job, so that is found out first.
-                if not self.into.put([put])[0]:
-                    self._give_back(job, due)
-                    self.kept_out.append(key)
-                    return False
-                self.store.settle(job, DONE)
-            else:
-                self.store.settle(job, DONE, [put])
+            self.store.settle(job, DONE, [self._put_of(job)])
         except LeaseLost:
             return False
         except QueueError:
-            self._give_back(job, due)
+            self._give_back(job)
             raise
         return True
 
-    def _give_back(self, job: Job, due: float | None) -> None:
+    def _hand_over_together(self, jobs: list[Job]) -> list[bool]:
+        """Put claimed jobs first, and settle those that were kept: a put that is let go must not settle its job."""
+        try:
+            kept = self.into.put([self._put_of(job) for job in jobs])
+        except QueueError:
+            for job in jobs:
+                self._give_back(job)
+            raise
+        return [self._settle(job, done) for job, done in zip(jobs, kept, strict=True)]
+
+    def _settle(self, job: Job, kept: bool) -> bool:
+        from lamsonq.jobs import DONE
+
+        if not kept:
+            self.kept_out.append(job.key)
+            self._give_back(job)
+            return False
+        with suppress(LeaseLost):
+            self.store.settle(job, DONE)
+        return True
+
+    def _put_of(self, job: Job) -> Put:
+        from lamsonq.jobs import Put
+
+        return Put(self.into, replace(job, claim=""), report=self.store.report(job.key))
+
+    def _give_back(self, job: Job) -> None:
         from lamsonq.errors import Later
 
-        self.store.settle(job, Later(at=due, counted=False))
+        with suppress(LeaseLost):
+            self.store.settle(job, Later(at=job.due, counted=False))
 
-    def _kept(self, state: str, key: str) -> bool:
-        """One that nobody works."""
+    def _move_kept(self, key: str) -> bool:
+        """One that is dead or done, which nobody works."""
         from lamsonq.errors import Dead
         from lamsonq.jobs import KEPT, Put
 
-        job = self.store.get(key)
-        if job is None or self.store.state(key) != state:
+        job, report = self.store.get(key), self.store.report(key)
+        if job is None:
             return False
         # A Dead that says nothing adds nothing to the report that comes along.
-        outcome = Dead() if state == "dead" else KEPT
-        if not self.into.put([Put(self.into, replace(job, due=None), outcome, report=self.store.report(key))])[0]:
+        outcome = Dead() if self.store.state(key) == "dead" else KEPT
+        if not self.into.put([Put(self.into, replace(job, due=None), outcome, report=report)])[0]:
             self.kept_out.append(key)
             return False
         return self.store.remove(key)
 
 
-def _with_progress(keys: list[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+Advance = Callable[[int], None]
+
+
+@contextmanager
+def _progress(length: int) -> Iterator[Advance]:
     """On a terminal a bar shows how far it is, on stderr."""
-    if not sys.stderr.isatty():
-        yield from keys
+    if not sys.stderr.isatty() or not length:
+        yield lambda _: None
         return
-    with click.progressbar(keys, file=sys.stderr) as bar:
-        yield from bar
+    with click.progressbar(length=length, file=sys.stderr) as bar:
+        yield bar.update
