@@ -3,8 +3,8 @@
 Rules:
 
 1. Only reading: a file is opened `mode=ro`, so that neither it nor anything beside it is made or changed.
-2. A file is ours when it has the table `lamsonq`. One of a newer version, or one that cannot be read, is a Refusal of
-   that file alone: it must not hide the others.
+2. A file is ours when it has the table `lamsonq`, or the folder of workers beside it. One of a newer version, or one
+   that cannot be read, is a Refusal of that file alone: it must not hide the others.
 3. Counting goes by the partial indexes of the schema (lamsonq/backends/sqlite_schema.py), never through the bodies.
 """
 
@@ -86,6 +86,8 @@ def is_ours(path: str | Path) -> bool:
     try:
         if not os.path.isfile(path):
             return False
+        if os.path.isdir(f"{path}-workers"):
+            return True  # also when it is damaged, which is to be told
         with open(path, "rb") as file:
             if file.read(len(_MAGIC)) != _MAGIC:
                 return False
@@ -150,6 +152,16 @@ class Database:
                     yield self._looked_at(row)
         except (sqlite3.Error, OSError) as error:
             raise self._refusal(error) from error
+
+    def outgoing(self) -> list[Row]:
+        """What settled jobs have put into other stores and is not there yet (lamsonq/backends/sqlite_outgoing.py)."""
+        found = []
+        for record, body in self._rows("select record, body from lamsonq_outgoing"):
+            recipients: Any = ()
+            with contextlib.suppress(ValueError, TypeError, AttributeError, KeyError):
+                recipients = json.loads(record)["job"]["recipients"]
+            found.append(Row("", "ready", bytes(body), tuple(map(str, recipients))))
+        return found
 
     def _looked_at(self, row: tuple[Any, ...]) -> Row:
         key, state, recipients, metadata, file, body = row

@@ -44,10 +44,11 @@ class QueueReport:
 
 @dataclass
 class Report:
-    """What was found under a directory; `missing` are the accepted Message-IDs that are nowhere, and
-    `accounted` is how many of them were found."""
+    """What was found under a directory; `outgoing` is how many jobs a SQLite file still has to hand over to others, `missing`
+    are the accepted Message-IDs that are nowhere, and `accounted` is how many of them were found."""
 
     queues: dict[str, QueueReport] = field(default_factory=dict)
+    outgoing: dict[str, int] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     accounted: int = 0
 
@@ -68,6 +69,8 @@ class Report:
             yield f"{path}: {jobs}; left over: held {queue.held}, tmp {queue.tmp}; broken {len(queue.broken)}"
             for name, reason in queue.broken.items():
                 yield f"  {name}: {reason}"
+        for name, count in self.outgoing.items():
+            yield f"{name}: {count} on their way to other queues"
         for message_id in self.missing:
             yield f"missing: {message_id}"
         yield "All is accounted for." if self.good else "Not all is accounted for."
@@ -96,6 +99,10 @@ def check(run: str | Path, accepted: Iterable[str] = (), handled: Iterable[str] 
         for name, queue, ids in _look_into(database):
             report.queues[name] = queue
             wanted -= ids
+        on_their_way = _outgoing(database)
+        if on_their_way:
+            report.outgoing[str(database)] = len(on_their_way)
+            wanted -= set().union(*on_their_way)
     report.missing = sorted(wanted)
     report.accounted -= len(wanted)
     return report
@@ -116,6 +123,15 @@ def _look_into(path: Path) -> Iterator[tuple[str, QueueReport, set[str]]]:
             yield databases.url_of(path, queue), report, ids
     except Refusal as refusal:
         yield f"sqlite:{path}", QueueReport(broken={path.name: str(refusal)}), set()
+
+
+def _outgoing(path: Path) -> list[set[str]]:
+    """The Message-IDs of each job that a SQLite file still has to hand over to another store."""
+    try:
+        rows = databases.Database(path).outgoing()
+    except Refusal:  # told already
+        return []
+    return [_ledger_lines(Job(key=row.key, body=row.body, recipients=row.recipients)) for row in rows]
 
 
 def counts(run: str | Path) -> dict[Path, dict[str, int]]:

@@ -39,8 +39,8 @@ class Span(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.
 @json_option
 def kick(name: str | None, keys: tuple[str, ...], all: bool, as_json: bool) -> None:
     """Make delayed messages ready now, their counts at zero."""
-    store = existing(name).backend
     one_way("delayed messages", keys, all)
+    store = existing(name).backend
     each_key(store, keys or tuple(store.keys("delayed")), "delayed", store.kick, "kicked", as_json)
 
 

@@ -63,8 +63,8 @@ def _groups(store: Backend, fingerprint: str | None) -> list[Group]:
 @json_option
 def retry(name: str | None, keys: tuple[str, ...], fingerprint: str | None, all: bool, as_json: bool) -> None:
     """Make dead letters ready again, their counts at zero; they go to the function that failed, and to no other."""
-    store = existing(name).backend
     one_way("dead letters", keys, all, fingerprint)
+    store = existing(name).backend
     if fingerprint is not None:
         keys = tuple(key for group in _groups(store, fingerprint) for key in group.keys)
     elif all:
@@ -82,8 +82,8 @@ def bury(name: str | None, keys: tuple[str, ...], reason: str, as_json: bool) ->
     from lamsonq.errors import Dead
     from lamsonq.jobs import Outcome
 
-    store = existing(name).backend
     one_way("messages", keys)
+    store = existing(name).backend
     outcome: Outcome = Dead(reason)
 
     def act(key: str) -> bool:

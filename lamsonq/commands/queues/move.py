@@ -67,7 +67,9 @@ def move(source: str | None, target: str | None, state: str | None, as_json: boo
     left = {each: counts[each] for each in ("reserved", *mover.states) if counts[each]}
     if as_json:
         moved = {each: mover.moved[each] for each in mover.states}
-        print_json({"from": store.name, "to": into.name, "moved": moved, "kept_out": mover.kept_out, "left": left})
+        print_json(
+            {"from": store.name, "to": into.name, "moved": moved, "kept_out": list(mover.kept_out), "left": left}
+        )
         return
     told = ", ".join(f"{mover.moved[each]} {each}" for each in mover.states)
     print_line(f"moved {told} from {store.name} to {into.name}")
@@ -87,7 +89,7 @@ class _Mover:
         # A maildir looks through its folders at each put of keys that are not its own: many should share that look.
         self.together = "files" in into.capabilities and "files" not in store.capabilities
         self.moved: Counter[str] = Counter()
-        self.kept_out: list[str] = []
+        self.kept_out: dict[str, None] = {}
 
     def run(self) -> None:
         """Move until a look finds nothing more to move."""
@@ -155,7 +157,7 @@ class _Mover:
         from lamsonq.jobs import DONE
 
         if not kept:
-            self.kept_out.append(job.key)
+            self.kept_out[job.key] = None
             self._give_back(job)
             return False
         with suppress(LeaseLost):
@@ -184,7 +186,7 @@ class _Mover:
         # A Dead that says nothing adds nothing to the report that comes along.
         outcome = Dead() if self.store.state(key) == "dead" else KEPT
         if not self.into.put([Put(self.into, replace(job, due=None), outcome, report=report)])[0]:
-            self.kept_out.append(key)
+            self.kept_out[key] = None
             return False
         return self.store.remove(key)
 

@@ -67,16 +67,15 @@ def _refuse_other_files(name: str) -> None:
 
 
 def _look_into_database(name: str) -> None:
-    """Refuse a file that is not there; say so where the file has no such queue at the moment."""
+    """Refuse a file that is not there; where it has no such queue at the moment, but others, say so."""
     from lamsonq import databases
 
     path, queue = databases.parsed(name)
     if not os.path.lexists(path):
         raise Refusal(f"there is no {path}, and so no queue {name}")
     queues = databases.Database(path).queues()
-    if queue not in queues:
-        others = f"; it has {', '.join(queues)}" if queues else ""
-        click.echo(f"There is nothing in the queue {queue} of {path}{others}.", err=True)
+    if queues and queue not in queues:
+        click.echo(f"There is nothing in the queue {queue} of {path}; it has {', '.join(queues)}.", err=True)
 
 
 def job_state(store: Backend, key: str) -> str:
