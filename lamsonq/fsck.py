@@ -44,8 +44,8 @@ class QueueReport:
 
 @dataclass
 class Report:
-    """What was found under a directory; `outgoing` is how many jobs a SQLite file still has to hand over to others, `missing`
-    are the accepted Message-IDs that are nowhere, and `accounted` is how many of them were found."""
+    """What was found under a directory; `outgoing` is how many jobs a SQLite file still has to hand over elsewhere,
+    `missing` are the accepted Message-IDs that are nowhere, and `accounted` is how many of them were found."""
 
     queues: dict[str, QueueReport] = field(default_factory=dict)
     outgoing: dict[str, int] = field(default_factory=dict)

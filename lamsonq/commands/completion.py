@@ -18,7 +18,10 @@ from click.shell_completion import CompletionItem, get_completion_class
 Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 
 # A file may be a directory to the shell, which has to show what is in it: an mbox is one, a maildir the other.
-_PATHS: Mapping[str, str] = {"DIR": "dir", "FILE": "file", "INPUT": "file", "OUTPUT": "dir", "QUEUE": "dir"}
+_PATHS: Mapping[str, str] = {
+    **{"DIR": "dir", "FILE": "file", "INPUT": "file", "OUTPUT": "dir"},
+    **dict.fromkeys(("QUEUE", "FROM", "TO"), "dir"),
+}
 
 
 SHELLS = ("bash", "zsh", "fish")
@@ -85,4 +88,6 @@ _WORDS: Mapping[str, Callable[[], list[str]]] = {
     "MODULE": _boots,
     "[MODULE]...": _boots_and_handlers,
     "QUEUE": _queues,
+    "FROM": _queues,
+    "TO": _queues,
 }

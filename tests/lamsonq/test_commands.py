@@ -377,6 +377,77 @@ def test_several_processes_with_states_in_memory_are_refused(project: Path) -> N
     assert line.startswith("ERROR: 2 processes need states that they share: set Router.STATE_STORE = SQLiteStorage(")
 
 
+@pytest.mark.parametrize(
+    ("receiver", "named"),
+    [
+        ("QueueReceiver('memory:posts')", "memory:posts"),
+        ("QueueReceiver(['run/posts', 'memory:bulk'])", "memory:bulk"),
+        ("QueueReceiver('run/posts')", "memory:undeliverable"),
+        ("SMTPReceiver('127.0.0.1', 0)", "memory:undeliverable"),
+    ],
+)
+def test_several_processes_with_queues_in_memory_are_refused(project: Path, receiver: str, named: str) -> None:
+    undeliverable = "memory:undeliverable" if named == "memory:undeliverable" else "run/undeliverable"
+    Path("config/boot.py").write_text(
+        "from config import settings\nfrom lamsonq.queue import Queue\nfrom lamsonq.routing import Router\n"
+        "from lamsonq.server import QueueReceiver, SMTPReceiver\n"
+        f"Router.UNDELIVERABLE_QUEUE = Queue({undeliverable!r})\nsettings.receiver = {receiver}\n"
+    )
+    assert refused("start", "-workers", "2") == (
+        f"ERROR: 2 processes need queues that they share, and {named} is in one only: name a directory (run/posts) or"
+        " sqlite:run/queues.db?queue=posts instead"
+    )
+    lamsonq("start")
+
+
+@pytest.mark.parametrize("receiver", ["QueueReceiver('sqlite:run/q.db')", "QueueReceiver('run/p', deliver=print)"])
+def test_several_processes_share_directories_and_databases(project: Path, receiver: str) -> None:
+    undeliverable = "memory:undeliverable" if "deliver" in receiver else "run/undeliverable"  # nothing goes there
+    Path("config/boot.py").write_text(
+        "from config import settings\nfrom lamsonq.queue import Queue\nfrom lamsonq.routing import Router\n"
+        "from lamsonq.server import QueueReceiver\n"
+        f"Router.UNDELIVERABLE_QUEUE = Queue({undeliverable!r})\nsettings.receiver = {receiver}\n"
+    )
+    lamsonq("start", "-workers", "2")
+
+
+def test_status_tells_when_a_job_was_claimed_last(project: Path) -> None:
+    Path("config/boot.py").write_text(
+        "from config import settings\nfrom lamsonq.server import QueueReceiver\n"
+        "settings.receiver = QueueReceiver('run/posts', deliver=print)\n"
+    )
+    begun = time.time()
+    lamsonq("start")
+    Queue("run/posts").push("Subject: hi\n\nhello\n")
+    deadline = time.monotonic() + 20
+    while True:
+        (server,) = json.loads(lamsonq("status", "-ALL", "run", "-json").stdout)["servers"]
+        if server["handled"]:
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert begun <= server["last_claim"] <= server["last_settled"] <= time.time()
+
+
+def test_request_types_that_mean_nothing_fail_the_boot(project: Path) -> None:
+    Path("jobs.py").write_text(
+        "from lamsonq.deferred import deferrable\n@deferrable()\ndef send_email(to): ...\ndef plain(): ...\n"
+    )
+    for types, line in (
+        ("{'send_email': 'jobs.plain'}", "'send_email' means jobs.plain, which is no @deferrable function"),
+        ("{'send_email': 'nojobs.x'}", "there is no module nojobs in "),
+        ("{'send_email': 'plain'}", "config.settings.request_types: 'plain' names no module: app.jobs.plain"),
+        ("['send_email']", "config.settings.request_types: expected a table of names such as"),
+        ("{'send_email': 7}", "found {'send_email': 7}"),
+    ):
+        Path("config/settings.py").write_text(f"receiver = None\nrequest_types = {types}\n")
+        done = lamsonq("start", code=5 if "settings" in line or "found" in line else 2)
+        assert line in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    Path("config/settings.py").write_text("receiver = None\nrequest_types = {'send_email': 'jobs.send_email'}\n")
+    lamsonq("start")
+
+
 def test_status_as_json_has_servers_and_queues(project: Path) -> None:
     Queue("run/posts").push("Subject: hi\n\nhello\n")
     lamsonq("start", "--boot=config.queue")

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from lamsonq import metrics, pidfile
@@ -80,7 +82,7 @@ def test_queues_are_told_by_state_and_age(here: Path) -> None:
     put("sqlite:run/q.db?queue=jobs", age=500)
     put("sqlite:run/q.db?queue=other", Dead("no"))
     server = metrics.bound("127.0.0.1", 0, "run")
-    text = metrics.generate_latest(server.registry).decode()
+    text = generate_latest(server.registry).decode()
     server.server_close()
     assert sample(text, "lamsonq_queue_jobs", queue="run/posts", state="ready") == 1
     assert sample(text, "lamsonq_queue_jobs", queue="run/posts", state="dead") == 1
@@ -149,10 +151,9 @@ def test_clients_that_say_nothing_hold_it_up_for_a_few_seconds_only(
     monkeypatch.setattr(metrics.Handler, "timeout", 0.3)
     Path("run").mkdir()
     server = metrics.bound("127.0.0.1", 0, "run")
-    import threading
-
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    silent = [socket.create_connection(server.server_address[:2], timeout=10) for _ in range(metrics.AT_ONCE + 3)]
+    port = int(server.server_address[1])
+    silent = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(metrics.AT_ONCE + 3)]
     assert silent[-1].recv(1) == b""  # one too many is hung up on
     time.sleep(0.5)
     with urllib.request.urlopen(f"{server.url}live", timeout=10) as answer:

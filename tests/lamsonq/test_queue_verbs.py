@@ -52,7 +52,7 @@ def put(queue: Queue, body: bytes = BODY, outcome: Any = None, **fields: Any) ->
 
 def told(*args: str, code: int = 0) -> dict[str, Any]:
     """What a verb prints as JSON."""
-    found: dict[str, Any] = json.loads(lamsonq("queue", *args, "--json", code=code).stdout)
+    found: dict[str, Any] = json.loads(lamsonq(*args, "--json", code=code).stdout)
     return found
 
 
@@ -63,7 +63,7 @@ def test_ls_lists_one_state_in_its_order(queue: Queue) -> None:
     later = put(queue, priority=5, sender="", recipients=("desk@example.com", "b@example.com"))
     first = put(queue, target="app.handlers.index.START", sender="joe@example.com", received=time.time() - 7200)
     put(queue, outcome=Dead("no"))
-    found = told("ls", queue.dir)
+    found = told("queue", "ls", queue.dir)
     assert (found["queue"], found["state"], found["total"]) == (queue.dir, "ready", 2)
     assert [job["key"] for job in found["jobs"]] == [first, later]
     assert found["jobs"][0]["target"] == "app.handlers.index.START"
@@ -80,11 +80,15 @@ def test_ls_shows_each_state_and_no_more_than_asked_for(queue: Queue) -> None:
     keys = [put(queue, outcome=Dead("no"), attempts=3) for _ in range(3)]
     delayed = put(queue, due=time.time() + 3600)
     put(queue, outcome=KEPT)
-    assert [job["key"] for job in told("ls", queue.dir, "-state", "dead")["jobs"]] == keys
-    assert [job["attempts"] for job in told("ls", queue.dir, "-state", "dead", "-limit", "0")["jobs"]] == [3, 3, 3]
-    assert [job["key"] for job in told("ls", queue.dir, "--state", "delayed")["jobs"]] == [delayed]
+    assert [job["key"] for job in told("queue", "ls", queue.dir, "-state", "dead")["jobs"]] == keys
+    assert [job["attempts"] for job in told("queue", "ls", queue.dir, "-state", "dead", "-limit", "0")["jobs"]] == [
+        3,
+        3,
+        3,
+    ]
+    assert [job["key"] for job in told("queue", "ls", queue.dir, "--state", "delayed")["jobs"]] == [delayed]
     assert "  due in 59m  " in lamsonq("queue", "ls", queue.dir, "-state", "delayed").stdout
-    assert told("ls", queue.dir, "-state", "done")["total"] == 1
+    assert told("queue", "ls", queue.dir, "-state", "done")["total"] == 1
     short = lamsonq("queue", "ls", queue.dir, "-state", "dead", "-limit", "2")
     assert len(short.stdout.splitlines()) == 2
     assert short.stderr == "... and 1 more: -limit 0 shows all\n"
@@ -93,7 +97,7 @@ def test_ls_shows_each_state_and_no_more_than_asked_for(queue: Queue) -> None:
 def test_what_is_being_worked_is_listed_as_reserved(queue: Queue) -> None:
     key = put(queue)
     [job] = queue.backend.reserve(1)
-    assert [job["key"] for job in told("ls", queue.dir, "-state", "reserved")["jobs"]] == [key]
+    assert [job["key"] for job in told("queue", "ls", queue.dir, "-state", "reserved")["jobs"]] == [key]
     queue.backend.touch(job)
 
 
@@ -123,7 +127,7 @@ def test_show_tells_record_headers_and_failures(queue: Queue) -> None:
     assert "\nSubject: hello there\n" in text
     assert " attempt 1: ValueError: no post 12 [" in text
     assert 'raise ValueError("no post 12")' in text
-    found = told("show", queue.dir, key)
+    found = told("queue", "show", queue.dir, key)
     assert {"state": "dead", "sender": "joe@example.com", "priority": 2, "attempts": 1}.items() <= found.items()
     assert found["headers"] == [["From", "joe@example.com"], ["Subject", "hello there"]]
     [failure] = found["failures"]
@@ -137,7 +141,7 @@ def test_show_prints_the_message_byte_for_byte(here: Path) -> None:
     command = [sys.executable, "-m", "lamsonq", "queue", "show", "run/posts", key, "-body"]
     shown = subprocess.run(command, env=ENVIRON, capture_output=True, check=True, timeout=30)
     assert shown.stdout == b"Subject: \xe4\n\n\xff\x00\r\n"
-    assert base64.b64decode(told("show", "run/posts", key, "-body")["body_base64"]) == shown.stdout
+    assert base64.b64decode(told("queue", "show", "run/posts", key, "-body")["body_base64"]) == shown.stdout
 
 
 def test_a_key_that_is_not_there_is_one_line(queue: Queue) -> None:
@@ -152,7 +156,7 @@ def test_stats_count_and_tell_of_servers(queue: Queue) -> None:
     queue.backend.pause()
     Path("pids").mkdir()
     Path("pids/smtp.pid").write_text("4711\n")
-    found = told("stats", queue.dir, "-run", "pids")
+    found = told("queue", "stats", queue.dir, "-run", "pids")
     assert {"ready": 1, "reserved": 1, "dead": 1, "delayed": 0, "done": 0, "paused": True}.items() <= found.items()
     assert found["oldest"] < 60
     assert [(server["pid_file"], server["running"]) for server in found["servers"]] == [("pids/smtp.pid", False)]
@@ -184,7 +188,7 @@ def test_export_prints_everything_and_takes_nothing_out(queue: Queue) -> None:
 def test_dead_letters_come_in_groups_that_failed_alike(queue: Queue) -> None:
     alike = [put(queue, outcome=Dead(f"no post {number}"), target="app.jobs.index") for number in (1, 22)]
     other = put(queue, outcome=Dead("the disk is full"))
-    groups = told("dead", queue.dir)["groups"]
+    groups = told("queue", "dead", queue.dir)["groups"]
     assert [(group["count"], sorted(group["keys"])) for group in groups] == [(2, sorted(alike)), (1, [other])]
     assert groups[0]["target"] == "app.jobs.index"
     assert groups[0]["first"] <= groups[0]["last"]
@@ -201,10 +205,10 @@ def test_dead_letters_come_in_groups_that_failed_alike(queue: Queue) -> None:
 def test_retry_makes_those_of_one_kind_ready(queue: Queue) -> None:
     alike = [put(queue, outcome=Dead(f"no post {number}"), attempts=4) for number in (1, 22)]
     other = put(queue, outcome=Dead("the disk is full"))
-    fingerprint = told("dead", queue.dir)["groups"][0]["fingerprint"]
-    assert sorted(told("retry", queue.dir, "-fingerprint", fingerprint)["retried"]) == sorted(alike)
+    fingerprint = told("queue", "dead", queue.dir)["groups"][0]["fingerprint"]
+    assert sorted(told("queue", "retry", queue.dir, "-fingerprint", fingerprint)["retried"]) == sorted(alike)
     assert sorted(queue.keys()) == sorted(alike)
-    assert [job["attempts"] for job in told("ls", queue.dir)["jobs"]] == [0, 0]
+    assert [job["attempts"] for job in told("queue", "ls", queue.dir)["jobs"]] == [0, 0]
     assert lamsonq("queue", "retry", queue.dir, other).stdout == f"retried 1 of {queue.dir}\n"
     put(queue, outcome=Dead("again"))
     assert lamsonq("queue", "retry", queue.dir, "-all").stdout == f"retried 1 of {queue.dir}\n"
@@ -232,7 +236,7 @@ def test_bury_makes_a_dead_letter_with_its_reason(queue: Queue) -> None:
     ready, delayed, taken = put(queue, priority=1), put(queue, due=time.time() + 60), put(queue)
     [job] = queue.backend.reserve(1)
     assert job.key == taken
-    assert told("bury", queue.dir, ready, delayed, "-reason", "a loop")["buried"] == [ready, delayed]
+    assert told("queue", "bury", queue.dir, ready, delayed, "-reason", "a loop")["buried"] == [ready, delayed]
     assert "a loop" in queue.backend.report(ready)
     line = refused("queue", "bury", queue.dir, taken)
     assert line.startswith(f"{taken} was not buried: it is being worked")
@@ -247,7 +251,7 @@ def test_bury_makes_a_dead_letter_with_its_reason(queue: Queue) -> None:
 def test_kick_makes_delayed_messages_ready(queue: Queue) -> None:
     first, second, third = (put(queue, due=time.time() + 3600) for _ in range(3))
     dead = put(queue, outcome=Dead("no"))
-    assert told("kick", queue.dir, first)["kicked"] == [first]
+    assert told("queue", "kick", queue.dir, first)["kicked"] == [first]
     assert refused("queue", "kick", queue.dir, dead).endswith("it is a dead letter: `retry` makes it ready")
     assert lamsonq("queue", "kick", queue.dir, "-all").stdout == f"kicked 2 of {queue.dir}\n"
     assert sorted(queue.keys()) == sorted([first, second, third])
@@ -257,7 +261,7 @@ def test_kick_makes_delayed_messages_ready(queue: Queue) -> None:
 def test_purge_deletes_one_state_and_nothing_else(queue: Queue) -> None:
     put(queue, outcome=Dead("no"))
     ready = put(queue)
-    assert told("purge", queue.dir, "-state", "dead", "-older", "1h", "-yes")["purged"] == 0
+    assert told("queue", "purge", queue.dir, "-state", "dead", "-older", "1h", "-yes")["purged"] == 0
     line = refused("queue", "purge", queue.dir, "-state", "dead")
     assert line == "ERROR: nothing was deleted: give -yes where nobody can be asked"
     assert queue.backend.counts()["dead"] == 1
@@ -268,7 +272,7 @@ def test_purge_deletes_one_state_and_nothing_else(queue: Queue) -> None:
 def test_purge_counts_back_from_now(queue: Queue) -> None:
     put(queue, outcome=Dead("no"))
     time.sleep(0.05)
-    assert told("purge", queue.dir, "-state", "dead", "-older", "0.01s", "--yes")["purged"] == 1
+    assert told("queue", "purge", queue.dir, "-state", "dead", "-older", "0.01s", "--yes")["purged"] == 1
     assert "write 90s, 15m, 12h, 7d or 2w" in refused(
         "queue", "purge", queue.dir, "-state", "dead", "-older", "7", code=2
     )
@@ -291,10 +295,37 @@ def test_purge_asks_at_a_terminal(here: Path, answer: str, left: int) -> None:
 def test_a_paused_queue_gives_nothing_out_until_it_is_resumed(queue: Queue) -> None:
     key = put(queue)
     assert lamsonq("queue", "pause", queue.dir).stdout == f"{queue.dir} is paused\n"
-    assert told("pause", queue.dir) == {"queue": queue.dir, "paused": True}
+    assert told("queue", "pause", queue.dir) == {"queue": queue.dir, "paused": True}
     assert queue.backend.reserve(1) == []
-    assert told("resume", queue.dir) == {"queue": queue.dir, "paused": False}
+    assert told("queue", "resume", queue.dir) == {"queue": queue.dir, "paused": False}
     assert [job.key for job in queue.backend.reserve(1)] == [key]
+
+
+def test_every_verb_prints_json_in_both_spellings(queue: Queue) -> None:
+    key = put(queue, outcome=Dead("no"))
+    lines = [
+        ["queue", "ls", queue.dir, "-json"],
+        ["queue", "show", queue.dir, key, "-json"],
+        ["queue", "stats", queue.dir, "-json"],
+        ["queue", "dead", queue.dir, "-json"],
+        ["queue", "export", queue.dir, "-json"],
+        ["queue", "retry", queue.dir, key, "-json"],
+        ["queue", "bury", queue.dir, key, "-json"],
+        ["queue", "kick", queue.dir, "-all", "-json"],
+        ["queue", "purge", queue.dir, "-state", "done", "-yes", "-json"],
+        ["queue", "pause", queue.dir, "-json"],
+        ["queue", "resume", queue.dir, "-json"],
+        ["queue", "move", queue.dir, "run/other", "-json"],
+    ]
+    assert {line[1] for line in lines} == set(VERBS)
+    for line in lines:
+        found = json.loads(lamsonq(*line).stdout)
+        assert found.get("queue", found.get("from")) == queue.dir
+        assert isinstance(
+            json.loads(lamsonq(*line[:-1], "--json", code=int(line[1] in ("retry", "bury"))).stdout), dict
+        )
+        if line[1] == "export":
+            assert (found["key"], found["state"]) == (key, "dead")
 
 
 # ---- which queue -----------------------------------------------------------------------------------------------
@@ -342,7 +373,7 @@ def test_a_queue_that_is_called_like_a_verb_is_written_with_its_directory(here: 
     key = put(Queue("ls"))
     assert lamsonq("queue", "./ls", "-keys").stdout.splitlines()[1:] == [key]
     assert lamsonq("queue", "-keys", "-name", "ls").stdout.splitlines()[1:] == [key]
-    assert told("ls", "ls")["total"] == 1
+    assert told("queue", "ls", "ls")["total"] == 1
 
 
 def test_the_help_of_queue_lists_the_verbs_and_each_explains_itself(here: Path) -> None:
@@ -357,5 +388,5 @@ def test_delayed_by_a_failure_is_shown_with_its_report(queue: Queue) -> None:
     key = put(queue)
     [job] = queue.backend.reserve(1)
     queue.backend.settle(job, Later("try again", time.time() + 3600))
-    found = told("show", queue.dir, key)
+    found = told("queue", "show", queue.dir, key)
     assert (found["state"], found["failures"][0]["reason"]) == ("delayed", "try again")

@@ -91,8 +91,8 @@ def test_counting_reads_no_table(filled: Path) -> None:
         for place in places:
             plan = database.execute(f"explain query plan select count(*) from jobs where queue = 'x' and {place}")
             assert all("COVERING INDEX" in row[3] or "USING INDEX" in row[3] for row in plan), place
-    plan = database.execute(f"explain query plan {databases._NAMES}").fetchall()
-    assert not [row for row in plan if row[3] == "SCAN jobs"]
+    names = database.execute(f"explain query plan {databases._NAMES}").fetchall()
+    assert not [row for row in names if row[3] == "SCAN jobs"]
     database.close()
 
 
