@@ -21,6 +21,7 @@ check: $(READY)  ## lint, format and types
 bench: $(READY)  ## measure, and print the figures
 	$(BIN)/python tests/bench/drain_maildir.py 1000 10000 100000
 	$(BIN)/python tests/bench/latency.py
+	$(BIN)/python tests/bench/queues.py
 
 $(READY): pyproject.toml .github/constraints.txt
 	$(PYTHON) -m venv .venv

@@ -19,6 +19,9 @@ from lamsonq.errors import BrokerError
 from lamsonq.jobs import Backend
 
 GROUP = "lamsonq.backends"
+_PATHS = ("maildir", "sqlite")
+"""The schemes whose queues are named by a path."""
+
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):")
 
 
@@ -31,7 +34,8 @@ def open_backend(url: str, *, pop_limit: int = 0, oversize_dir: str | None = Non
     match = _SCHEME.match(url)
     scheme = match[1] if match else "maildir"
     # A path means another directory or file after a chdir, so where we are is part of the question.
-    return _open(scheme, url, os.path.abspath(url), pop_limit, oversize_dir and os.path.abspath(oversize_dir))
+    place = os.path.abspath(url) if scheme in _PATHS else ""
+    return _open(scheme, url, place, pop_limit, oversize_dir and os.path.abspath(oversize_dir))
 
 
 @functools.lru_cache(maxsize=128)

@@ -1,9 +1,9 @@
 """The names that come next in a queue, without a look at the directory for each.
 
-Rules: one look keeps the `LIMIT` smallest names in memory; they are used up before the next look, so that draining
-costs the same per message however many wait. The horizon is the rank up to which all is known: news before it are added
-one by one as the watch tells them, and an empty queue is not looked at again. Without a watch the directory's time
-stamp tells whether another look can find anything.
+Rules: one look keeps the `LIMIT` smallest names in memory, and more where very many wait; they are used up before the
+next look, so that draining costs the same per message however many wait. The horizon is the rank up to which all is
+known: news before it are added one by one as the watch tells them, and an empty queue is not looked at again. Without a
+watch the directory's time stamp tells whether another look can find anything.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 LIMIT = 20_000
+_MORE = 5
+"""At most so many times LIMIT names are kept: some 30 MB."""
+_PART = 8
+"""Of very many names so great a part is kept, one in 8, so that each is read a few times only."""
 _STAMP_SETTLES = 50_000_000
 """Nanoseconds: the kernel's clock for time stamps ticks slowly, a younger stamp may hide a second change."""
 
@@ -40,6 +44,7 @@ class Backlog:
         self._heap: list[Entry] = []
         self._horizon = ""
         self._stamp: tuple[int, ...] = ()
+        self._seen = 0  # how many the last look has found
 
     def __len__(self) -> int:
         return len(self._heap)
@@ -64,10 +69,10 @@ class Backlog:
 
     def add(self, folder: str, name: str, *, known: bool = False) -> None:
         """A name has appeared. `known`: it is kept even if a later look would find it as well."""
-        if len(self._heap) > 2 * LIMIT:
+        if len(self._heap) > 2 * _MORE * LIMIT:
             self.outdate()
-        if not (self._horizon or known):
-            return
+        if not (self._horizon or (known and self._heap)):
+            return  # the next look finds it, in its place
         try:
             regular = stat.S_ISREG(os.lstat(os.path.join(folder, name)).st_mode)
         except OSError:  # it has gone already
@@ -91,8 +96,10 @@ class Backlog:
         stamp = self._stamps()
         settled = time.time_ns() - max(stamp, default=0) > _STAMP_SETTLES
         self._stamp = stamp if settled else ()
-        self._heap = heapq.nsmallest(LIMIT, self._entries())
-        self._horizon = _ALL if len(self._heap) < LIMIT else self._heap[-1].rank
+        limit = max(LIMIT, min(self._seen // _PART, _MORE * LIMIT))
+        self._seen = 0
+        self._heap = heapq.nsmallest(limit, self._entries())
+        self._horizon = _ALL if len(self._heap) < limit else self._heap[-1].rank
 
     def _stamps(self) -> tuple[int, ...]:
         try:
@@ -110,4 +117,5 @@ class Backlog:
                 for entry in found:
                     rank = self._rank(folder, entry.name, entry.is_file(follow_symlinks=False))
                     if rank is not None:
+                        self._seen += 1
                         yield Entry(rank, folder, entry.name)

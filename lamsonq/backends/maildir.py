@@ -102,6 +102,7 @@ class Maildir(Desk):
         self._tidy_at = time.monotonic() + TIDY_EVERY
         self._suspect = ""
         self._held: set[str] = set()  # our claims that are not settled
+        self._stranded: dict[str, str] = {}  # files that we have claimed and could neither hand out nor put back
         self._waits_for_quiet = False  # a job at its last chance is to run with no other beside it
         self._settler = Settler(self.folders)
 
@@ -142,10 +143,12 @@ class Maildir(Desk):
                 there = self._index.present(sought)
                 for file, place in zip(staged, places, strict=True):
                     paths.append("" if place.name.key in there else self._guards.publish(file, place))
+                    if paths[-1] is not None:
+                        there.add(place.name.key)
                 self._guards.sync(list(zip(places, paths, strict=True)))
             except Exception:  # the gate may be somebody's own
                 paths += [None] * (len(puts) - len(paths))
-                for file, place, path in zip(staged, places, paths, strict=True):
+                for file, place, path in reversed(list(zip(staged, places, paths, strict=True))):
                     self._guards.retract(file, place, path)
                 raise
         for file, path in zip(staged, paths, strict=True):
@@ -157,7 +160,7 @@ class Maildir(Desk):
         made: list[str] = []
         try:
             for put, place in zip(puts, places, strict=True):
-                path = self.folders.free("tmp", place.name)
+                path = self._guards.staging(place)
                 write_file(path, place.block, put.job.body)
                 made.append(path)
         except OSError:
@@ -207,6 +210,8 @@ class Maildir(Desk):
         now = time.monotonic()
         if now >= self._reap_at:
             self._reap_at = now + REAP_EVERY
+            for path, origin in list(self._stranded.items()):
+                self._put_back(path, origin)
             self.release_stale()
             if abandoned := self.folders.abandoned():
                 self._guards.clear_away(abandoned)
@@ -239,6 +244,7 @@ class Maildir(Desk):
                 if job is not None:
                     jobs.append(job)
         except OSError:
+            self._arrivals.look_again()  # what could not be claimed is still there
             if not jobs:
                 raise
         return jobs
@@ -254,18 +260,18 @@ class Maildir(Desk):
             return None
         name = fitted(name)
         claimed = name._replace(deliveries=name.deliveries + 1, mark=next(self._numbers), taken=0)
-        path = self._rename_to_claim(os.path.join(entry.folder, entry.name), claimed.text())
+        origin = os.path.join(entry.folder, entry.name)
+        path = self._rename_to_claim(origin, claimed.text())
         if path is None:
             return None
         try:
             job = self._open(path, name)
         except Unreadable as error:
-            self._put_back(path, entry)
-            self._arrivals.leave_alone(os.path.join(entry.folder, entry.name), str(error))
+            self._put_back(path, origin)
+            self._arrivals.leave_alone(origin, str(error))
             return None
         except OSError:  # this machine is short of something just now
-            self._put_back(path, entry)
-            self._arrivals.look_again()
+            self._put_back(path, origin)
             raise
         if job is not None:
             self._held.add(job.claim)
@@ -292,9 +298,12 @@ class Maildir(Desk):
                 return path
         return None
 
-    def _put_back(self, path: str, entry: Entry) -> None:
+    def _put_back(self, path: str, origin: str) -> None:
+        """Let a file be as if it had never been claimed: now, or as soon as that is possible."""
+        self._stranded[path] = origin
         with contextlib.suppress(FileNotFoundError):
-            os.rename(path, os.path.join(entry.folder, entry.name))
+            os.rename(path, origin)
+        del self._stranded[path]
 
     def _working(self) -> Worker:
         with self._lock:
@@ -359,7 +368,7 @@ class Maildir(Desk):
         try:
             return read_job(path, name, claim=self._claim_of(path))
         except (ValueError, Unreadable, OSError) as error:
-            self._put_back(path, Entry("", os.path.dirname(origin), os.path.basename(origin)))
+            self._put_back(path, origin)
             if isinstance(error, OSError):
                 raise
             raise QueueError(f"{origin} cannot be read: {error}") from error

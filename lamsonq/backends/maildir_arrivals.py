@@ -132,20 +132,25 @@ class Arrivals:
             self._delayed.refill(self._seeing)
         now = int(self._folders.now() * 1000)
         while (first := self._delayed.peek()) is not None and int(first.rank) <= now:
-            self._delayed.pop()
             name = parse_name(first.name)
-            if name is None:
-                continue
-            with contextlib.suppress(FileNotFoundError):  # another process was faster
-                path = self._folders.move(os.path.join(first.folder, first.name), READY, fitted(name)._replace(due=0))
-                self._ready.add(os.path.dirname(path), os.path.basename(path), known=True)
+            if name is not None:
+                with contextlib.suppress(FileNotFoundError):  # another process was faster
+                    old = os.path.join(first.folder, first.name)
+                    path = self._folders.move(old, READY, fitted(name)._replace(due=0))
+                    if not self._seeing and len(self._ready) < _FEW:
+                        self._ready.clear()  # among those that have come meanwhile
+                    self._ready.add(os.path.dirname(path), os.path.basename(path), known=True)
+            self._delayed.pop()
 
     # -- which names can be taken ------------------------------------------------------------------------------
 
     def _rank_ready(self, folder: str, name: str, regular: bool) -> str | None:
         if self._only is not None and (not is_bound(name) or name in self._passed_over):
             return None
-        return f"{priority_of(name):010d}{name}" if self._is_possible(folder, name, regular) else None
+        if not self._is_possible(folder, name, regular):
+            return None
+        priority = priority_of(name)
+        return f"{priority:010d}{name}" if priority else f"0000000000{name}"
 
     def _rank_delayed(self, folder: str, name: str, regular: bool) -> str | None:
         return f"{due_of(name):015d}" if self._is_possible(folder, name, regular) else None

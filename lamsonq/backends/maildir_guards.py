@@ -11,9 +11,9 @@ Rules:
 2. Renames keep a file's second name, and deleting a job leaves one name: so a `unique` is taken exactly as long as its
    file has two. Who settles a job as done or dead takes the second name away first; if it is killed then, the job comes
    again and a like one may run beside it. One that is kicked out of the dead letters is not unique any more.
-3. A put stages its file, then takes the guard, then writes the number, then renames the file into the queue. A guard
-   or a number whose file is still staged in tmp/ is void: its put never happened. One that is staged in held/ belongs
-   to a committed settle, which is certain to come.
+3. A put stages its file under a name that never comes again, then takes the guard, then writes the number, then renames
+   the file into the queue. A guard or a number whose file is still staged in tmp/ is void: its put never happened. One
+   that is staged in held/ belongs to a committed settle, which is certain to come.
 4. A number is replaced, never changed, and synced before the job has its name: no crash makes a gate let through twice
    what it has let through once. When it may be forgotten, it is.
 5. A forked child drops its copy of the lock.
@@ -27,26 +27,33 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 from collections.abc import Collection, Iterator, Sequence
 
 import msgspec
 
 from lamsonq.backends.durable import remove_file, sync_folder, write_file
-from lamsonq.backends.maildir_files import Folders, Place
+from lamsonq.backends.maildir_files import DELAYED, READY, Folders, Place
 from lamsonq.jobs import Gate, Passage
 
 VERSION = 1
+_UNDOABLE = 8
+"""How many puts through one gate a single call can undo."""
 
 
 class Number(msgspec.Struct, frozen=True):
-    """A gate's number: `staged` is the file of the put that it stands for, `before` what it was without that put.
-    After `until` it may be forgotten."""
+    """A gate's number: `staged` is the file of the put that it stands for, `before` what it was without that put, and
+    so on, because all puts of one call may have to be undone. After `until` it may be forgotten."""
 
     last: float
     until: float | None = None
     staged: str = ""
     before: Number | None = None
     version: int = VERSION
+
+
+class _Newer(OSError):
+    """A newer version has written it."""
 
 
 class Guards:
@@ -78,6 +85,12 @@ class Guards:
             self.folders.make(again=True)
             return os.open(path, flags, 0o600)
 
+    def staging(self, place: Place) -> str:
+        """Where to stage the file of a new job."""
+        # A number names the file; were there another of that name one day, what has happened would be void.
+        name = place.name._replace(mark=secrets.randbits(48) | 1) if place.guarded else place.name
+        return self.folders.free("tmp", name)
+
     # -- putting -----------------------------------------------------------------------------------------------
 
     def publish(self, staged: str, place: Place) -> str | None:
@@ -96,9 +109,15 @@ class Guards:
         if os.path.lexists(path):
             self._withdraw(staged, place)
             return ""
-        if place.report or place.entry:
-            self.folders.set_report(place.name.key, place.report + place.entry)
-        self.folders.rename(staged, path)
+        reported = place.report + place.entry
+        if reported:
+            self.folders.set_report(place.name.key, reported)
+        try:
+            self.folders.rename(staged, path)
+        except OSError:
+            if reported:
+                self.folders.drop_report(place.name.key)
+            raise
         return path
 
     def sync(self, places: Sequence[tuple[Place, str | None]]) -> None:
@@ -111,7 +130,7 @@ class Guards:
             sync_folder(self.folders.at("guards"))
 
     def retract(self, staged: str, place: Place, path: str | None) -> None:
-        """Undo a put that failed, as far as that is possible."""
+        """Undo a put that failed, as far as that is possible; of several the last one first."""
         if path and (place.report or place.entry):
             self.folders.drop_report(place.name.key)
         if not place.guarded:
@@ -137,7 +156,7 @@ class Guards:
             if passage is None:
                 self._withdraw(staged, place)
                 return None
-        if guard is not None and not os.path.lexists(guard):
+        if guard is not None and place.folder in (READY, DELAYED) and not os.path.lexists(guard):
             os.link(staged, guard)
         if place.gate is not None and passage is not None:
             self._write(self._number(place.gate.key), _after(place.gate, passage, before, self._short(staged)))
@@ -152,9 +171,10 @@ class Guards:
             self.release(mark_of(place.unique), staged)
         if place.gate is not None:
             file = self._number(place.gate.key)
-            number = self._read(file)
-            if number is not None and number.staged == self._short(staged):
-                self._restore(file, number)
+            with contextlib.suppress(_Newer):
+                number = self._read(file)
+                if number is not None and number.staged == self._short(staged):
+                    self._restore(file, number)
 
     # -- who is unique -----------------------------------------------------------------------------------------
 
@@ -194,7 +214,9 @@ class Guards:
 
     def _known(self, path: str) -> Number | None:
         number = self._read(path)
-        return number.before if number is not None and self._is_void(number) else number
+        while number is not None and self._is_void(number):
+            number = number.before
+        return number
 
     def _is_void(self, number: Number) -> bool:
         return bool(number.staged) and os.path.lexists(self.folders.at(number.staged))
@@ -204,7 +226,7 @@ class Guards:
             with open(path, "rb") as file:
                 found = json.loads(file.read())
             if isinstance(found, dict) and found.get("version") != VERSION:
-                raise OSError(0, f"{path!r} is of version {found.get('version')!r}; this lamsonq reads {VERSION}")
+                raise _Newer(0, f"{path!r} is of version {found.get('version')!r}, and this lamsonq reads {VERSION}")
             return msgspec.convert(found, Number)
         except FileNotFoundError:
             return None
@@ -285,9 +307,14 @@ def mark_of(text: str) -> str:
 
 def _after(gate: Gate, passage: Passage, before: Number | None, staged: str) -> Number:
     until = passage.last + gate.memory
-    if before is not None:
-        before = msgspec.structs.replace(before, staged="", before=None)
-    return Number(passage.last, until if until < float("inf") else None, staged, before)
+    return Number(passage.last, until if until < float("inf") else None, staged, _cut(before, _UNDOABLE))
+
+
+def _cut(number: Number | None, depth: int) -> Number | None:
+    """The number without the oldest of those before it."""
+    if number is None or depth == 0:
+        return None if number is None else msgspec.structs.replace(number, staged="", before=None)
+    return msgspec.structs.replace(number, before=_cut(number.before, depth - 1))
 
 
 _locks: set[int] = set()

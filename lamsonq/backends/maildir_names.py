@@ -119,7 +119,10 @@ def due_of(text: str) -> int:
 
 def priority_of(text: str) -> int:
     """How urgent the job in this file is; 0, the most urgent, when the name does not tell."""
-    match = _PRIORITY.search(text)
+    begin = text.find(",LQ=1")
+    if begin < 0 or text.find("p", begin) < 0:  # nearly all, and every look at a directory asks for every name
+        return 0
+    match = _PRIORITY.search(text, begin)
     return int(match[1]) if match else 0
 
 

@@ -17,10 +17,8 @@ Rules:
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
-import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -29,22 +27,15 @@ from typing import Any
 from urllib.parse import parse_qsl, quote, unquote
 
 from lamsonq import clock
-from lamsonq.backends import sqlite_bodies, sqlite_claims, sqlite_lanes, sqlite_settle, sqlite_workers
+from lamsonq.backends import sqlite_bodies, sqlite_lanes, sqlite_settle, sqlite_workers
 from lamsonq.backends.maildir_names import new_key
 from lamsonq.backends.sqlite_bodies import INLINE_MAX, Bodies
-from lamsonq.backends.sqlite_claims import Asked, Claimed
 from lamsonq.backends.sqlite_database import database_at
-from lamsonq.backends.sqlite_errors import told
-from lamsonq.backends.sqlite_kept import Kept
 from lamsonq.backends.sqlite_outgoing import Outgoing, write_down
-from lamsonq.backends.sqlite_rows import Row, body_of, insert, job_of, row_of, text_of
-from lamsonq.backends.sqlite_wake import Ear
-from lamsonq.backends.sqlite_workers import Life
-from lamsonq.errors import BrokerError, Dead, LeaseLost, QueueError, SettingsError
+from lamsonq.backends.sqlite_reserve import Reserving
+from lamsonq.backends.sqlite_rows import Row, insert, row_of
+from lamsonq.errors import BrokerError, LeaseLost, QueueError, SettingsError
 from lamsonq.jobs import Job, Limit, Outcome, Put
-
-REAP_EVERY = 5.0
-"""Seconds between two looks for dead workers."""
 
 
 def open_queue(url: str, *, pop_limit: int = 0, oversize_dir: str | None = None) -> SQLite:
@@ -64,7 +55,7 @@ def _parsed(url: str) -> tuple[str, str]:
     return os.path.abspath(path), parameters.get("queue") or "jobs"
 
 
-class SQLite(Kept):
+class SQLite(Reserving):
     """A queue in a SQLite file; see lamsonq.jobs.Backend. `now` tells seconds since the epoch."""
 
     capabilities = frozenset({"processes", "limits", "transactions"})
@@ -83,20 +74,13 @@ class SQLite(Kept):
         path, self.queue = _parsed(name)
         self._database = database_at(path)
         self._now = now
-        self._limits: tuple[Limit, ...] = ()
         self._begin()
         _all.add(self)
 
     def _begin(self) -> None:
         """The state of a process that has claimed nothing yet."""
-        self._lock = threading.Lock()
-        self._life: Life | None = None
-        self._numbers = itertools.count(1)
-        self._held: set[str] = set()  # our claims that are not settled
-        self._suspect = ""  # the one of them whose worker died before
-        self._quiet = self._passed_over = False  # what sqlite_claims.Claimed says
-        self._keep_up_at = self._tidy_at = 0.0
-        self._ear = Ear(f"{self._database.path}-wal", self._database.turn)
+        self._begin_reserving()
+        self._tidy_at = 0.0
         self._bodies = Bodies(self._database, self._worker)
         self._outgoing = Outgoing(self._database)
 
@@ -104,13 +88,6 @@ class SQLite(Kept):
     def address(self) -> str:
         """The URL that opens this queue wherever the process runs."""
         return f"sqlite:{quote(self._database.path)}?queue={quote(self.queue, safe='')}"
-
-    def _worker(self) -> str:
-        with self._lock:
-            if self._life is None:
-                self._database.users.add(self)
-                self._life = Life(self._database)
-            return self._life.id
 
     def forget(self) -> None:
         """In a forked child: claims, watches and locks are the parent's. For tests: end as a killed process does."""
@@ -163,116 +140,6 @@ class SQLite(Kept):
             self._bodies.doubt(rows)
             raise
 
-    @contextlib.contextmanager
-    def _about(self, data: object = None) -> Iterator[None]:
-        """A QueueError tells what was to be queued."""
-        try:
-            yield
-        except QueueError as error:
-            error.data = data
-            raise
-        except OSError as error:
-            raise told(self.name, error, data) from error
-
-    # -- reserving ---------------------------------------------------------------------------------------------
-
-    def reserve(self, n: int, wait: float = 0.0, *, only: Collection[str] | None = None) -> list[Job]:
-        """Raises QueueError."""
-        until = time.monotonic() + wait
-        with self._about():
-            while True:
-                self._keep_up()
-                if wait > 0:
-                    self._ear.listen()
-                jobs = self._take(n, only) if n > 0 and self._is_something_ready() else []
-                left = until - time.monotonic()
-                if jobs or n <= 0 or left <= 0 or self._sleep(left):
-                    return jobs
-
-    def wait(self, seconds: float) -> None:
-        """Raises QueueError."""
-        until = time.monotonic() + seconds
-        with self._about():
-            while True:
-                self._keep_up()
-                self._ear.listen()
-                left = until - time.monotonic()
-                if (self._is_something_ready() and not self.paused()) or left <= 0 or self._sleep(left):
-                    return
-
-    def _sleep(self, seconds: float) -> bool:
-        """Until something is written, `wake` or the time at which a job is due; whether it was `wake`."""
-        query = "select min(due) - :now from jobs where queue = :queue and state = 'delayed' and due > :now"
-        [[until_due]] = self._rows(query)
-        return self._ear.sleep(min(seconds, REAP_EVERY, *([] if until_due is None else [until_due])))
-
-    def wake(self) -> None:
-        self._ear.wake()
-
-    def _is_something_ready(self) -> bool:
-        if self._quiet and self._held:
-            return False
-        parts = ("state = 'ready' and deliveries = 0", "state = 'ready' and deliveries > 0")
-        exists = (f"exists (select 1 from jobs where queue = :queue and {part})" for part in parts)
-        due = "exists (select 1 from jobs where queue = :queue and state = 'delayed' and due <= :now)"
-        [[found]] = self._rows(f"select {' or '.join(exists)} or {due}")
-        return bool(found)
-
-    def _take(self, n: int, only: Collection[str] | None) -> list[Job]:
-        while True:
-            with self._lock:
-                has_jobs, has_suspect = bool(self._held), bool(self._suspect)
-            asked = Asked(self.queue, n, only, self._now(), self._token(), has_jobs, has_suspect, self._limits)
-            claimed = self._database.write(partial(sqlite_claims.take, asked=asked), rings=False)
-            with self._lock:
-                self._held.update(token for _, _, _, token in claimed.jobs)
-                self._suspect = claimed.suspect or self._suspect
-                self._quiet, self._passed_over = claimed.quiet, claimed.passed_over
-            jobs = self._open(claimed)
-            if jobs or not (claimed.more or claimed.jobs):
-                return jobs
-
-    def _token(self) -> Callable[[int], str]:
-        worker, numbers = self._worker(), self._numbers
-        return lambda row: f"{worker}/{next(numbers)}.{row}"
-
-    def claim(self, key: str) -> Job | None:
-        with self._about():
-            act = partial(sqlite_claims.claim_one, queue=self.queue, key=key, token=self._token(), now=self._now())
-            claimed = self._database.write(act)
-            with self._lock:
-                self._held.update(token for _, _, _, token in claimed.jobs)
-            jobs = self._open(claimed)
-        return jobs[0] if jobs else None
-
-    def _open(self, claimed: Claimed) -> list[Job]:
-        """The jobs as their worker sees them; those that cannot be read become dead letters."""
-        jobs = []
-        for row, body, file, token in claimed.jobs:
-            try:
-                content = sqlite_bodies.read(self._database, file) if file else body_of(body)
-                jobs.append(job_of(row, content, token))
-            except FileNotFoundError:
-                self._bury(row, token, f"its body, {file} in {self._database.bodies}, is gone")
-            except ValueError as error:
-                self._bury(row, token, str(error))
-            except OSError:  # this machine is short of something just now
-                for _, _, _, claim in claimed.jobs:
-                    self._give_back(claim)
-                raise
-        return jobs
-
-    def _bury(self, row: tuple[Any, ...], token: str, reason: str) -> None:
-        key = text_of(row[sqlite_claims.KEY]) or ""
-        logging.error("Job %s of %s is a dead letter: %s", key, self.name, reason)
-        with contextlib.suppress(LeaseLost):
-            self.settle(Job(key=key, body=b"", attempts=row[12], claim=token), Dead(reason))
-
-    def _give_back(self, token: str) -> None:
-        back = "update jobs set state = 'ready', token = '', deliveries = max(deliveries - 1, 0) where token = ?"
-        self._database.write(lambda connection: connection.execute(back, (token,)) and None)
-        self._settled(token)
-
     # -- settling ----------------------------------------------------------------------------------------------
 
     def settle(self, job: Job, outcome: Outcome, puts: Sequence[Put] = ()) -> list[bool]:
@@ -311,15 +178,6 @@ class SQLite(Kept):
             sqlite_bodies.tidy(self._database)
         return [results[number] for number in range(len(puts))]
 
-    def _settled(self, claim: str) -> None:
-        with self._lock:
-            self._held.discard(claim)
-            if claim == self._suspect:
-                self._suspect = ""
-            wake = (self._quiet and not self._held) or (self._passed_over and not self._suspect)
-        if wake:
-            self.wake()
-
     def touch(self, job: Job) -> None:
         query = "select 1 from jobs where id = ? and token = ? and state = 'reserved'"
         if not self._database.rows(query, sqlite_settle.row_number(job), job.claim):
@@ -327,15 +185,11 @@ class SQLite(Kept):
 
     # -- workers -------------------------------------------------------------------------------------------------
 
-    def _keep_up(self) -> None:
-        """Now and then: look for dead workers, and mend what nobody else does."""
-        now = time.monotonic()
-        if now >= self._keep_up_at:
-            self._keep_up_at = now + REAP_EVERY
-            self.release_stale()
-            self._outgoing.retry()
-            self._bodies.settle_doubts()
-            sqlite_bodies.tidy(self._database)
+    def _tend(self) -> None:
+        self.release_stale()
+        self._outgoing.retry()
+        self._bodies.settle_doubts()
+        sqlite_bodies.tidy(self._database)
 
     def release_stale(self) -> int:
         """Raises QueueError, also when the queue could not be written."""

@@ -12,6 +12,7 @@ Rules:
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import sqlite3
 from collections.abc import Callable, Iterable
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterable
 from lamsonq.backends.durable import make_folders, remove_file, sync_folder, write_file
 from lamsonq.backends.sqlite_database import Database
 from lamsonq.backends.sqlite_rows import Row
+from lamsonq.errors import QueueError
 
 INLINE_MAX = 64 << 10
 """Bytes that a body may have in the database: above it a file is faster."""
@@ -92,11 +94,14 @@ def sweep(database: Database, files: Iterable[str]) -> None:
 
 
 def tidy(database: Database) -> None:
-    """Remove the bodies of jobs that are gone (rule 3). Raises QueueError."""
-    while doomed := database.rows(f"select file from lamsonq_doomed limit {_AT_ONCE}"):
-        _tidy(database, doomed)
-        if len(doomed) < _AT_ONCE:
-            return
+    """Remove the bodies of jobs that are gone (rule 3); what fails is done another time."""
+    try:
+        while doomed := database.rows(f"select file from lamsonq_doomed limit {_AT_ONCE}"):
+            _tidy(database, doomed)
+            if len(doomed) < _AT_ONCE:
+                return
+    except QueueError as error:
+        logging.warning("Bodies of jobs that are gone stay for now: %s", error)
 
 
 def _tidy(database: Database, doomed: list[tuple[str]]) -> None:

@@ -23,6 +23,11 @@ from lamsonq.jobs import DELIVERIES_MAX, Limit
 LOOKS = 500
 """How many rows one transaction changes at most, besides those that it claims."""
 
+_HEAD = """
+select exists (select 1 from lamsonq_queues where name = ?1 and paused),
+       exists (select 1 from jobs where queue = ?1 and state = 'delayed' and due <= ?2),
+       exists (select 1 from jobs where queue = ?1 and state = 'ready' and deliveries > 0)
+"""
 _DUE = """
 update jobs set state = 'ready', due = null, since = ?2 where id in
     (select id from jobs where queue = ?1 and state = 'delayed' and due <= ?2 order by due, key limit ?3)
@@ -69,12 +74,14 @@ class Claimed:
 def take(database: sqlite3.Connection, asked: Asked) -> Claimed:
     """Claim up to n jobs."""
     found = Claimed()
-    if is_paused(database, asked.queue):
+    [(paused, due, suspects)] = database.execute(_HEAD, (asked.queue, asked.now)).fetchall()
+    if paused:
         return found
-    database.execute(_DUE, (asked.queue, asked.now, LOOKS))
+    if due:
+        database.execute(_DUE, (asked.queue, asked.now, LOOKS))
     looks = LOOKS
     while len(found.jobs) < asked.n and not found.quiet:
-        rows = _candidates(database, asked, asked.n - len(found.jobs))
+        rows = _candidates(database, asked, asked.n - len(found.jobs), suspects=bool(due or suspects))
         if not rows:
             break
         before, passed_over = len(found.jobs), 0
@@ -129,13 +136,11 @@ def _admitted(database: sqlite3.Connection, asked: Asked, row: tuple[Any, ...]) 
     return admit(database, asked.queue, row[0], job, asked.limits, asked.now)
 
 
-def _candidates(database: sqlite3.Connection, asked: Asked, n: int) -> list[tuple[Any, ...]]:
-    """The next jobs that nobody died of, and the next one that somebody did."""
+def _candidates(database: sqlite3.Connection, asked: Asked, n: int, *, suspects: bool) -> list[tuple[Any, ...]]:
+    """The next jobs that nobody died of, and the next one that somebody did; it may have to wait, so it is one more."""
     rows = _ready(database, asked, "deliveries = 0", n)
-    suspects = _ready(database, asked, "deliveries > 0", 1)
-    if not suspects:
-        return rows
-    return sorted([*rows, *suspects], key=_order)  # one more than asked for: the suspect may have to wait
+    suspect = _ready(database, asked, "deliveries > 0", 1) if suspects else []
+    return sorted([*rows, *suspect], key=_order) if suspect else rows
 
 
 def _ready(database: sqlite3.Connection, asked: Asked, condition: str, n: int) -> list[tuple[Any, ...]]:

@@ -80,7 +80,11 @@ def _opens(database: sqlite3.Connection, queue: str, lane: str, interval: float,
     """When the next job of this lane may begin."""
     query = "select next from lamsonq_rates where queue = ? and lane = ?"
     for [opens] in database.execute(query, (queue, lane)).fetchall():
-        return float(opens) if opens <= now + interval else now + interval
+        if opens <= now + interval:
+            return float(opens)
+        update = "update lamsonq_rates set next = ? where queue = ? and lane = ?"
+        database.execute(update, (now + interval, queue, lane))  # the clock was put back
+        return now + interval
     return now
 
 

@@ -20,7 +20,7 @@ import msgspec
 
 from lamsonq.backends import open_backend
 from lamsonq.backends.sqlite_database import Database
-from lamsonq.errors import Dead, Later, QueueError, Refusal, report_of
+from lamsonq.errors import Dead, Later, QueueError, report_of
 from lamsonq.jobs import Backend, Debounce, Done, Gate, Job, Put, Tick
 
 VERSION = 1
@@ -125,7 +125,7 @@ class Outgoing:
                 kept = store.put([puts[number] for number in numbers])
                 results.update(zip(numbers, kept, strict=True))
                 self._strike(numbers)
-            except (Refusal, OSError) as error:
+            except Exception as error:  # whatever it is: the job is settled, and this is to be there in the end
                 self._left.update((number, puts[number]) for number in numbers)
                 self._complain(store.name, error)
         return results
@@ -150,7 +150,7 @@ class Outgoing:
                 store = open_backend(name)
                 store.put([_decoded(store, record, body)])
                 self._strike([number])
-            except (Refusal, OSError, ValueError, TypeError, KeyError, msgspec.MsgspecError) as error:
+            except Exception as error:  # a newer version's record, a store that is down or gone
                 self._complain(name, error)
                 complete = False
         return complete

@@ -124,10 +124,12 @@ def insert(database: sqlite3.Connection, row: Row) -> bool | None:
     cursor.row_factory = None
     job, now, due = row.job, row.now, row.job.due
     key = bound(job.key)
-    if row.gate is not None:
+    ended = isinstance(row.outcome, Dead | Done)
+    if row.gate is not None or (ended and job.unique is not None):  # the index cannot tell
         known = _conflict(cursor, row, key)
         if known is not True:
             return known
+    if row.gate is not None:
         passage = row.gate.passage(_number(cursor, row.queue, row.gate.key), now)
         if passage is None:
             return False

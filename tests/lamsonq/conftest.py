@@ -25,13 +25,17 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def module(here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
-    """`module(source)` writes an importable handler module and gives its name."""
+    """`module(source)` writes an importable handler module and gives its name. A function that has `@never_again` is a
+    dead letter's at its first failure."""
     monkeypatch.syspath_prepend(str(here))
     made: list[str] = []
 
     def write(source: str, name: str | None = None) -> str:
         name = name or f"handlers_{next(_numbers)}"
-        header = "from lamsonq.routing import *\nfrom lamsonq.errors import *\nCALLS = []\n"
+        header = (
+            "from lamsonq.routing import *\nfrom lamsonq.errors import *; from lamsonq.deferred import deferrable\n"
+            "CALLS, never_again = [], deferrable(error_classes=())\n"
+        )
         (here / f"{name}.py").write_text(header + textwrap.dedent(source))
         made.append(name)
         return name

@@ -681,7 +681,7 @@ def test_commands_are_found_in_packages(
     (here / "shop/cart/deep/commands.py").write_text(source)
     monkeypatch.syspath_prepend(str(here))
     assert sorted(autodiscover("shop")) == ["shop.cart.deep.commands", "shop.commands"]
-    sys.modules["shop.cart.deep.commands"].c(5)  # type: ignore[attr-defined]  # written a moment ago
+    sys.modules["shop.cart.deep.commands"].c(5)
     work()
     assert sys.modules["shop.cart.deep.commands"].RUN == [5]
     with pytest.raises(UsageError, match="there is no module nothing_here"):

@@ -247,6 +247,7 @@ def SAY(message, code=None):
 
 @route("crash@y.test")
 @stateless
+@never_again
 def CRASH(message):
     raise RuntimeError("secret")
 """
@@ -270,7 +271,8 @@ def test_two_recipients_whose_functions_crash_are_two_dead_letters(
     start: Start, handlers: Any, router: RoutingBase
 ) -> None:
     handlers(
-        '@route("(who)@y.test", who=".")\n@stateless\ndef CRASH(message, who):\n    raise RuntimeError("secret")\n'
+        '@route("(who)@y.test", who=".")\n@stateless\n@never_again\ndef CRASH(message, who):\n'
+        '    raise RuntimeError("secret")\n'
     )
     with Client(start()) as client:
         replies = client.mail("a@y.test", "b@y.test")
@@ -301,7 +303,9 @@ def REFUSE(message, who=None, host=None):
 def test_a_failure_that_cannot_be_kept_refuses_only_its_own_recipient(
     start: Start, handlers: Any, router: RoutingBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    noted = handlers(NOTES + '@route("b@y.test")\n@stateless\ndef CRASH(message):\n    raise RuntimeError("secret")\n')
+    noted = handlers(
+        NOTES + '@route("b@y.test")\n@stateless\n@never_again\ndef CRASH(message):\n    raise RuntimeError("secret")\n'
+    )
     receiver = start()
 
     def full(_puts: object) -> None:
@@ -337,7 +341,9 @@ def test_what_nothing_takes_is_kept_for_each_recipient(start: Start, router: Rou
 def test_a_recipient_that_is_given_twice_has_two_replies_and_one_call(
     start: Start, handlers: Any, router: RoutingBase
 ) -> None:
-    noted = handlers(NOTES + '@route("b@y.test")\n@stateless\ndef CRASH(message):\n    raise RuntimeError("secret")\n')
+    noted = handlers(
+        NOTES + '@route("b@y.test")\n@stateless\n@never_again\ndef CRASH(message):\n    raise RuntimeError("secret")\n'
+    )
     with Client(start()) as client:
         replies = client.mail("B@y.test", "a@y.test", "b@y.test", '"a"@y.test')
     (job,) = dead_letters(router)

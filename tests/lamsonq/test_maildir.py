@@ -1055,12 +1055,13 @@ class OtherStore:
     """A store of another kind."""
 
     name = "nowhere:store"
+    capabilities: frozenset[str] = frozenset()
 
     def __init__(self) -> None:
         self.kept: list[Put] = []
         self.broken = False
 
-    def put(self, puts: Sequence[Put]) -> list[bool]:
+    def put(self, puts: Sequence[Put], conn: object = None) -> list[bool]:  # noqa: ARG002 - it has no transactions
         if self.broken:
             raise QueueError("nobody answers")
         self.kept += puts
@@ -1546,7 +1547,8 @@ def test_a_queue_that_is_no_longer_used_gives_its_descriptors_back(tmp_path: Pat
     gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     queue = Maildir(str(tmp_path / "posts"))
-    queue.reserve(1, wait=0.01)
+    queue.folders.make()
+    queue.reserve(1, wait=0.05)
     assert len(os.listdir("/proc/self/fd")) > before
     del queue
     gc.collect()

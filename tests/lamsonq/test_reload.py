@@ -458,7 +458,7 @@ def test_a_second_term_or_a_quit_gives_back_at_once_and_uncounted_what_a_handler
         if number == signal.SIGTERM:
             os.kill(parent, number)
     assert time.monotonic() - began < 20
-    assert jobs.backend.counts() == {"ready": 1, "delayed": 0, "dead": 0, "reserved": 0}
+    assert jobs.backend.counts() == {"ready": 1, "delayed": 0, "dead": 0, "reserved": 0, "done": 0}
     job = jobs.backend.get(key)
     assert job is not None
     assert (job.deliveries, job.attempts) == (0, 0)

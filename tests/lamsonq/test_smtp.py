@@ -379,7 +379,29 @@ def test_a_fault_of_ours_is_451_and_tells_nothing(start: Start, monkeypatch: pyt
 # -- what fails is kept -------------------------------------------------------------------------------------------
 
 
-def test_a_handler_that_crashes_leaves_a_dead_letter_bound_to_it(
+def test_a_handler_that_crashes_is_tried_again_by_the_process_itself(
+    start: Start, handlers: Any, router: RoutingBase
+) -> None:
+    noted = handlers(
+        """
+@route("a@y.test")
+@stateless
+@deferrable(backoff=lambda _: 0.0)
+def CRASH(message):
+    calls.append(message.Data)
+    if len(calls) < 3:
+        raise RuntimeError("secret")
+"""
+    )
+    with Client(start()) as client:
+        reply = client.mail("a@y.test")
+    assert reply.startswith("250 2.0.0 Ok: queued as ")
+    assert waits_until(lambda: len(noted.calls) == 3)
+    assert noted.calls == [MESSAGE] * 3
+    assert dead_letters(router) == []
+
+
+def test_a_handler_that_crashes_for_good_leaves_a_dead_letter_bound_to_it(
     start: Start, handlers: Any, router: RoutingBase
 ) -> None:
     noted = handlers(
@@ -387,6 +409,7 @@ def test_a_handler_that_crashes_leaves_a_dead_letter_bound_to_it(
         + """
 @route("two@y.test")
 @stateless
+@never_again
 def CRASH(message):
     raise RuntimeError("secret")
 """
@@ -431,7 +454,7 @@ def ONCE(message):
 def test_a_failure_that_cannot_be_kept_is_refused(
     start: Start, handlers: Any, router: RoutingBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    handlers('@route("a@y.test")\n@stateless\ndef CRASH(message):\n    raise RuntimeError("secret")\n')
+    handlers('@route("a@y.test")\n@stateless\n@never_again\ndef CRASH(message):\n    raise RuntimeError("secret")\n')
     receiver = start()
 
     def full(_puts: object) -> None:

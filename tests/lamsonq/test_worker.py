@@ -14,9 +14,12 @@ import pytest
 
 from lamsonq.errors import Failure, Later, Refusal, SettingsError, SMTPError, Undelivered
 from lamsonq.mail import MailRequest
+from lamsonq.policy import MAX_ATTEMPTS
 from lamsonq.queue import Queue
+from lamsonq.reports import entries
 from lamsonq.routing import RoutingBase
 from lamsonq.state import MemoryStorage, SQLiteStorage
+from lamsonq.testing import frozen_clock
 from lamsonq.worker import QueueReceiver
 
 Mail = Callable[..., MailRequest]
@@ -41,8 +44,13 @@ def dead(queue: Queue) -> list[tuple[str | None, str]]:
     for key in store.keys("dead"):
         job = store.get(key)
         assert job is not None
-        found.append((job.target, store.report(key)))
+        found.append((job.target, entries(store.report(key))[-1].reason))
     return found
+
+
+def details(queue: Queue) -> str:
+    """All that is told of the first dead letter."""
+    return queue.backend.report(queue.backend.keys("dead")[0])
 
 
 @pytest.fixture
@@ -59,7 +67,7 @@ def test_each_message_is_handled_once_in_order_and_is_gone(
         posts.push(mail(body=str(n)))
     work(router, workers=1)
     assert [str(c).strip() for c in calls_of(name)] == ["0", "1", "2", "3", "4"]
-    assert posts.backend.counts() == {"ready": 0, "delayed": 0, "reserved": 0, "dead": 0}
+    assert sum(posts.backend.counts().values()) == 0
 
 
 def test_the_handler_sees_the_envelope_as_it_was_received(router: RoutingBase, module: Module, posts: Queue) -> None:
@@ -73,22 +81,25 @@ def test_the_handler_sees_the_envelope_as_it_was_received(router: RoutingBase, m
     assert message.Data == b"To: somebody@else.com\n\nhello\x00\xff"
 
 
-def test_a_handler_that_raises_leaves_a_dead_letter_bound_to_it_with_the_traceback(
+def test_a_handler_that_raises_is_tried_again_and_then_a_dead_letter_bound_to_it_with_the_tracebacks(
     router: RoutingBase, module: Module, mail: Mail, posts: Queue
 ) -> None:
     name = module("@route('desk@example.com')\n@stateless\ndef START(message): raise RuntimeError('no index today')\n")
     router.load([name])
     posts.push(mail())
-    work(router)
-    ((target, report),) = dead(posts)
-    assert target == f"{name}.START"
-    assert report.startswith("RuntimeError: no index today")
-    assert f"{name}.py" in report
-    assert "Traceback" in report
+    with frozen_clock() as clock:
+        for _ in range(MAX_ATTEMPTS):
+            assert dead(posts) == []
+            work(router)
+            clock.tick(3600)
+    assert dead(posts) == [(f"{name}.START", "RuntimeError: no index today")]
+    told = entries(posts.backend.report(posts.backend.keys("dead")[0]))
+    assert [entry.attempt for entry in told] == list(range(1, MAX_ATTEMPTS + 1))
+    assert all(f"{name}.py" in entry.details and "Traceback" in entry.details for entry in told)
 
 
 def test_nonsense_is_a_dead_letter_too(router: RoutingBase, module: Module, mail: Mail, posts: Queue) -> None:
-    name = module("@route('desk@example.com')\ndef START(message): return 'POSTING'\n")
+    name = module("@route('desk@example.com')\n@never_again\ndef START(message): return 'POSTING'\n")
     router.load([name])
     posts.push(mail())
     work(router)
@@ -116,6 +127,7 @@ def test_of_three_calls_one_fails_and_only_that_one_runs_again(
         def ONE(message): CALLS.append('ONE')
         @route('desk@example.com')
         @stateless
+        @never_again
         def TWO(message):
             CALLS.append('TWO')
             if CALLS.count('TWO') == 1: raise RuntimeError('boom')
@@ -157,7 +169,7 @@ def test_a_message_for_several_recipients_is_one_delivery_for_each(
     job = store.get(key)
     assert job is not None
     assert job.recipients == ("b@example.com",)
-    assert store.report(key).startswith("not b")
+    assert entries(store.report(key))[0].reason == "not b"
 
 
 @pytest.mark.parametrize("error", ["Later('the archive is down')", "SMTPError(450, 'later')"])
@@ -197,7 +209,7 @@ def test_an_smtp_error_that_is_no_error_is_a_bug_and_not_tried_again(
 def test_what_no_route_takes_is_a_dead_letter_or_undeliverable(router: RoutingBase, mail: Mail, posts: Queue) -> None:
     posts.push(mail())
     work(router)
-    assert dead(posts) == [(None, "no route takes desk@example.com\n")]
+    assert dead(posts) == [(None, "no route takes desk@example.com")]
     router.UNDELIVERABLE_QUEUE = Queue("run/undeliverable")
     posts.push(mail())
     work(router)
@@ -211,7 +223,7 @@ def test_of_several_recipients_those_that_nothing_takes_are_kept(
     router.load([name])
     posts.push(mail(["desk@example.com", "typo@example.com"]))
     work(router)
-    assert dead(posts) == [(None, "no route takes typo@example.com\n")]
+    assert dead(posts) == [(None, "no route takes typo@example.com")]
     router.UNDELIVERABLE_QUEUE = Queue("run/undeliverable")
     posts.push(mail(["desk@example.com", "typo@example.com"]))
     work(router)
@@ -266,17 +278,17 @@ def test_a_conversation_that_cannot_be_locked_is_free_again_later(
 def test_what_could_not_be_settled_is_given_back_as_soon_as_that_is_possible(
     router: RoutingBase, module: Module, mail: Mail, posts: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lamsonq.worker.RETRY_AFTER", 0.0)
+    monkeypatch.setattr("lamsonq.source.RETRY_AFTER", 0.0)
     name = module("@route('desk@example.com')\n@stateless\ndef START(message): CALLS.append(1)\n")
     router.load([name])
     posts.push(mail())
     settle, refusals = posts.backend.settle, [2]
 
-    def refused_twice(*arguments: object) -> None:
+    def refused_twice(*arguments: object) -> list[bool]:
         if refusals[0]:
             refusals[0] -= 1
             raise OSError("Read-only file system")
-        settle(*arguments)  # type: ignore[arg-type]
+        return settle(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(posts.backend, "settle", refused_twice)
     receiver = QueueReceiver(posts, 0.1, router=router)
@@ -294,7 +306,7 @@ def test_what_could_not_be_settled_is_given_back_as_soon_as_that_is_possible(
 def test_a_job_that_could_not_be_settled_is_routed_again_by_the_state_that_it_found(
     router: RoutingBase, module: Module, mail: Mail, posts: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lamsonq.worker.RETRY_AFTER", 0.0)
+    monkeypatch.setattr("lamsonq.source.RETRY_AFTER", 0.0)
     name = module(
         """
         @route('desk@example.com')
@@ -309,11 +321,11 @@ def test_a_job_that_could_not_be_settled_is_routed_again_by_the_state_that_it_fo
     posts.push(mail())
     settle, refusals = posts.backend.settle, [1]
 
-    def refused_once(*arguments: object) -> None:
+    def refused_once(*arguments: object) -> list[bool]:
         if refusals[0]:
             refusals[0] -= 1
             raise OSError("No space left on device")
-        settle(*arguments)  # type: ignore[arg-type]
+        return settle(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(posts.backend, "settle", refused_once)
     QueueReceiver(posts, router=router).start(one_shot=True)
@@ -369,9 +381,9 @@ def test_async_functions_that_another_one_blocks_are_not_at_fault(
     thread.join(10)  # it stops by itself, to be replaced
     sys.modules[name].GO.set()
     assert not thread.is_alive()
-    ((target, report),) = dead(posts)
+    ((target, _),) = dead(posts)
     assert target == f"{name}.GUILTY"
-    assert "GO.wait(20)" in report
+    assert "GO.wait(20)" in details(posts)
     assert calls_of(name) == []
     assert posts.backend.counts()["ready"] == 1
 
@@ -425,6 +437,7 @@ def test_what_a_handler_pushes_leaves_with_its_success(
         from lamsonq.queue import Queue
         @route('desk@example.com')
         @stateless
+        @never_again
         def START(message):
             for queue in ('run/one', 'run/two', 'run/two'):
                 Queue(queue).push(message)
@@ -461,7 +474,7 @@ def test_a_handler_that_hangs_is_settled_without_it_and_the_process_asks_to_be_r
     ((target, report),) = dead(posts)
     assert target == f"{name}.START"
     assert "did not return within 0.1 seconds" in report
-    assert "GO.wait" in report
+    assert "GO.wait" in details(posts)
 
 
 def test_an_async_handler_that_hangs_is_cancelled(
@@ -481,7 +494,7 @@ def test_an_async_handler_that_hangs_is_cancelled(
     posts.push(mail())
     work(router, timeout=0.1)
     assert "did not return within" in dead(posts)[0][1]
-    assert "await asyncio.sleep(60)" in dead(posts)[0][1], "with the line at which it waited"
+    assert "await asyncio.sleep(60)" in details(posts), "with the line at which it waited"
     deadline = time.monotonic() + 5
     while not calls_of(name) and time.monotonic() < deadline:
         time.sleep(0.01)
