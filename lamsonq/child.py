@@ -27,6 +27,7 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, NoReturn
 
 from lamsonq.errors import Refusal, reason_of
+from lamsonq.events import register_event_consumer
 from lamsonq.tally import EVERY, TALLY
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class Child:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         self.told = TALLY.told()
+        register_event_consumer(TALLY)
         for work in (self._watch_parent, self._receive):
             threading.Thread(target=work, name=work.__name__, daemon=True).start()
         event = self._next(_STARTED_AFTER)

@@ -3,7 +3,7 @@
 Rules:
 
 1. Nothing is changed. A queue may be in use while it is checked; for an account of all messages, stop it first.
-2. A file that cannot be a job (its name or its record does not check out) is broken, and the check fails.
+2. A file or row that cannot be a job (its name or its record does not check out) is broken, and the check fails.
 3. What lies in `tmp/` and `held/` was never promised to anybody: it is counted as left over, and is no failure. A job
    that has been settled, but whose puts were not all published when its process died, still has its own file.
 """
@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from lamsonq import databases
 from lamsonq.backends.maildir_files import FOLDERS, STATES, Folders, Oversize, Unreadable, read_job
 from lamsonq.backends.maildir_index import Index, put_at
 from lamsonq.backends.maildir_names import is_deleted, parse_name
@@ -43,10 +44,11 @@ class QueueReport:
 
 @dataclass
 class Report:
-    """What was found under a directory; `missing` are the accepted Message-IDs that are nowhere, and
-    `accounted` is how many of them were found."""
+    """What was found under a directory; `outgoing` is how many jobs a SQLite file still has to hand over elsewhere,
+    `missing` are the accepted Message-IDs that are nowhere, and `accounted` is how many of them were found."""
 
     queues: dict[str, QueueReport] = field(default_factory=dict)
+    outgoing: dict[str, int] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     accounted: int = 0
 
@@ -67,13 +69,15 @@ class Report:
             yield f"{path}: {jobs}; left over: held {queue.held}, tmp {queue.tmp}; broken {len(queue.broken)}"
             for name, reason in queue.broken.items():
                 yield f"  {name}: {reason}"
+        for name, count in self.outgoing.items():
+            yield f"{name}: {count} on their way to other queues"
         for message_id in self.missing:
             yield f"missing: {message_id}"
         yield "All is accounted for." if self.good else "Not all is accounted for."
 
 
 def check(run: str | Path, accepted: Iterable[str] = (), handled: Iterable[str] = ()) -> Report:
-    """Look at every file of every maildir queue under `run`.
+    """Look at every file of every maildir queue, and every row of every SQLite queue, under `run`.
 
     `accepted` and `handled` are Message-IDs as in the header, or a Message-ID, a space and a recipient in lower case:
     of a message to several, one may be lost.
@@ -91,9 +95,43 @@ def check(run: str | Path, accepted: Iterable[str] = (), handled: Iterable[str] 
             wanted -= ids
         queue.held = _count(path / "held")
         queue.tmp = sum(_count(path / sub) for sub in ("tmp", ".delayed/tmp", ".dead/tmp", ".done/tmp"))
+    for database in databases.found(run):
+        for name, queue, ids in _look_into(database):
+            report.queues[name] = queue
+            wanted -= ids
+        on_their_way = _outgoing(database)
+        if on_their_way:
+            report.outgoing[str(database)] = len(on_their_way)
+            wanted -= set().union(*on_their_way)
     report.missing = sorted(wanted)
     report.accounted -= len(wanted)
     return report
+
+
+def _look_into(path: Path) -> Iterator[tuple[str, QueueReport, set[str]]]:
+    """(name, what it holds, the Message-IDs in it) of each queue in a SQLite file."""
+    database = databases.Database(path)
+    try:
+        for queue in database.queues():
+            report, ids = QueueReport(), set[str]()
+            for row in database.rows(queue):
+                setattr(report, row.state, getattr(report, row.state) + 1)
+                if row.trouble:
+                    report.broken[row.key] = row.trouble
+                else:
+                    ids |= _ledger_lines(Job(key=row.key, body=row.body, recipients=row.recipients))
+            yield databases.url_of(path, queue), report, ids
+    except Refusal as refusal:
+        yield f"sqlite:{path}", QueueReport(broken={path.name: str(refusal)}), set()
+
+
+def _outgoing(path: Path) -> list[set[str]]:
+    """The Message-IDs of each job that a SQLite file still has to hand over to another store."""
+    try:
+        rows = databases.Database(path).outgoing()
+    except Refusal:  # told already
+        return []
+    return [_ledger_lines(Job(key=row.key, body=row.body, recipients=row.recipients)) for row in rows]
 
 
 def counts(run: str | Path) -> dict[Path, dict[str, int]]:

@@ -38,6 +38,7 @@ class ReceiverOptions(TypedDict, total=False):
     timeout: float
     size_limit: int
     hostname: str | None
+    min_free: int
 
 
 class LMTPSession(Session):

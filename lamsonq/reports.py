@@ -43,7 +43,10 @@ class Entry:
 
 
 def entry_of(outcome: Later | Dead, attempt: int, at: float) -> str:
-    """The text of one failure, to be put behind what is there."""
+    """The text of one failure, to be put behind what is there; "" for an outcome that says nothing, as of a dead letter
+    whose report comes with it."""
+    if not outcome.reason and outcome.__cause__ is None and outcome.__traceback__ is None:
+        return ""
     reason = reason_of(outcome)
     details = report_of(outcome).partition("\n")[2].strip("\n")
     moment = datetime.fromtimestamp(min(max(at, 0.0), 253402300799.0), UTC).isoformat(timespec="milliseconds")

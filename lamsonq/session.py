@@ -61,6 +61,9 @@ class Server(Protocol):
     async def takes(self, address: str) -> bool:
         """Whether mail to this address would reach anybody."""
 
+    def full(self, size: int) -> bool:
+        """Whether there is no room for a message of so many octets; 0 where that is not known."""
+
     def commit(
         self, envelope: mail.Envelope, content: bytes, groups: Sequence[tuple[str, ...]]
     ) -> Sequence[asyncio.Future[str]]:
@@ -197,8 +200,12 @@ class Session(smtp.SMTP):
         except ValueError as reason:
             return f"553 5.1.7 Bad sender address: {reason}"
         options = rest.split()
-        if refusal := self._objection(_parameters(options)):
+        parameters = _parameters(options)
+        if refusal := self._objection(parameters):
             return refusal
+        if self.server.full(_declared_size(parameters)):
+            # RFC 1870 section 6.1: too little room at the moment for a message of the declared size.
+            return "452 4.3.1 Insufficient system storage, try again later"
         self.envelope.mail_from = address or "<>"  # aiosmtpd takes "" for no MAIL at all
         self.envelope.mail_options = options
         return "250 2.1.0 Ok"
@@ -206,8 +213,8 @@ class Session(smtp.SMTP):
     def _objection(self, parameters: Mapping[str, str | None]) -> str | None:
         """Why MAIL with these parameters is refused; None when it is not."""
         for name, value in parameters.items():
-            if name == "SIZE" and value and value.isascii() and value.isdigit() and len(value) <= 20:
-                if int(value) > self.server.size_limit:
+            if name == "SIZE" and _is_size(value):
+                if _declared_size(parameters) > self.server.size_limit:
                     return self._too_large()
             elif name == "BODY":
                 if (value or "").upper() not in ("7BIT", "8BITMIME"):
@@ -332,6 +339,17 @@ def _parameters(options: list[str]) -> dict[str, str | None]:
     """`SIZE=3 SMTPUTF8` as {"SIZE": "3", "SMTPUTF8": None}."""
     split = [option.partition("=") for option in options]
     return {name.upper(): value if equals else None for name, equals, value in split}
+
+
+def _is_size(value: str | None) -> bool:
+    """Whether this is a size-value of RFC 1870 section 3."""
+    return bool(value and value.isascii() and value.isdigit() and len(value) <= 20)
+
+
+def _declared_size(parameters: Mapping[str, str | None]) -> int:
+    """How many octets the client says that it will send; 0 when it does not."""
+    value = parameters.get("SIZE")
+    return int(value) if value and _is_size(value) else 0
 
 
 def _line(reply: str) -> bytes:

@@ -32,6 +32,7 @@ import tomli
 
 from lamsonq.errors import Refusal, SettingsError, UsageError, reason_of
 from lamsonq.modules import load
+from lamsonq.space import MIN_FREE
 
 PREFIX = "LAMSONQ_"
 
@@ -49,7 +50,7 @@ class QueueConfig(TypedDict):
 
 
 class ReceiverConfig(TypedDict):
-    """The arguments of SMTPReceiver and LMTPReceiver; times in seconds, `size_limit` in octets."""
+    """The arguments of SMTPReceiver and LMTPReceiver; times in seconds, sizes in octets."""
 
     host: str
     port: int
@@ -57,6 +58,7 @@ class ReceiverConfig(TypedDict):
     workers: int
     timeout: float
     size_limit: int
+    min_free: int
 
 
 class RelayConfig(TypedDict):
@@ -76,7 +78,7 @@ class RelayConfig(TypedDict):
 class ReceiverTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """`[receiver]`: where mail comes in. With `socket`, the path of a unix socket, there instead of at host and port.
 
-    `workers` are threads, `timeout` is for one call of a handler.
+    `workers` are threads, `timeout` is for one call of a handler; below `min_free` bytes of free disk mail is put off.
     """
 
     host: str = "127.0.0.1"
@@ -85,6 +87,7 @@ class ReceiverTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     workers: Count = 10
     timeout: Seconds = 300.0
     size_limit: Bytes = 32 * 1024 * 1024
+    min_free: Bytes = MIN_FREE
 
     def config(self) -> ReceiverConfig:
         return ReceiverConfig(
@@ -94,6 +97,7 @@ class ReceiverTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
             workers=self.workers,
             timeout=self.timeout,
             size_limit=self.size_limit,
+            min_free=self.min_free,
         )
 
 
@@ -335,6 +339,27 @@ def use_project() -> None:
 
 
 def _hand_over(settings: ModuleType) -> None:
+    """Tell those who need it what the settings module says."""
+    _hand_over_queue_handlers(settings)
+    names: object = getattr(settings, "request_types", None)
+    if names is None:
+        return
+    if not isinstance(names, dict) or not all(
+        isinstance(word, str) and word for pair in names.items() for word in pair
+    ):
+        raise SettingsError(
+            f"{settings.__name__}.request_types: expected a table of names such as"
+            f' {{"send_email": "app.jobs.send_email"}}, found {names!r}'
+        )
+    for dotted in names.values():
+        if "." not in dotted:
+            raise SettingsError(f"{settings.__name__}.request_types: {dotted!r} names no module: app.jobs.{dotted}")
+    from lamsonq.deferred import request_types  # deferred stands above this file; most projects never need it
+
+    request_types(names)
+
+
+def _hand_over_queue_handlers(settings: ModuleType) -> None:
     """Tell the router which functions belong to the queue's process, unless this is that process."""
     config: QueueConfig | None = getattr(settings, "queue_config", None)
     handlers: list[str] | None = getattr(settings, "queue_handlers", None)

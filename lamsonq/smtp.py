@@ -34,6 +34,7 @@ from lamsonq.queue import Queue
 from lamsonq.routing import Router, RoutingBase
 from lamsonq.session import Session
 from lamsonq.sockets import BACKLOG, listen
+from lamsonq.space import MIN_FREE, Space
 from lamsonq.worker import TROUBLE_PAUSE, QueueReceiver
 
 ACCEPTED_AT_ONCE = 16
@@ -51,8 +52,8 @@ class SMTPReceiver:
 
     `socket` is the path of a unix socket to listen on, instead of host and port. `workers` is how many functions run at
     once (and as many again for what is worked off), `timeout` how many seconds one may take, `size_limit` how many
-    octets a message may have, `hostname` what it greets as (None: this host's name). Port 0 takes any free one; `port`
-    tells it after `bind`.
+    octets a message may have, `hostname` what it greets as (None: this host's name). Mail is put off while fewer than
+    `min_free` bytes of the disk are free (0: never). Port 0 takes any free one; `port` tells it after `bind`.
 
     Source: Lamson's and Salmon's `server.SMTPReceiver`.
     """
@@ -75,6 +76,7 @@ class SMTPReceiver:
         timeout: float = 300.0,
         size_limit: int = 33_554_432,
         hostname: str | None = None,
+        min_free: int = MIN_FREE,
     ) -> None:
         if workers < 1:
             raise ValueError(f"workers={workers}: an {self.protocol}Receiver needs at least one")
@@ -87,6 +89,7 @@ class SMTPReceiver:
         self.timeout = timeout
         self.size_limit = size_limit
         self.hostname = hostname or gethostname()
+        self.space = Space(min_free)
         self.draining = False
         self._stuck = False
         self._listener: Socket | None = None
@@ -267,6 +270,9 @@ class SMTPReceiver:
         if not self.router.table.routes:
             return True
         return await self._loop.run_in_executor(self._lookups, self.router.takes, address)
+
+    def full(self, size: int) -> bool:
+        return self.space.lacks(size)
 
     def trouble(self, error: BaseException) -> str:
         return trouble(error)

@@ -23,7 +23,10 @@ EVERY = 2.0
 MINUTES = 5
 """The rate is that of the last minutes, so many."""
 
-FIGURES = ("boot", "workers", "started", "uptime", "handled", "failed", "last_settled", "per_minute")
+FIGURES = (
+    *("boot", "workers", "started", "uptime"),
+    *("handled", "failed", "last_settled", "last_claim", "per_minute"),
+)
 """What is told of a server; docs/commands.md explains each."""
 
 
@@ -38,6 +41,11 @@ class Tally:
         self.handled = 0
         self.failed = 0
         self.last = 0.0
+        self.claimed = 0.0
+
+    def on_pop(self, _job: object) -> None:
+        """A job was claimed: this is a consumer of events."""
+        self.claimed = time.time()
 
     def count(self, success: bool) -> None:
         """One attempt was settled, by its success or by a failure that counts."""
@@ -49,7 +57,7 @@ class Tally:
     def told(self) -> bytes:
         """The figures in a line, for the parent."""
         with self._lock:
-            return json.dumps([self.handled, self.failed, round(self.last, 3)]).encode()
+            return json.dumps([self.handled, self.failed, round(self.last, 3), round(self.claimed, 3)]).encode()
 
 
 TALLY = Tally()
@@ -60,8 +68,8 @@ os.register_at_fork(after_in_child=TALLY._begin)
 class Totals:
     """What all children of a server have settled since it was started; a reload hands it on.
 
-    `started` and `last_settled` are seconds since the epoch; `minutes` counts what was settled in each of the last
-    minutes.
+    `started`, `last_settled` and `last_claim` are seconds since the epoch; `minutes` counts what was settled in each of
+    the last minutes.
     """
 
     path: str
@@ -69,18 +77,20 @@ class Totals:
     handled: int = 0
     failed: int = 0
     last_settled: float = 0.0
+    last_claim: float = 0.0
     minutes: dict[str, int] = field(default_factory=dict)
     known: dict[str, tuple[int, int]] = field(default_factory=dict)  # what each living child has told, by its pid
     due: float | None = None  # when the file is to be written, by the monotonic clock
 
     def add(self, pid: int, line: bytes) -> None:
         """Take what a child tells. Raises ValueError for what is no report."""
-        handled, failed, last = json.loads(line)
+        handled, failed, last, *more = json.loads(line)
         before = self.known.get(str(pid), (0, 0))
         self.known[str(pid)] = (handled, failed)
         self.handled += handled - before[0]
         self.failed += failed - before[1]
         self.last_settled = max(self.last_settled, last)
+        self.last_claim = max([self.last_claim, *more[:1]])  # a child from before an upgrade does not tell it
         minute = int(last // 60)
         self.minutes[str(minute)] = self.minutes.get(str(minute), 0) + handled + failed - sum(before)
         self.minutes = {m: n for m, n in self.minutes.items() if int(m) > minute - MINUTES - 1}
@@ -109,6 +119,7 @@ class Totals:
             "handled": self.handled,
             "failed": self.failed,
             "last_settled": self.last_settled or None,
+            "last_claim": self.last_claim or None,
             "minutes": self.minutes,
         }
         with contextlib.suppress(OSError):
@@ -181,6 +192,7 @@ def figures(pid_file: str, pid: int, now: float | None = None) -> dict[str, Any]
             "handled": found["handled"],
             "failed": found["failed"],
             "last_settled": found["last_settled"],
+            "last_claim": found.get("last_claim"),  # one that was started before an upgrade does not tell it
             "per_minute": round(rate, 2),
         }
     except _UNKNOWN:

@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import sys
 
-from lamsonq.commands import project, queues, servers
+from lamsonq.commands import project, servers
 from lamsonq.commands.blast import blast
 from lamsonq.commands.cleanse import cleanse
+from lamsonq.commands.fsck import fsck
+from lamsonq.commands.metrics import metrics
 from lamsonq.commands.options import Commands
+from lamsonq.commands.queues import queue
 from lamsonq.commands.routes import routes
 from lamsonq.commands.send import send
 from lamsonq.commands.sendmail import sendmail
@@ -26,14 +29,15 @@ COMMANDS = (
     servers.stop,
     servers.restart,
     servers.status,
+    metrics,
     servers.log,
-    queues.queue,
+    queue,
     routes,
     send,
     sendmail,
     blast,
     cleanse,
-    queues.fsck,
+    fsck,
     project.demo,
     project.completion,
     project.help_,

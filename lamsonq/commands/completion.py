@@ -3,7 +3,7 @@
 Rules:
 
 1. What is offered behind an option or argument is chosen by its metavar, so that no command says it twice.
-2. Looking it up imports nothing of the project: it is the names of files.
+2. Looking it up imports nothing of the project: it is the names of files, and of the queues in SQLite files.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ from click.shell_completion import CompletionItem, get_completion_class
 Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 
 # A file may be a directory to the shell, which has to show what is in it: an mbox is one, a maildir the other.
-_PATHS: Mapping[str, str] = {"DIR": "dir", "FILE": "file", "INPUT": "file", "OUTPUT": "dir", "QUEUE": "dir"}
+_PATHS: Mapping[str, str] = {
+    "DIR": "dir",
+    "FILE": "file",
+    "INPUT": "file",
+    "OUTPUT": "dir",
+    **dict.fromkeys(("QUEUE", "FROM", "TO"), "dir"),
+}
 
 
 SHELLS = ("bash", "zsh", "fish")
@@ -57,11 +63,34 @@ def _modules_of(folder: str) -> list[str]:
 
 
 def _queues() -> list[str]:
-    return [os.path.dirname(path) for path in sorted(glob.glob("run/*/new"))]
+    return queues_of("run")
+
+
+def queues_of(run: str) -> list[str]:
+    """The queues of a directory as one writes them: maildirs, and those in SQLite files."""
+    found = [os.path.dirname(path) for path in sorted(glob.glob(f"{glob.escape(run)}/*/new"))]
+    files = [path for path in sorted(glob.glob(f"{glob.escape(run)}/*")) if _is_sqlite(path)]
+    if files:
+        from lamsonq import databases  # only where there is a file to look into
+
+        found += databases.named(files)
+    return found
+
+
+def _is_sqlite(path: str) -> bool:
+    try:
+        if not os.path.isfile(path):
+            return False
+        with open(path, "rb") as file:
+            return file.read(16) == b"SQLite format 3\0"
+    except OSError:
+        return False
 
 
 _WORDS: Mapping[str, Callable[[], list[str]]] = {
     "MODULE": _boots,
     "[MODULE]...": _boots_and_handlers,
     "QUEUE": _queues,
+    "FROM": _queues,
+    "TO": _queues,
 }

@@ -156,7 +156,8 @@ class Commands(click.Group):
         """One line that says what is wrong with the command line, and where to read how it is right."""
         text = " ".join(error.format_message().split())
         command = error.ctx.info_name if error.ctx is not None and error.ctx.parent is not None else None
-        click.echo(f"ERROR: {text}{f'  Try lamsonq help -for {command}.' if command else ''}", err=True)
+        more = f"lamsonq {command} -h" if " " in (command or "") else f"lamsonq help -for {command}"
+        click.echo(f"ERROR: {text}{f'  Try {more}.' if command else ''}", err=True)
         ctx.exit(error.exit_code)
 
 

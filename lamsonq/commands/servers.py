@@ -9,11 +9,9 @@ Rules:
 
 from __future__ import annotations
 
-import glob
 import json
 import os
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -23,6 +21,7 @@ from lamsonq.commands.options import declare, group, json_option, option, switch
 from lamsonq.errors import PidFileError, Refusal, UsageError
 
 if TYPE_CHECKING:
+    from lamsonq.queue import Queue
     from lamsonq.server import Receiver
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -83,6 +82,7 @@ def start(boot: str, workers: int, grace: int, **options: Any) -> None:
 
         found = _receiver_of(settings.boot(boot), boot)
         _check_states(found, workers)
+        _check_queues(found, workers)
         return found
 
     _serve(boot, receiver, lambda: _check_project(boot), workers, grace, **options)
@@ -111,11 +111,11 @@ def restart(ctx: click.Context, /, pid: str, chroot: str | None, chdir: str, kil
 
     What cannot be booted is said before anything is stopped.
     """
-    from lamsonq import identity, process, reload
+    from lamsonq import identity, process, reload, survey
 
     inside = os.path.normpath(os.path.join(os.path.expanduser(chdir), pid))
     pid_file = identity.seen_from_outside(chroot, inside)
-    server = _server(pid_file)
+    server = survey.server(pid_file)
     words = _words_of_start(ctx)
     if server["running"]:
         words += _words_that_stay(pid_file, server["pid"], ctx.params)
@@ -319,6 +319,30 @@ def _check_states(receiver: Receiver, workers: int) -> None:
         raise Refusal(f"{workers} processes need states that they share: {advice}")
 
 
+def _check_queues(receiver: Receiver, workers: int) -> None:
+    """Refuse several processes when each would have a queue of its own."""
+    if workers == 1:
+        return
+    for queue in _queues_of(receiver):
+        if "processes" not in queue.backend.capabilities:
+            advice = "name a directory (run/posts) or sqlite:run/queues.db?queue=posts instead"
+            raise Refusal(f"{workers} processes need queues that they share, and {queue.dir} is in one only: {advice}")
+
+
+def _queues_of(receiver: Receiver) -> Iterator[Queue]:
+    """The queues that a receiver works, or that its routers put what fails into."""
+    from lamsonq.routing import Router
+
+    sources: list[Any] | None = getattr(receiver, "sources", None)
+    if sources is not None:
+        yield from (source.queue for source in sources)
+    parts: list[Any] = [receiver] if sources is None else sources
+    for part in parts:
+        router = getattr(part, "router", Router)
+        if getattr(part, "deliver", None) is None and router.UNDELIVERABLE_QUEUE is not None:
+            yield router.UNDELIVERABLE_QUEUE
+
+
 def _logging_here(receiver: Receiver) -> Receiver:
     """After the boot has configured logging, show it on the terminal too."""
     import logging
@@ -335,10 +359,10 @@ def _logging_here(receiver: Receiver) -> Receiver:
 @switch("KILL", "End it at once, whatever it does.", "--force", "-f")
 def stop(pid: str, run: str | None, kill: bool) -> None:
     """Stop a server, or all of a directory; returns when they have ended."""
-    from lamsonq import process
+    from lamsonq import process, survey
 
     if run is not None:
-        files = _pid_files(run)
+        files = survey.pid_files(run)
         click.echo(f"Stopping processes with the following PID files:\n{files}")
     elif os.path.lexists(pid):
         files = [pid]
@@ -351,12 +375,6 @@ def stop(pid: str, run: str | None, kill: bool) -> None:
         raise troubles[-1]
 
 
-def _pid_files(run: str) -> list[str]:
-    if not os.path.isdir(run):
-        raise PidFileError(f"{run} is not a directory: give the one that holds the PID files")
-    return sorted(glob.glob(os.path.join(glob.escape(run), "*.pid")))
-
-
 @declare()
 @option("pid", "The pid file of the server.", default=SMTP_PID, metavar="FILE")
 @click.option("-ALL", "--all", "run", is_flag=False, flag_value=RUN, metavar="[DIR]", help="All of a directory. [run]")
@@ -364,9 +382,13 @@ def _pid_files(run: str) -> list[str]:
 @click.pass_context
 def status(ctx: click.Context, pid: str, run: str | None, as_json: bool) -> None:
     """Tell whether a server runs. Exits with 1 when it does not."""
-    servers = [_server(pid)] if run is None else [_server_or_trouble(path) for path in _pid_files(run)]
+    from lamsonq import survey
+
+    servers = (
+        [survey.server(pid)] if run is None else [survey.server_or_trouble(path) for path in survey.pid_files(run)]
+    )
     if as_json:
-        click.echo(json.dumps({"servers": servers, "queues": _queues(run or os.path.dirname(pid) or ".")}))
+        click.echo(json.dumps({"servers": servers, "queues": survey.queues(run or os.path.dirname(pid) or ".")}))
     elif run is None:
         click.echo(_line(servers[0]), err=not servers[0]["running"])
     else:
@@ -379,35 +401,3 @@ def _line(server: dict[str, Any]) -> str:
     if "trouble" in server:
         return f"{server['trouble']}"
     return f"lamsonq running with PID {server['pid']}" if server["running"] else "lamsonq not running."
-
-
-def _server(path: str) -> dict[str, Any]:
-    from lamsonq import pidfile, tally
-
-    running = pidfile.find(path)
-    if running is None:
-        return _not_running(path)
-    running.close()
-    return {"pid_file": path, "running": True, "pid": running.pid} | tally.figures(path, running.pid)
-
-
-def _not_running(path: str) -> dict[str, Any]:
-    from lamsonq import tally
-
-    return {"pid_file": path, "running": False, "pid": None} | tally.figures(path, -1)
-
-
-def _server_or_trouble(path: str) -> dict[str, Any]:
-    """One file that is no pid file must not hide the others."""
-    try:
-        return _server(path)
-    except Refusal as refusal:
-        return _not_running(path) | {"trouble": str(refusal)}
-
-
-def _queues(run: str) -> dict[str, dict[str, int | float | None]]:
-    """How many messages of each state every queue of a directory has, and how old the oldest ready one is (seconds)."""
-    from lamsonq import fsck
-
-    now = time.time()
-    return {str(path): {**counts, "oldest": fsck.oldest(path, now)} for path, counts in fsck.counts(run).items()}

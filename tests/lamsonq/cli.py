@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -20,7 +21,7 @@ ENVIRON = {**os.environ, "PYTHONPATH": ROOT, "PYTHONDONTWRITEBYTECODE": "1"}
 
 Done = subprocess.CompletedProcess[str]
 
-_APART = {"start", "restart", "log", "routes", "demo"}
+_APART = {"start", "restart", "log", "metrics", "routes", "demo"}
 """Commands that fork or import a project. All others run in this process, which is quicker."""
 
 
@@ -47,6 +48,15 @@ def refused(*args: str, code: int = 1, stdin: str | bytes = b"") -> str:
     done = lamsonq(*args, code=code, stdin=stdin)
     assert len(done.stderr.splitlines()) == 1, done.stderr
     return done.stderr.removesuffix("\n")
+
+
+def every_command() -> dict[str, click.Command]:
+    """All commands, and behind each its verbs, as `queue ls`."""
+    found: dict[str, click.Command] = {}
+    for name, command in commands.lamsonq.commands.items():
+        found[name] = command
+        found |= {f"{name} {verb}": each for verb, each in getattr(command, "verbs", {}).items()}
+    return found
 
 
 def parsed(command: str, *args: str) -> dict[str, Any]:

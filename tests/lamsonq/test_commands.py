@@ -24,7 +24,7 @@ from lamsonq.jobs import Put
 from lamsonq.mail import MailRequest
 from lamsonq.queue import Queue, job_of
 
-from .cli import ENVIRON, lamsonq, parsed, refused
+from .cli import ENVIRON, every_command, lamsonq, parsed, refused
 
 # ---- spelling --------------------------------------------------------------------------------------------------
 
@@ -63,13 +63,15 @@ def test_lamsons_spelling_and_the_usual_one_mean_the_same(
         assert {name: params[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize("command", commands.lamsonq.commands)
+@pytest.mark.parametrize("command", every_command())
 def test_dashes_and_capitals_of_an_option_do_not_matter(command: str) -> None:
     """Each option of each command, in every spelling that is declared and in Lamson's, gives the same value."""
-    for option in commands.lamsonq.commands[command].params:
+    for option in every_command()[command].params:
         if not isinstance(option, click.Option) or option.is_flag:
             continue
-        value = {"integer": "7", "boolean": "yes", "integer range": "7"}.get(option.type.name, "x")
+        value = {"integer": "7", "boolean": "yes", "integer range": "7", "span": "7d"}.get(option.type.name, "x")
+        if isinstance(option.type, click.Choice):
+            value = option.type.choices[-1]
         long_names = [name for name in option.opts if len(name) > 2]
         spelled = [f"{dashes}{case(name.lstrip('-'))}" for name in long_names for dashes in ("-", "--", "---")
                    for case in (str.lower, str.upper, str.capitalize)]  # fmt: skip
@@ -81,7 +83,7 @@ def test_dashes_and_capitals_of_an_option_do_not_matter(command: str) -> None:
 
 def _value(command: str, option: click.Option, args: list[str]) -> Any:
     """What a command understands by one option, whatever else it may want."""
-    found = commands.lamsonq.commands[command]
+    found = every_command()[command]
     assert option.name is not None
     return found.make_context(command, args, resilient_parsing=True).params[option.name]
 
@@ -164,7 +166,7 @@ def test_help_lists_the_commands_and_explains_one(here: Path) -> None:
 
 
 def test_every_command_has_a_help_of_its_own() -> None:
-    for command in commands.lamsonq.commands.values():
+    for command in every_command().values():
         assert command.help
         assert all(param.help for param in command.params if isinstance(param, click.Option) and not param.hidden)
 
@@ -415,6 +417,77 @@ def test_several_processes_with_states_in_memory_are_refused(project: Path) -> N
         boot.write("from lamsonq.routing import Router\nRouter.load(['handlers'])\n")
     line = refused("start", "-workers", "2")
     assert line.startswith("ERROR: 2 processes need states that they share: set Router.STATE_STORE = SQLiteStorage(")
+
+
+@pytest.mark.parametrize(
+    ("receiver", "named"),
+    [
+        ("QueueReceiver('memory:posts')", "memory:posts"),
+        ("QueueReceiver(['run/posts', 'memory:bulk'])", "memory:bulk"),
+        ("QueueReceiver('run/posts')", "memory:undeliverable"),
+        ("SMTPReceiver('127.0.0.1', 0)", "memory:undeliverable"),
+    ],
+)
+def test_several_processes_with_queues_in_memory_are_refused(project: Path, receiver: str, named: str) -> None:
+    undeliverable = "memory:undeliverable" if named == "memory:undeliverable" else "run/undeliverable"
+    Path("config/boot.py").write_text(
+        "from config import settings\nfrom lamsonq.queue import Queue\nfrom lamsonq.routing import Router\n"
+        "from lamsonq.server import QueueReceiver, SMTPReceiver\n"
+        f"Router.UNDELIVERABLE_QUEUE = Queue({undeliverable!r})\nsettings.receiver = {receiver}\n"
+    )
+    assert refused("start", "-workers", "2") == (
+        f"ERROR: 2 processes need queues that they share, and {named} is in one only: name a directory (run/posts) or"
+        " sqlite:run/queues.db?queue=posts instead"
+    )
+    lamsonq("start")
+
+
+@pytest.mark.parametrize("receiver", ["QueueReceiver('sqlite:run/q.db')", "QueueReceiver('run/p', deliver=print)"])
+def test_several_processes_share_directories_and_databases(project: Path, receiver: str) -> None:
+    undeliverable = "memory:undeliverable" if "deliver" in receiver else "run/undeliverable"  # nothing goes there
+    Path("config/boot.py").write_text(
+        "from config import settings\nfrom lamsonq.queue import Queue\nfrom lamsonq.routing import Router\n"
+        "from lamsonq.server import QueueReceiver\n"
+        f"Router.UNDELIVERABLE_QUEUE = Queue({undeliverable!r})\nsettings.receiver = {receiver}\n"
+    )
+    lamsonq("start", "-workers", "2")
+
+
+def test_status_tells_when_a_job_was_claimed_last(project: Path) -> None:
+    Path("config/boot.py").write_text(
+        "from config import settings\nfrom lamsonq.server import QueueReceiver\n"
+        "settings.receiver = QueueReceiver('run/posts', deliver=print)\n"
+    )
+    begun = time.time()
+    lamsonq("start")
+    Queue("run/posts").push("Subject: hi\n\nhello\n")
+    deadline = time.monotonic() + 20
+    while True:
+        (server,) = json.loads(lamsonq("status", "-ALL", "run", "-json").stdout)["servers"]
+        if server["handled"]:
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert begun <= server["last_claim"] <= server["last_settled"] <= time.time()
+
+
+def test_request_types_that_mean_nothing_fail_the_boot(project: Path) -> None:
+    Path("jobs.py").write_text(
+        "from lamsonq.deferred import deferrable\n@deferrable()\ndef send_email(to): ...\ndef plain(): ...\n"
+    )
+    for types, line in (
+        ("{'send_email': 'jobs.plain'}", "'send_email' means jobs.plain, which is no @deferrable function"),
+        ("{'send_email': 'nojobs.x'}", "there is no module nojobs in "),
+        ("{'send_email': 'plain'}", "config.settings.request_types: 'plain' names no module: app.jobs.plain"),
+        ("['send_email']", "config.settings.request_types: expected a table of names such as"),
+        ("{'send_email': 7}", "found {'send_email': 7}"),
+    ):
+        Path("config/settings.py").write_text(f"receiver = None\nrequest_types = {types}\n")
+        done = lamsonq("start", code=5 if "settings" in line or "found" in line else 2)
+        assert line in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    Path("config/settings.py").write_text("receiver = None\nrequest_types = {'send_email': 'jobs.send_email'}\n")
+    lamsonq("start")
 
 
 def test_status_as_json_has_servers_and_queues(project: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lamsonq.commands.completion import queues_of
 from lamsonq.queue import Queue
 
 from .cli import ENVIRON, lamsonq, launcher, program, refused
@@ -86,6 +87,11 @@ def offered(project: Path, line: str, shell: str = "bash") -> list[str]:
         ("lamsonq routes ", {"config.boot", "config.queue", "app.handlers.post"}),
         ("lamsonq routes config.b", {"config.boot"}),
         ("lamsonq queue ru", {"run/posts"}),
+        ("lamsonq queue p", {"pause", "purge"}),
+        ("lamsonq queue ls ru", {"run/posts"}),
+        ("lamsonq queue ls -st", {"-state"}),
+        ("lamsonq queue ls -state de", {"delayed", "dead"}),
+        ("lamsonq queue move run/posts ru", {"run/posts"}),
         ("lamsonq queue -name run/", {"run/posts"}),
         ("lamsonq help -for sendm", {"sendmail"}),
         ("lamsonq help bl", {"blast"}),
@@ -100,6 +106,13 @@ def test_bash_offers_both_spellings_and_what_there_is(project: Path, line: str, 
 def test_the_other_shells_offer_the_same(project: Path, shell: str) -> None:
     assert "config.boot" in offered(project, "lamsonq start -boot ", shell)
     assert {"start", "status"} <= set(offered(project, "lamsonq sta", shell))
+
+
+def test_queues_in_databases_are_offered_and_other_files_are_not(project: Path) -> None:
+    Queue("sqlite:run/q.db?queue=posts").push("Subject: hi\n\nhello\n")
+    Path("run/notes.db").write_bytes(b"SQLite format 3\0 or so")
+    assert queues_of("run") == ["run/posts", "sqlite:run/q.db?queue=posts"]
+    assert set(offered(project, "lamsonq queue ls ", "fish")) == {"run/posts", "sqlite"}  # up to the colon
 
 
 def test_a_tab_completes_at_a_terminal(project: Path) -> None:

@@ -15,12 +15,12 @@ from pathlib import Path
 import click
 import pytest
 
-from lamsonq import commands
+from .cli import every_command
 
-COMMANDS = commands.lamsonq.commands
+COMMANDS = every_command()
 TESTS = Path(__file__).parent
 PAGE = (TESTS.parents[1] / "docs" / "commands.md").read_text()
-SECTIONS = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
+SECTIONS = dict(re.findall(r"^## ([\w ]+)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
 
 
 def options_of(command: str) -> list[click.Option]:
@@ -85,7 +85,9 @@ def used_from_outside(source: str) -> Iterator[tuple[str, str]]:
         words = list(_words(node))
         first = next((index for index, word in enumerate(words[:4]) if word in COMMANDS), None)
         if first is not None and "parsed" not in words[:first]:
-            command, known = words[first], {name for option in options_of(words[first]) for name in spelled(option)}
+            verb = " ".join(words[first : first + 2])
+            command = verb if verb in COMMANDS else words[first]
+            known = {name for option in options_of(command) for name in spelled(option)}
             names = [word.partition("=")[0] for word in words[first + 1 :] if word.startswith("-")]
             yield from ((command, name if name in known else name[:2]) for name in names)  # -fADDRESS is -f
 
@@ -125,4 +127,5 @@ def test_reading_a_command_line_only_is_not_counted() -> None:
         ("start", "-boot"),
         ("start", "-FORCE"),
     }
+    assert set(used_from_outside('lamsonq("queue", "ls", "-state", "dead")')) == {("queue ls", "-state")}
     assert set(used_from_outside('[sys.executable, "-m", "lamsonq", "log", "-port", "0"]')) == {("log", "-port")}

@@ -8,16 +8,16 @@ import lamsonq
 
 PACKAGE = Path(lamsonq.__file__).parent
 LAYERS = [
-    "errors address headers mime plaintext statuscodes tally identity systemd clock schedule arguments",
+    "errors space address headers mime plaintext statuscodes tally identity systemd clock schedule arguments",
     "jobs reports policy marks events",
     "mail bounce bouncetext dsn response modules table settings state about logs",
     "sockets connection mx transaction pidfile",
-    "backends attempt queue relay view deferred conformance",
+    "backends attempt queue relay view deferred conformance databases",
     "routing confirm scanners spam html",
-    "source session worker commit fsck",
+    "source session worker commit fsck survey",
     "smtp lmtp handlers",
     "server",
-    "child supervisor reload process testing",
+    "child supervisor reload process testing metrics",
     "demo pytest_plugin commands __main__",
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
@@ -33,12 +33,17 @@ def imports(path: Path) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
 
 
+def part_of(path: Path) -> str:
+    """The file or folder of the package that a file belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
 def top(module: str) -> str:
     return module.split(".")[1] if module.count(".") else ""
 
 
 def test_every_file_has_its_layer() -> None:
-    files = {path.stem if path.parent == PACKAGE else path.parent.name for path in PACKAGE.rglob("*.py")}
+    files = {part_of(path) for path in PACKAGE.rglob("*.py")}
     assert files - {"lamsonq", "__init__", "__pycache__"} == set(LEVEL)
 
 
@@ -48,7 +53,7 @@ def test_imports_point_down() -> None:
         for path in PACKAGE.rglob("*.py")
         for module in imports(path)
         if module.startswith("lamsonq.") and top(module) in LEVEL
-        if LEVEL[top(module)] > LEVEL[path.stem if path.parent == PACKAGE else path.parent.name]
+        if LEVEL[top(module)] > LEVEL[part_of(path)]
     ]
     assert wrong == []
 

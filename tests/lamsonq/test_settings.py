@@ -44,6 +44,13 @@ def test_values_come_from_the_file_and_the_rest_are_defaults(toml: Path) -> None
     assert here.relay.config()["timeout"] == 30.0
 
 
+def test_the_mark_of_free_disk_goes_to_the_receiver(toml: Path) -> None:
+    assert settings.machine(environ={}).receiver.config()["min_free"] == 64 * 1024 * 1024
+    assert settings.machine(environ={"LAMSONQ_RECEIVER__MIN_FREE": "0"}).receiver.config()["min_free"] == 0
+    toml.write_text("[receiver]\nmin_free = -1\n")
+    assert refusal() == "config/settings.toml: receiver.min_free: expected an int >= 0, found the int -1"
+
+
 def test_hosts_are_matched_literally(toml: Path) -> None:
     assert settings.machine(environ={}).host_pattern() == r"test\.com|localhost"
 

@@ -911,6 +911,9 @@ class _Taker:
     async def takes(self, _address: str) -> bool:
         return True
 
+    def full(self, _size: int) -> bool:
+        return False
+
     def commit(self, _envelope: object, content: bytes, _groups: object) -> list[asyncio.Future[str]]:
         self.taken.append(content)
         done: asyncio.Future[str] = asyncio.get_running_loop().create_future()

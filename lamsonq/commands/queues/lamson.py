@@ -1,16 +1,23 @@
-"""queue and fsck: what waits, and whether all of it is there."""
+"""`queue` itself: Lamson's options, which do one thing each; a verb in front of the queue is a command of its own.
+
+Rules:
+
+1. The first word is a verb, or else the queue: a queue whose directory is called like a verb is written ./ls.
+2. What Lamson's options print stays as it is.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import sys
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from lamsonq.commands.options import argument, declare, json_option, option, switch
+from lamsonq.commands.queues import change, dead, look, move
+from lamsonq.commands.queues.opened import looked_for
+from lamsonq.commands.queues.printed import print_bytes, print_line
+from lamsonq.commands.queues.verbs import WithVerbs, queues_and
 from lamsonq.errors import Later, Refusal
 from lamsonq.jobs import DONE
 
@@ -18,8 +25,27 @@ if TYPE_CHECKING:
     from lamsonq.queue import Queue
 
 
-@declare()
-@argument("path", metavar="[QUEUE]")
+VERBS = {
+    verb.name or "": verb
+    for verb in (
+        look.ls,
+        look.show,
+        look.stats,
+        dead.dead,
+        dead.retry,
+        dead.bury,
+        change.kick,
+        move.move,
+        change.purge,
+        change.pause,
+        change.resume,
+        look.export,
+    )
+}
+
+
+@declare(cls=WithVerbs, verbs=VERBS)
+@argument("path", metavar="[QUEUE]", shell_complete=queues_and(VERBS))
 @option("name", "The queue, when it is not the argument.  [default: run/queue]", metavar="QUEUE")
 @switch("pop", "Take the oldest message out and print it.")
 @option("get", "Print a message.", metavar="KEY")
@@ -35,7 +61,10 @@ if TYPE_CHECKING:
 @option("kick", "Make a delayed or dead message ready again.", metavar="KEY")
 @json_option
 def queue(path: str | None, name: str | None, state: str | None, as_json: bool, **wish: Any) -> None:
-    """Look into a queue and change it. Give exactly one thing to do."""
+    """Look into a queue and change it. Give one of the verbs first, or exactly one option.
+
+    `lamsonq queue VERB -h` explains a verb.
+    """
     from lamsonq.queue import Queue
 
     if path is not None and name is not None:
@@ -49,22 +78,12 @@ def queue(path: str | None, name: str | None, state: str | None, as_json: bool, 
     if state is not None and wishes[0] not in ("keys", "count", "clear"):
         raise Refusal(f"-{state} goes with -keys, -count and -clear, not with -{wishes[0]}")
     name = path or name or "run/queue"
-    _look_for(name)
+    looked_for(name)
     opened = Queue(name)
     if not as_json:
-        _print(f"Using queue: {name!r}")
+        print_line(f"Using queue: {name!r}")
     act = _QUEUE_ACTIONS[wishes[0]]
     act(opened, wish[wishes[0]], state or "ready", as_json)
-
-
-def _look_for(name: str) -> None:
-    """A slip in the name is not to look like an empty queue."""
-    if ":" in name:
-        return
-    if not os.path.lexists(name):
-        click.echo(f"There is no {name} yet.", err=True)
-    elif not os.path.isdir(os.path.join(name, "new")):
-        raise Refusal(f"{name} is not a queue: a queue is a maildir, with the directories new, cur and tmp")
 
 
 def _pop(queue: Queue, *_: Any) -> None:
@@ -72,8 +91,8 @@ def _pop(queue: Queue, *_: Any) -> None:
     for job in queue.backend.reserve(1):
         printed = False
         try:
-            _print(f"KEY:  {job.key}")
-            _print_message(job.body)
+            print_line(f"KEY:  {job.key}")
+            print_bytes(job.body)
             printed = True
         finally:
             queue.backend.settle(job, DONE if printed else Later(counted=False))
@@ -85,29 +104,7 @@ def _get(queue: Queue, key: str, *_: Any) -> None:
     job = queue.backend.get(key)
     if job is None:
         raise _missing(queue, key)
-    _print_message(job.body)
-
-
-def _print(line: str) -> None:
-    _print_message(f"{line}\n".encode("utf-8", "surrogateescape"))
-
-
-def _print_message(data: bytes) -> None:
-    """The bytes as they are: a message may be in any character set. Raises Refusal when they cannot be printed."""
-    if sys.stdout is None:
-        raise Refusal("there is no standard output to print to")
-    try:
-        sys.stdout.flush()
-        rest = memoryview(data)
-        while rest:  # with PYTHONUNBUFFERED the file is written directly, and may take a part only
-            rest = rest[sys.stdout.buffer.write(rest) :]
-        sys.stdout.buffer.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            sys.stdout.close()  # what it still holds cannot be printed at the end either
-        raise Refusal(f"cannot print: {error.strerror}") from error
+    print_bytes(job.body)
 
 
 def _remove(queue: Queue, key: str, *_: Any) -> None:
@@ -165,21 +162,3 @@ _QUEUE_ACTIONS = {
     "report": _report,
     "kick": _kick,
 }
-
-
-@declare()
-@argument("run", default="run", metavar="[DIR]")
-@option("accepted", "A file of Message-IDs (or `ID recipient`), one a line, that were answered 250.", metavar="FILE")
-@option("handled", "A file of Message-IDs, one a line, that were handled.", metavar="FILE")
-@json_option
-@click.pass_context
-def fsck(ctx: click.Context, run: str, accepted: str | None, handled: str | None, as_json: bool) -> None:
-    """Check every queue of a directory; with -accepted and -handled, that no message is missing.
-
-    Exits with 1 when a file is broken or a message is missing.
-    """
-    from lamsonq import fsck as checker
-
-    report = checker.check(run, checker.read_ids(accepted), checker.read_ids(handled))
-    click.echo(json.dumps(report.as_json()) if as_json else str(report))
-    ctx.exit(0 if report.good else 1)
