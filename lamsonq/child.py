@@ -154,9 +154,10 @@ class Child:
             logging.error("The receiver failed.", exc_info=self.failure)
             self._say(FAILED + answer_of(self.failure))
             return self.failure.exit_code if isinstance(self.failure, Refusal) else 1
-        if self.stuck or self.receiver.stuck or self.receiver.worn_out:
+        # A receiver of the user's own may know of neither.
+        if self.stuck or self.receiver.stuck or getattr(self.receiver, "worn_out", False):
             return REPLACE
-        return RETIRED if self.receiver.retired else 0
+        return RETIRED if getattr(self.receiver, "retired", False) else 0
 
 
 def answer_of(error: BaseException) -> bytes:

@@ -18,19 +18,15 @@ __all__ = ["LMTPReceiver", "QueueConfig", "QueueReceiver", "Receiver", "Relay", 
 
 
 class Receiver(Protocol):
-    """What a boot puts into `settings.receiver`."""
+    """What a boot puts into `settings.receiver`.
+
+    One that ends by itself may have `worn_out`, because it has done enough and another process is to take its place,
+    and `retired`, because it had nothing to do and nobody is.
+    """
 
     @property
     def stuck(self) -> bool:
         """Whether a handler hangs, so that this process should be replaced once it has drained."""
-
-    @property
-    def worn_out(self) -> bool:
-        """Whether it has ended because it has done enough: another process takes its place."""
-
-    @property
-    def retired(self) -> bool:
-        """Whether it has ended because it had nothing to do: nobody takes its place."""
 
     def bind(self) -> None:
         """Take the port or check the queue, before children are forked. Idempotent. Raises Refusal."""

@@ -61,8 +61,6 @@ class SMTPReceiver:
     protocol = "SMTP"
     session: type[Session] = Session
     """What is spoken with each client."""
-    worn_out = False
-    retired = False
 
     def __init__(
         self,

@@ -552,7 +552,7 @@ def test_what_pop_cannot_print_stays_in_the_queue(posts: Queue, options: list[st
             command, env=ENVIRON, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=30
         )
     assert (done.returncode, done.stderr) == (1, "ERROR: cannot print: No space left on device\n")
-    assert posts.backend.counts() == {"ready": 1, "delayed": 0, "reserved": 0, "dead": 0}
+    assert posts.backend.counts() == {"ready": 1, "delayed": 0, "reserved": 0, "dead": 0, "done": 0}
     job = posts.backend.get(key)
     assert job is not None
     assert (job.deliveries, job.attempts) == (0, 0)
