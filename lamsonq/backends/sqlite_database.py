@@ -185,11 +185,6 @@ class Database:
         except (sqlite3.Error, OSError) as error:
             raise told(self.path, error) from error
 
-    def value(self, query: str, *values: object) -> Any:
-        """The first column of the first row; None without one."""
-        rows = self.rows(query, *values)
-        return rows[0][0] if rows else None
-
     def ensure(self) -> None:
         """The file and its tables are there. Raises QueueError."""
         self.rows("select 1")

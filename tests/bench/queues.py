@@ -218,14 +218,16 @@ def measure(kind: str, size: int, processes: int) -> dict[str, float]:
 
 def filled(pusher: Pusher, size: int) -> tuple[int, float]:
     """How many pushes were measured, and their seconds; the rest goes in without syncs."""
-    push, pushed, begun = pusher(False), 0, time.perf_counter()
-    while pushed < size and time.perf_counter() - begun < SECONDS:
+    push, pushed = pusher(False), 0
+    push()  # which also makes the store, once
+    begun = time.perf_counter()
+    while pushed < size - 1 and time.perf_counter() - begun < SECONDS:
         push()
         pushed += 1
     seconds, fsync, push = time.perf_counter() - begun, os.fsync, pusher(True)
     os.fsync = lambda fd: None  # noqa: ARG005 - typed as the original
     try:
-        for _ in range(size - pushed):
+        for _ in range(size - pushed - 1):
             push()
     finally:
         os.fsync = fsync
