@@ -37,8 +37,6 @@ BUSY_TIMEOUT = 10.0
 """Seconds to wait for a program that has the file locked."""
 
 _WAL_KEPT = 64 << 20
-_CHECKPOINT_AFTER = 4000
-"""Pages (of 4 KiB). A claim and a settle write some ten of them, and a checkpoint syncs twice."""
 _T = TypeVar("_T")
 
 
@@ -187,11 +185,6 @@ class Database:
         except (sqlite3.Error, OSError) as error:
             raise told(self.path, error) from error
 
-    def value(self, query: str, *values: object) -> Any:
-        """The first column of the first row; None without one."""
-        rows = self.rows(query, *values)
-        return rows[0][0] if rows else None
-
     def ensure(self) -> None:
         """The file and its tables are there. Raises QueueError."""
         self.rows("select 1")
@@ -249,7 +242,6 @@ class Database:
             database.execute("commit")
         database.execute("pragma journal_mode = wal")
         database.execute(f"pragma journal_size_limit = {_WAL_KEPT}")
-        database.execute(f"pragma wal_autocheckpoint = {_CHECKPOINT_AFTER}")
 
     def leave(self, user: object) -> None:
         """This queue is closed; the file too, when nobody else in this process is at work in it."""

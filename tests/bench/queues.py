@@ -30,7 +30,7 @@ from typing import Any
 FULL = os.environ.get("BENCH") == "full"
 SIZES = (1_000, 10_000, 100_000) if FULL else (1_000, 10_000)
 ROUNDS = 5 if FULL else 3
-SECONDS = 10.0 if FULL else 2.5
+SECONDS = 10.0 if FULL else 1.5
 """How long one measurement lasts at most."""
 
 PEERS = ("huey==3.5.4", "persist-queue==1.1.0", "litequeue==0.9")
@@ -39,11 +39,14 @@ TEXT = BODY.decode()
 FORK = multiprocessing.get_context("fork")
 
 Push = Callable[[], object]
+Pusher = Callable[[bool], Push]
+"""Open for putting: synced, or (True) as fast as may be, to fill the queue before what is measured."""
+
 Take = Callable[[], bool]
 """Take one job and settle it; False when there is none."""
 
 
-def ours(url: str, place: str) -> tuple[Callable[[], Push], Callable[[], Take]]:
+def ours(url: str, place: str) -> tuple[Pusher, Callable[[], Take]]:
     from lamsonq.backends import open_backend
     from lamsonq.jobs import DONE, Job, Put
 
@@ -59,10 +62,19 @@ def ours(url: str, place: str) -> tuple[Callable[[], Push], Callable[[], Take]]:
             queue.settle(job, DONE)
         return bool(jobs)
 
-    return lambda: push, lambda: take
+    return lambda hasty: unsynced(push, queue) if hasty else push, lambda: take
 
 
-def huey_sqlite(place: str) -> tuple[Callable[[], Push], Callable[[], Take]]:
+def unsynced(push: Push, queue: Any) -> Push:
+    """Putting without syncs, into a store of ours."""
+    database = getattr(queue, "_database", None)
+    if database is not None:
+        write = database.write
+        database.write = lambda act, **options: write(act, **{**options, "durable": False})
+    return push
+
+
+def huey_sqlite(place: str) -> tuple[Pusher, Callable[[], Take]]:
     storages = importlib.import_module("huey.storage")
 
     def storage(synchronous: str) -> Any:
@@ -70,8 +82,8 @@ def huey_sqlite(place: str) -> tuple[Callable[[], Push], Callable[[], Take]]:
         made.conn.execute(f"pragma synchronous = {synchronous}")
         return made
 
-    def pusher() -> Push:
-        made = storage("full")
+    def pusher(hasty: bool) -> Push:
+        made = storage("off" if hasty else "full")
         return lambda: made.enqueue(BODY)
 
     def taker() -> Take:
@@ -81,19 +93,21 @@ def huey_sqlite(place: str) -> tuple[Callable[[], Push], Callable[[], Take]]:
     return pusher, taker
 
 
-def huey_file(place: str) -> tuple[Callable[[], Push], Callable[[], Take]]:
+def huey_file(place: str) -> tuple[Pusher, Callable[[], Take]]:
     made = importlib.import_module("huey.storage").FileStorage("bench", f"{place}/huey")
-    return lambda: lambda: made.enqueue(BODY), lambda: lambda: made.dequeue() is not None
+    return lambda _: lambda: made.enqueue(BODY), lambda: lambda: made.dequeue() is not None
 
 
-def persist_sqlite(place: str) -> tuple[Callable[[], Push], Callable[[], Take]]:
+def persist_sqlite(place: str) -> tuple[Pusher, Callable[[], Take]]:
     persistqueue = importlib.import_module("persistqueue")
 
     def opened() -> Any:
         return persistqueue.SQLiteAckQueue(f"{place}/persist", auto_commit=True)
 
-    def pusher() -> Push:
+    def pusher(hasty: bool) -> Push:
         made = opened()
+        if hasty:
+            made._putter.execute("pragma synchronous = off")
         return lambda: made.put(BODY)
 
     def taker() -> Take:
@@ -111,11 +125,11 @@ def persist_sqlite(place: str) -> tuple[Callable[[], Push], Callable[[], Take]]:
     return pusher, taker
 
 
-def persist_file(place: str) -> tuple[Callable[[], Push], Callable[[], Take]]:
+def persist_file(place: str) -> tuple[Pusher, Callable[[], Take]]:
     persistqueue = importlib.import_module("persistqueue")
 
-    def pusher() -> Push:
-        made = persistqueue.Queue(f"{place}/persist", autosave=True)
+    def pusher(hasty: bool) -> Push:
+        made = persistqueue.Queue(f"{place}/persist", autosave=not hasty)
         return lambda: made.put(BODY)
 
     def taker() -> Take:
@@ -134,7 +148,7 @@ def persist_file(place: str) -> tuple[Callable[[], Push], Callable[[], Take]]:
     return pusher, taker
 
 
-def litequeue(place: str) -> tuple[Callable[[], Push], Callable[[], Take]]:
+def litequeue(place: str) -> tuple[Pusher, Callable[[], Take]]:
     library = importlib.import_module("litequeue")
 
     def opened(synchronous: str) -> Any:
@@ -142,8 +156,8 @@ def litequeue(place: str) -> tuple[Callable[[], Push], Callable[[], Take]]:
         made.conn.execute(f"pragma synchronous = {synchronous}")
         return made
 
-    def pusher() -> Push:
-        made = opened("full")
+    def pusher(hasty: bool) -> Push:
+        made = opened("off" if hasty else "full")
         return lambda: made.put(TEXT)
 
     def taker() -> Take:
@@ -160,7 +174,7 @@ def litequeue(place: str) -> tuple[Callable[[], Push], Callable[[], Take]]:
     return pusher, taker
 
 
-KINDS: dict[str, tuple[Callable[[str], tuple[Callable[[], Push], Callable[[], Take]]], int]] = {
+KINDS: dict[str, tuple[Callable[[str], tuple[Pusher, Callable[[], Take]]], int]] = {
     "memory": (lambda place: ours("memory:bench", place), 1),
     "maildir": (lambda place: ours("{place}/posts", place), 2),
     "sqlite": (lambda place: ours("sqlite:{place}/q.db", place), 2),
@@ -180,7 +194,7 @@ def measure(kind: str, size: int, processes: int) -> dict[str, float]:
         return {}
     with tempfile.TemporaryDirectory(prefix="lamsonq-bench-", ignore_cleanup_errors=True) as place:
         pusher, taker = opened(place)
-        pushed, pushing = filled(pusher(), size)
+        pushed, pushing = filled(pusher, size)
         if processes == 1:
             number, seconds = drained(taker())
         else:
@@ -202,16 +216,18 @@ def measure(kind: str, size: int, processes: int) -> dict[str, float]:
     return {"push": pushed / pushing, "take": number / seconds}
 
 
-def filled(push: Push, size: int) -> tuple[int, float]:
-    """How many pushes were measured, and their seconds; the rest goes in without syncs where that can be."""
-    begun, pushed = time.perf_counter(), 0
-    while pushed < size and time.perf_counter() - begun < SECONDS:
+def filled(pusher: Pusher, size: int) -> tuple[int, float]:
+    """How many pushes were measured, and their seconds; the rest goes in without syncs."""
+    push, pushed = pusher(False), 0
+    push()  # which also makes the store, once
+    begun = time.perf_counter()
+    while pushed < size - 1 and time.perf_counter() - begun < SECONDS:
         push()
         pushed += 1
-    seconds, fsync = time.perf_counter() - begun, os.fsync
+    seconds, fsync, push = time.perf_counter() - begun, os.fsync, pusher(True)
     os.fsync = lambda fd: None  # noqa: ARG005 - typed as the original
     try:
-        for _ in range(size - pushed):
+        for _ in range(size - pushed - 1):
             push()
     finally:
         os.fsync = fsync
