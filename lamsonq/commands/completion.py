@@ -19,7 +19,10 @@ Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]
 
 # A file may be a directory to the shell, which has to show what is in it: an mbox is one, a maildir the other.
 _PATHS: Mapping[str, str] = {
-    "DIR": "dir", "FILE": "file", "INPUT": "file", "OUTPUT": "dir",
+    "DIR": "dir",
+    "FILE": "file",
+    "INPUT": "file",
+    "OUTPUT": "dir",
     **dict.fromkeys(("QUEUE", "FROM", "TO"), "dir"),
 }
 
