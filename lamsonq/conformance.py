@@ -648,6 +648,14 @@ class BackendConformance:
         assert [queue.kick(key) for key in (dead, later, ready, "nothing")] == [True, True, False, False]
         assert [(job.key, job.attempts) for job in queue.reserve(9)] == [(dead, 0), (later, 0), (ready, 0)]
 
+    def test_a_dead_letter_that_comes_from_elsewhere_keeps_its_report_as_it_was(self, stores: Stores) -> None:
+        queue = stores.open()
+        key = push(queue, outcome=Dead("no such post"), attempts=2)
+        report = queue.report(key)
+        other = stores.open("others")
+        other.put([Put(other, Job(key=key, body=BODY, attempts=2), Dead(), report=report)])
+        assert (other.state(key), other.report(key)) == ("dead", report)
+
     def test_a_job_that_nobody_works_can_be_removed(self, stores: Stores) -> None:
         queue = stores.open()
         dead, later = push(queue, outcome=Dead("no")), push(queue, due=stores.clock.now + 9)

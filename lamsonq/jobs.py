@@ -161,7 +161,8 @@ class Put:
     """A job on its way into a store: ready, or (with an outcome) straight to the delayed, the dead or the archive.
 
     A job whose `due` lies ahead is delayed too. A `Later` without `at` waits as long as the job's `attempts` say. The
-    outcome's report is kept beside the job, behind `report`, which it may bring from elsewhere.
+    outcome's report is kept beside the job, behind `report`, which it may bring from elsewhere; a `Dead()` without a
+    reason or a cause adds nothing to it.
     """
 
     store: Backend

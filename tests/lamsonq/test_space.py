@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from lamsonq.lmtp import LMTPReceiver
+from lamsonq.routing import RoutingBase
 from lamsonq.smtp import SMTPReceiver
 from lamsonq.space import MIN_FREE, Space
 
@@ -39,12 +40,12 @@ class Disk:
 
 
 @pytest.fixture
-def start(here: Path) -> Iterator[Callable[..., SMTPReceiver]]:
+def start(router: RoutingBase) -> Iterator[Callable[..., SMTPReceiver]]:
     """`start(kind, disk)` starts a receiver on this disk."""
     started: list[SMTPReceiver] = []
 
     def begin(kind: type[SMTPReceiver], disk: Disk, min_free: int = MIN_FREE) -> SMTPReceiver:
-        receiver = kind(port=0, deliver=lambda _: None, min_free=min_free)
+        receiver = kind(port=0, deliver=lambda _: None, router=router, min_free=min_free)
         receiver.space = disk.space(min_free)
         receiver.start()
         started.append(receiver)
@@ -114,13 +115,13 @@ def test_a_mark_below_zero_is_refused(kind: Any) -> None:
         kind(min_free=-1)
 
 
-def test_a_real_disk_fills_and_empties(here: Path) -> None:
+def test_a_real_disk_fills_and_empties(router: RoutingBase) -> None:
     if os.getuid():
         pytest.skip("only root can mount a small disk")
     Path("run").mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "lamsonq", "run"], check=False).returncode:
         pytest.skip("this machine lets nobody mount")
-    receiver = SMTPReceiver(port=0, deliver=lambda _: None, min_free=1 << 20)
+    receiver = SMTPReceiver(port=0, deliver=lambda _: None, router=router, min_free=1 << 20)
     receiver.start()
     try:
         with Client(receiver) as client:

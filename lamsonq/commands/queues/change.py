@@ -41,7 +41,7 @@ def kick(name: str | None, keys: tuple[str, ...], all: bool, as_json: bool) -> N
     """Make delayed messages ready now, their counts at zero."""
     one_way("delayed messages", keys, all)
     store = existing(name).backend
-    each_key(store, keys or tuple(store.keys("delayed")), "delayed", store.kick, "kicked", as_json)
+    each_key(store, keys or tuple(store.keys("delayed")), "delayed", store.kick, "kicked", as_json, listed=all)
 
 
 @declare()

@@ -67,9 +67,10 @@ def retry(name: str | None, keys: tuple[str, ...], fingerprint: str | None, all:
     store = existing(name).backend
     if fingerprint is not None:
         keys = tuple(key for group in _groups(store, fingerprint) for key in group.keys)
+        store.keys("dead")  # a maildir remembers where they are
     elif all:
         keys = tuple(store.keys("dead"))
-    each_key(store, keys, "dead", store.kick, "retried", as_json)
+    each_key(store, keys, "dead", store.kick, "retried", as_json, listed=fingerprint is not None or all)
 
 
 @declare()

@@ -117,10 +117,16 @@ class _Mover:
                     return
 
     def _move_listed(self, state: str, advance: Advance) -> None:
-        """What is in this state now, one by one."""
-        move = self._move_waiting if state in ("ready", "delayed") else self._move_kept
-        for key in self.store.keys(state):
-            if key not in self.kept_out and self.store.state(key) == state and move(key):
+        """What is in this state now."""
+        keys = [key for key in self.store.keys(state) if key not in self.kept_out]
+        if state in ("dead", "done"):
+            for start in range(0, len(keys), BATCH):
+                moved = self._move_kept(state, keys[start : start + BATCH])
+                self.moved[state] += moved
+                advance(moved)
+            return
+        for key in keys:
+            if self.store.state(key) == state and self._move_waiting(key):
                 self.moved[state] += 1
                 advance(1)
 
@@ -175,20 +181,25 @@ class _Mover:
         with suppress(LeaseLost):
             self.store.settle(job, Later(at=job.due, counted=False))
 
-    def _move_kept(self, key: str) -> bool:
-        """One that is dead or done, which nobody works."""
+    def _move_kept(self, state: str, keys: list[str]) -> int:
+        """Some that are dead or done, which nobody works; how many have moved."""
         from lamsonq.errors import Dead
         from lamsonq.jobs import KEPT, Put
 
-        job, report = self.store.get(key), self.store.report(key)
-        if job is None:
-            return False
         # A Dead that says nothing adds nothing to the report that comes along.
-        outcome = Dead() if self.store.state(key) == "dead" else KEPT
-        if not self.into.put([Put(self.into, replace(job, due=None), outcome, report=report)])[0]:
-            self.kept_out[key] = None
-            return False
-        return self.store.remove(key)
+        outcome = Dead() if state == "dead" else KEPT
+        found = [(job, self.store.report(key)) for key in keys if (job := self.store.get(key)) is not None]
+        still = set(self.store.keys(state))  # one look for all of them: somebody may have made one ready
+        puts = [
+            Put(self.into, replace(job, due=None), outcome, report=report) for job, report in found if job.key in still
+        ]
+        moved = 0
+        for put, kept in zip(puts, self.into.put(puts), strict=True):
+            if kept:
+                moved += self.store.remove(put.job.key)
+            else:
+                self.kept_out[put.job.key] = None
+        return moved
 
 
 Advance = Callable[[int], None]

@@ -24,13 +24,20 @@ def one_way(what: str, keys: Sequence[str], all: bool | None = None, fingerprint
 
 
 def each_key(
-    store: Backend, keys: Sequence[str], state: str | None, act: Callable[[str], bool], done: str, as_json: bool
+    store: Backend,
+    keys: Sequence[str],
+    state: str | None,
+    act: Callable[[str], bool],
+    done: str,
+    as_json: bool,
+    *,
+    listed: bool = False,
 ) -> None:
     """Do it to each of these messages that is in this state (None: any but reserved and dead), print which were done;
-    ends with 1 when one could not be."""
+    ends with 1 when one could not be. `listed`: the keys have just been read from that state."""
     acted = []
     for key in keys:
-        now = store.state(key)
+        now = state if listed else store.state(key)
         fits = now == state if state else now not in (None, "reserved", "dead")
         if fits and act(key):
             acted.append(key)
