@@ -515,6 +515,15 @@ class BackendConformance:
         push(queue, b"z", unique="u")
         assert drain(queue) == [b"z"]
 
+    def test_what_has_ended_is_in_nobodys_way(self, stores: Stores) -> None:
+        queue = stores.open()
+        push(queue, b"1", unique="u")
+        for outcome in (Dead("no"), KEPT):
+            push(queue, b"2", unique="u", outcome=outcome)
+        push(queue, b"3", unique="u")
+        assert counted(queue) == {"ready": 1, "dead": 1, "done": 1}
+        assert drain(queue) == [b"1"]
+
     def test_of_racing_like_jobs_one_is_kept(self, stores: Stores) -> None:
         queues = [stores.open() for _ in range(6)]
         for name in ("a", "b", "c"):

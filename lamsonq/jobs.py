@@ -160,9 +160,9 @@ class Tick:
 class Put:
     """A job on its way into a store: ready, or (with an outcome) straight to the delayed, the dead or the archive.
 
-    A job whose `due` lies ahead is delayed too. A `Later` without `at` waits as long as the job's `attempts` say. The
-    outcome's report is kept beside the job, behind `report`, which it may bring from elsewhere; a `Dead()` without a
-    reason or a cause adds nothing to it.
+    A job whose `due` lies ahead is delayed too. One that is put as dead or done is in nobody's way, whatever its
+    `unique`. A `Later` without `at` waits as long as the job's `attempts` say. The outcome's report is kept beside the
+    job, behind `report`, which it may bring from elsewhere; a `Dead()` without a reason or a cause adds nothing to it.
     """
 
     store: Backend

@@ -276,6 +276,7 @@ def place_of(put: Put, now: float) -> Place:
     job, outcome = put.job, put.outcome
     block = encode_block(job, job.received or now)
     entry = entry_of(outcome, max(job.attempts, 1), now) if isinstance(outcome, Later | Dead) else ""
+    unique = None if isinstance(outcome, Dead | Done) else job.unique
     name = Name(
         job.key,
         block=len(block),
@@ -284,9 +285,9 @@ def place_of(put: Put, now: float) -> Place:
         errors=int(bool(put.report or entry)),
         priority=job.priority,
         expires=0 if job.expires is None else milliseconds(job.expires),
-        unique=int(job.unique is not None),
+        unique=int(unique is not None),
     )
-    place = Place(READY, fitted(name), block, put.report, entry, job.unique, put.gate)
+    place = Place(READY, fitted(name), block, put.report, entry, unique, put.gate)
     if isinstance(outcome, Dead | Done):
         return place._replace(folder=DEAD if isinstance(outcome, Dead) else DONE, open_end=False)
     if isinstance(outcome, Later) and (outcome.at is not None or job.attempts):

@@ -52,7 +52,7 @@ class Index:
 
     def find(self, key: str) -> tuple[str, str] | None:
         """(state, path) of the job with this key."""
-        hint = self._hints.pop(key, None)
+        hint = self._hints.get(key)
         if hint is not None and os.path.lexists(hint[1]):
             return hint
         self._hints = {key_of(os.path.basename(path)): (state, path) for state in ALL for path in self.paths(state)}

@@ -101,7 +101,8 @@ class Memory:
         store, now, job = self._store, self._now(), put.job
         if job.key in store.jobs:
             return True
-        if job.unique is not None and job.unique in store.unique:
+        ended = isinstance(put.outcome, Dead | Done)
+        if job.unique is not None and not ended and job.unique in store.unique:
             return False
         due = job.due
         if put.gate is not None:

@@ -124,12 +124,10 @@ def insert(database: sqlite3.Connection, row: Row) -> bool | None:
     cursor.row_factory = None
     job, now, due = row.job, row.now, row.job.due
     key = bound(job.key)
-    ended = isinstance(row.outcome, Dead | Done)
-    if row.gate is not None or (ended and job.unique is not None):  # the index cannot tell
+    if row.gate is not None:
         known = _conflict(cursor, row, key)
         if known is not True:
             return known
-    if row.gate is not None:
         passage = row.gate.passage(_number(cursor, row.queue, row.gate.key), now)
         if passage is None:
             return False
@@ -160,7 +158,7 @@ def _conflict(cursor: sqlite3.Cursor, row: Row, key: str | bytes | None) -> bool
     """True: there is none."""
     if cursor.execute("select 1 from jobs where queue = ? and key = ?", (row.queue, key)).fetchall():
         return None
-    if row.job.unique is None:
+    if row.job.unique is None or isinstance(row.outcome, Dead | Done):
         return True
     query = "select 1 from jobs where queue = ? and uniq = ? and state in ('ready', 'delayed', 'parked', 'reserved')"
     return not cursor.execute(query, (row.queue, bound(row.job.unique))).fetchall()

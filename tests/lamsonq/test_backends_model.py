@@ -104,7 +104,7 @@ class Model(RuleBasedStateMachine):
 
     def new(self, put: Put, kept: bool) -> None:
         job = put.job
-        assert kept == self.may_be_put(job.unique)
+        assert kept == (isinstance(put.outcome, Dead) or self.may_be_put(job.unique))
         if kept:
             state = "dead" if isinstance(put.outcome, Dead) else "delayed" if job.due else "ready"
             self.jobs[job.key] = Kept(job.body, state, job.due or 0.0, job.priority, job.unique)
