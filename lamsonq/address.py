@@ -25,11 +25,13 @@ DOMAIN_MAX = 255
 ADDRESSES_MAX = 1000
 """How many addresses of one header are read when a stranger wrote it."""
 
-_ATOM = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~\x80-\U0010ffff-]+"
+# Sets that leave out, instead of ones that reach up to U+10FFFF: `re` takes 50 ms to compile those.
+_ATOM = r"""[^\x00-\x20"(),.:;<>@\[\\\]\x7f]+"""
 _DOT_STRING = rf"{_ATOM}(?:\.{_ATOM})*"
-_QUOTED = r'"(?:[ !#-\[\]-~\x80-\U0010ffff]|\\[ -~])*"'
-_LET_DIG = r"A-Za-z0-9\x80-\U0010ffff"
-_LABEL = rf"[{_LET_DIG}](?:[{_LET_DIG}-]*[{_LET_DIG}])?"
+_QUOTED = r'"(?:[^\x00-\x1f"\\\x7f]|\\[ -~])*"'
+_NO_LABEL = r"\x00-,./:-@\[-`{-\x7f"
+"""What is in ASCII neither letter, digit nor hyphen."""
+_LABEL = rf"[^{_NO_LABEL}-](?:[^{_NO_LABEL}]*[^{_NO_LABEL}-])?"
 _DOMAIN = rf"{_LABEL}(?:\.{_LABEL})*"
 _MAILBOX = rf"(?P<local>{_DOT_STRING}|{_QUOTED})@(?P<domain>{_DOMAIN}|\[[!-Z^-~]*\])"
 _mailbox = re.compile(_MAILBOX)

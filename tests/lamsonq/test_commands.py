@@ -419,6 +419,7 @@ def test_several_processes_with_states_in_memory_are_refused(project: Path) -> N
     assert line.startswith("ERROR: 2 processes need states that they share: set Router.STATE_STORE = SQLiteStorage(")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("receiver", "named"),
     [
@@ -453,6 +454,7 @@ def test_several_processes_share_directories_and_databases(project: Path, receiv
     lamsonq("start", "-workers", "2")
 
 
+@pytest.mark.slow
 def test_status_tells_when_a_job_was_claimed_last(project: Path) -> None:
     Path("config/boot.py").write_text(
         "from config import settings\nfrom lamsonq.server import QueueReceiver\n"

@@ -176,6 +176,7 @@ def killed_at(at: int, act: Callable[[], object]) -> bool:
     return os.WIFSIGNALED(status)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kill_at_any_call_of_a_put_loses_nothing_and_repeats_no_tick(make: Callable[..., Maildir], kind: str) -> None:
     found = set()
@@ -198,6 +199,7 @@ def test_a_kill_at_any_call_of_a_put_loses_nothing_and_repeats_no_tick(make: Cal
     assert at > (4 if kind == "plain" else 6)
 
 
+@pytest.mark.slow
 def test_a_kill_within_a_put_of_several_keeps_each_or_not(make: Callable[..., Maildir]) -> None:
     for at in range(1000):
         queue = make(f"{at}")

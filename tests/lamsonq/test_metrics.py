@@ -92,6 +92,7 @@ def test_queues_are_told_by_state_and_age(here: Path) -> None:
     assert sample(text, "lamsonq_trouble") == 0
 
 
+@pytest.mark.slow
 def test_a_server_is_told_while_it_runs_and_when_it_has_ended(project: Project, get: Get) -> None:
     assert get("live") == (200, "ok\n")
     assert get("ready") == (503, "no server has been started here\n")
@@ -116,6 +117,7 @@ def test_a_server_is_told_while_it_runs_and_when_it_has_ended(project: Project, 
     assert sample(get("metrics")[1], "lamsonq_up", pid_file="run/smtp.pid") == 0
 
 
+@pytest.mark.slow
 def test_nothing_that_lies_there_ends_it(here: Path, get: Get) -> None:
     Path("run/aaa.pid").symlink_to("elsewhere")
     Path("run/bbb.pid").write_bytes(b"\xff\xfe")
@@ -145,6 +147,7 @@ def test_it_answers_get_and_head_and_knows_three_places(get: Get) -> None:
         urllib.request.urlopen(urllib.request.Request(f"{url}live", method="DELETE"), timeout=10)
 
 
+@pytest.mark.slow
 def test_clients_that_say_nothing_hold_it_up_for_a_few_seconds_only(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

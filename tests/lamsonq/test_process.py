@@ -94,6 +94,7 @@ def test_children_end_when_their_parent_is_killed(project: Project) -> None:
     assert sorted(project.noted("stop(0)")) == sorted(children)
 
 
+@pytest.mark.slow
 def test_a_surviving_child_does_not_hold_the_pid_file(project: Project) -> None:
     project.boot("Waiting.stop = lambda self, grace=30.0: None\nfrom lamsonq import child\nchild.MARGIN = 2.0\n")
     parent = project.start()
@@ -151,6 +152,7 @@ def test_a_second_term_ends_quickly_what_the_first_one_waits_for(project: Projec
     assert len(project.noted("stop(0)")) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grace", ["0", "7"])
 def test_the_grace_is_what_children_get_at_term_and_at_hup(project: Project, grace: str) -> None:
     project.start("-grace", grace)
@@ -160,6 +162,7 @@ def test_the_grace_is_what_children_get_at_term_and_at_hup(project: Project, gra
     assert project.noted(f"stop({grace})") == project.noted("start")
 
 
+@pytest.mark.slow
 def test_stop_waits_as_long_as_the_grace_of_the_server_allows(project: Project) -> None:
     project.boot("from lamsonq import child\nchild.MARGIN = 0.2\nWaiting.drains = False\n")
     parent = project.start("--grace=2")
@@ -208,6 +211,7 @@ def reload(project: Project) -> None:
     until(lambda: all(gone(pid) for pid in old))
 
 
+@pytest.mark.slow
 def test_a_helper_that_a_boot_has_forked_is_not_taken_for_a_child(helped: Project) -> None:
     parent = helped.start()
     (helper,) = helped.wait_for("helper", 1)
@@ -224,6 +228,7 @@ def test_a_helper_that_a_boot_has_forked_is_not_taken_for_a_child(helped: Projec
     assert (helped.path / "logs" / "lamsonq.err").read_text() == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reloads", [0, 1])
 def test_a_helper_that_a_boot_has_forked_keeps_neither_the_lock_nor_the_children(helped: Project, reloads: int) -> None:
     parent = helped.start()
@@ -244,6 +249,7 @@ def test_a_helper_of_a_trial_ends_with_it(helped: Project) -> None:
     assert [gone(pid) for pid in (first, trial, fresh)] == [False, True, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["", "if not child:\n    raise RuntimeError('lost')\n", "if not child:\n    exit()\n"])
 def test_a_helper_that_comes_out_of_its_boot_is_no_second_server(project: Project, end: str) -> None:
     project.boot(f"child = os.fork()\n{end}")
@@ -346,6 +352,7 @@ def test_a_start_that_cannot_fork_all_its_children_leaves_none(project: Project,
     assert all(gone(pid) for pid in project.noted("start"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forks", [0, 1])
 def test_a_reload_that_cannot_fork_leaves_the_old_children_where_they_are(project: Project, forks: int) -> None:
     project.boot(NO_FORKS)
@@ -535,6 +542,7 @@ def test_status_of_what_is_no_pid_file_is_no_no_but_4(project: Project, options:
     assert project.run("status", "-pid", "run/nothing.pid").returncode == 1
 
 
+@pytest.mark.slow
 def test_a_pid_file_that_a_container_has_left_behind_does_not_stop_a_start(project: Project) -> None:
     for options in ((), ("-FORCE",)):
         (project.path / "run" / "smtp.pid").write_text("1\n")

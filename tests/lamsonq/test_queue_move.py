@@ -239,6 +239,7 @@ def check_killed_mover(source: Queue, target: Queue, delay: Callable[[], float],
     assert {key: after[key][0] for key in kept} == {key: before[key][0] for key in kept}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", KILLED[:4], ids=" to ".join)
 def test_a_mover_that_is_killed_loses_nothing_and_is_begun_again(here: Path, names: tuple[str, str]) -> None:
     source, target = map(Queue, names)

@@ -344,6 +344,7 @@ def links(pid: int) -> list[str]:
     return [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("boot", ["", "settings.nothing\n"])
 def test_a_pid_file_that_was_deleted_is_there_again_after_a_hup_whatever_comes_of_that(
     project: Project, boot: str
@@ -365,6 +366,7 @@ def test_a_pid_file_that_was_deleted_is_there_again_after_a_hup_whatever_comes_o
     assert list((project.path / "run").glob("smtp.*")) == []
 
 
+@pytest.mark.slow
 def test_a_pid_file_that_is_another_servers_by_now_stays_his_and_the_reload_goes_on(project: Project) -> None:
     parent = project.start()
     (project.path / "run" / "smtp.pid").unlink()
@@ -383,6 +385,7 @@ def test_a_pid_file_that_is_another_servers_by_now_stays_his_and_the_reload_goes
     assert project.run("status").stdout == f"lamsonq running with PID {other}\n"
 
 
+@pytest.mark.slow
 def test_a_pid_file_that_somebody_has_written_into_is_reason_enough_not_to_reload(project: Project) -> None:
     parent = project.start()
     children = children_of(parent)
@@ -429,6 +432,7 @@ def test_what_nobody_has_handed_over_is_ignored(monkeypatch: pytest.MonkeyPatch,
     assert reload.VARIABLE not in os.environ
 
 
+@pytest.mark.slow
 def test_a_server_starts_and_restarts_as_ever_with_a_forged_variable(
     project: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -647,6 +651,7 @@ def test_new_children_that_do_not_come_up_leave_the_old_ones_where_they_are(proj
 # ---- the end of a server that loads anew -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["trial", "successor"])
 def test_stop_works_while_a_boot_is_tried(project: Project, kind: str) -> None:
     parent = project.start("-workers", "2")
@@ -660,6 +665,7 @@ def test_stop_works_while_a_boot_is_tried(project: Project, kind: str) -> None:
     assert list((project.path / "run").glob("smtp.*")) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["trial", "successor"])
 def test_a_parent_that_is_killed_while_it_loads_anew_leaves_no_orphan(project: Project, kind: str) -> None:
     parent = project.start("-workers", "2")
@@ -734,6 +740,7 @@ def started(project: Project, *options: str) -> int:
     return int((project.path / options[options.index("-pid") + 1]).read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["", '{"pid": 1, "version": 1}', "{"])
 def test_restart_of_nobody_knows_what_stops_nothing(project: Project, damage: str) -> None:
     parent = project.start()
