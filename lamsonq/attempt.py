@@ -350,6 +350,8 @@ class Attempt:
         self._spawn(judge)
 
     def _returned(self, value: object) -> None:
+        if isinstance(value, type) and issubclass(value, Later | Dead):
+            value = value()  # `return Dead`, as `raise Dead` is allowed
         if isinstance(value, Later | Dead):
             self._finish(self._judge(value), keep=True)
             return
@@ -390,7 +392,7 @@ class Attempt:
             if self.states and self.call.stateful is not None:
                 self.call.stateful.store.forget(self.states, self.key)
             if isinstance(outcome, Done) and self.call.name is not None:
-                LOG.debug("Message to %s was handled by %s", self.call.recipient, self.call.name)
+                self._say_handled(self.call.name)
             if isinstance(outcome, Done):
                 self._tidy_up()
         except LeaseLost:
@@ -399,6 +401,12 @@ class Attempt:
             LOG.exception("job %s could not be settled", self.key)
         finally:
             self._leave()
+
+    def _say_handled(self, name: str) -> None:
+        if self.call.recipient:
+            LOG.debug("Message to %s was handled by %s", self.call.recipient, name)
+        else:  # a deferred call is to nobody
+            LOG.debug("Job %s was handled by %s", self.key, name)
 
     def _tidy_up(self) -> None:
         if self.outer is not None and self.outer.open:

@@ -87,7 +87,7 @@ class Child:
         for work in (self._watch_parent, self._receive):
             threading.Thread(target=work, name=work.__name__, daemon=True).start()
         event = self._next(_STARTED_AFTER)
-        if event in ("started", ""):
+        if event in ("started", "") or (event == "ended" and self.failure is None):  # it may have had little to do
             self._say(READY)
         while event != "ended":
             if event == "stop":

@@ -515,6 +515,20 @@ class BackendConformance:
         push(queue, b"z", unique="u")
         assert drain(queue) == [b"z"]
 
+    def test_a_job_that_ends_is_not_in_the_way_of_a_like_one_that_it_puts(self, stores: Stores) -> None:
+        queue = stores.open()
+        for outcome in (DONE, KEPT, Dead("no")):
+            push(queue, b"1", unique="u")
+            job = take(queue)
+            assert queue.settle(job, outcome, [Put(queue, Job(key=queue.new_key(), body=b"2", unique="u"))]) == [True]
+            assert drain(queue) == [b"2"]
+        push(queue, b"1", unique="u")
+        again = Later("later", stores.clock.now + 5)
+        assert queue.settle(take(queue), again, [Put(queue, Job(key=queue.new_key(), body=b"2", unique="u"))]) == [
+            False
+        ]
+        assert counted(queue) == {"delayed": 1, "done": 1, "dead": 1}
+
     def test_what_has_ended_is_in_nobodys_way(self, stores: Stores) -> None:
         queue = stores.open()
         push(queue, b"1", unique="u")

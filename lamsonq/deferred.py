@@ -32,6 +32,7 @@ import os
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from queue import SimpleQueue
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 
@@ -157,17 +158,17 @@ class Using(Generic[P]):
         due = at + delay if delay else None
         same = hashlib.sha256(f"{target}\n".encode() + _in_order(body)).hexdigest()
         gate = _debounce(policy, f"{target}:{same}", Job(key="", body=body, target=target))
-        if delay and ttl and delay > ttl:
-            raise ValueError(
-                f"{target}: a delay of {delay} seconds is longer than its ttl of {ttl}: it would never run"
-            )
+        due = due if self._delay is None else moment(self._delay, at)
+        expires = (at + ttl if ttl else None) if self._expires is None else moment(self._expires, at)
+        if due is not None and expires is not None and due > expires:
+            raise ValueError(f"{target}: it would be due after it has expired, and never run")
         job = Job(
             key=queue_of(self._queue).new_key(),
             body=body,
             target=target,
             received=at,
-            due=due if self._delay is None else moment(self._delay, at),
-            expires=(at + ttl if ttl else None) if self._expires is None else moment(self._expires, at),
+            due=due,
+            expires=expires,
             priority=priority_of(policy.priority if self._priority is None else self._priority),
             unique=f"{target}:{same}" if policy.unique else None,
             metadata=events.produced(),
@@ -204,7 +205,7 @@ def deferrable(
     debounce_seconds: Seconds = ...,
     debounce_always_delay: bool = ...,
     use_exponential_backoff: bool = ...,
-    backoff: Callable[[int], float] | None = ...,
+    backoff: Callable[[int], float | timedelta] | None = ...,
     priority: int = ...,
     timeout: float | None = ...,
     unique: bool = ...,
@@ -222,7 +223,7 @@ def deferrable(
     debounce_seconds: Seconds = 0,
     debounce_always_delay: bool = False,
     use_exponential_backoff: bool = True,
-    backoff: Callable[[int], float] | None = None,
+    backoff: Callable[[int], float | timedelta] | None = None,
     priority: int = 0,
     timeout: float | None = None,
     unique: bool = False,
@@ -346,6 +347,9 @@ def request_types(names: Mapping[str, str]) -> None:
     for request_type, dotted in names.items():
         module = dotted.rpartition(".")[0]
         load(module)
+        other = _named(request_type)
+        if other is not None and _name(other) != dotted:
+            raise UsageError(f"request_types: {request_type!r} is the name= of {_name(other)} already, not {dotted}")
         if _marked(dotted) is None:
             raise UsageError(f"request_types: {request_type!r} means {dotted}, which is no @deferrable function")
         _request_types[request_type] = dotted

@@ -129,7 +129,10 @@ def outcome_of(error: BaseException) -> Later | Dead:
 
 def reason_of(error: BaseException) -> str:
     """One line that names the error: what a dead letter and a log line show first."""
-    text = " ".join(str(error).split())
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # an error of the user's, with a __str__ of the user's
+        text = "(an error whose text cannot be told)"
     if isinstance(error, Later | Dead | SMTPError):
         return text or type(error).__name__
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

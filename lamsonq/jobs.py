@@ -188,6 +188,8 @@ class Limit:
             raise ValueError(f"Limit({self.per!r}): one of {', '.join(_LANES)}")
         if (self.concurrency is None) == (self.rate is None):
             raise ValueError(f"Limit({self.per!r}) takes concurrency=... or rate=..., one of them")
+        if self.concurrency is not None and not isinstance(self.concurrency, int):
+            raise TypeError(f"Limit({self.per!r}, concurrency={self.concurrency!r}): so many jobs, a whole number")
         if (self.concurrency is not None and self.concurrency < 1) or (self.rate is not None and not self.rate > 0):
             raise ValueError(f"Limit({self.per!r}) must let something through")
 

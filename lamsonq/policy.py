@@ -11,6 +11,7 @@ Rules:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +24,9 @@ MAX_ATTEMPTS = 5
 
 GIVE_UP_AFTER = 5 * 24 * 3600.0
 """Seconds after which a job that keeps saying *later* is a dead letter (RFC 5321 section 4.5.4.1: 4-5 days)."""
+
+WAIT_MAX = 366 * 24 * 3600.0
+"""Seconds that a backoff may ask for."""
 
 Seconds = float | timedelta | Callable[[], float | timedelta]
 """A span of time, or a function that is asked for it at each put."""
@@ -38,13 +42,26 @@ def at_once(failures: int) -> float:  # noqa: ARG001 - always the same
     return 0.0
 
 
+def seconds(span: Seconds) -> float:
+    """A span of time in seconds, asked for if it is a function. Raises TypeError or ValueError for what is none."""
+    found = span() if callable(span) else span
+    if isinstance(found, timedelta):
+        found = found.total_seconds()
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        raise TypeError(f"a time is a number of seconds or a timedelta, not {found!r}")
+    if not 0 <= found < float("inf"):
+        raise ValueError(f"{found} is no number of seconds to wait")
+    return float(found)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
     """How a function is run. Zero seconds mean: none.
 
     - `error_classes`: errors that deserve another try; () for none.
     - `max_attempts`: how often it is run in all; None is MAX_ATTEMPTS for crashes only.
-    - `backoff(failures)`: seconds until the next try.
+    - `backoff(failures)`: the time until the next try, in seconds or as a timedelta. One that fails is logged, and
+      `exponential` is asked.
     - `timeout`: seconds that one run may take; None is the receiver's.
     - `delay`, `ttl`, `debounce`: from the put to the first run, to the last moment at which it may begin, and between
       two runs with the same arguments. With `debounce_always_delay` the first one waits too.
@@ -55,7 +72,7 @@ class Policy:
 
     error_classes: tuple[type[BaseException], ...] = (Exception,)
     max_attempts: int | None = None
-    backoff: Callable[[int], float] = exponential
+    backoff: Callable[[int], float | timedelta] = exponential
     timeout: float | None = None
     delay: Seconds = 0.0
     ttl: Seconds = 0.0
@@ -65,6 +82,18 @@ class Policy:
     unique: bool = False
 
     def __post_init__(self) -> None:
+        wrong = [
+            kind for kind in self.error_classes if not (isinstance(kind, type) and issubclass(kind, BaseException))
+        ]
+        if wrong:
+            raise TypeError(f"error_classes takes exception classes, not {wrong[0]!r}")
+        if not callable(self.backoff):
+            raise TypeError(
+                f"backoff={self.backoff!r}: a function of the number of failures, as in lambda failures: 60"
+            )
+        for name in ("delay", "ttl", "debounce"):
+            if not callable(getattr(self, name)):
+                seconds(getattr(self, name))
         if self.max_attempts is not None and self.max_attempts < 1:
             raise ValueError(f"max_attempts={self.max_attempts}: a function is run at least once")
         if self.timeout is not None and not self.timeout > 0:
@@ -113,9 +142,18 @@ class Policy:
         return dead
 
     def _later(self, cause: BaseException, reason: str, attempts: int, now: float) -> Later:
-        later = Later(reason, now + max(0.0, self.backoff(attempts + 1)))
+        later = Later(reason, now + self._wait(attempts + 1))
         later.__cause__ = cause.__cause__ if isinstance(cause, Later) else cause
         return later
+
+    def _wait(self, failures: int) -> float:
+        try:
+            wait = self.backoff(failures)
+            wait = wait.total_seconds() if isinstance(wait, timedelta) else wait
+            return min(max(0.0, seconds(max(wait, 0.0))), WAIT_MAX)
+        except Exception as error:  # a function of the user's: the job must be settled all the same
+            logging.error("backoff(%d) of a policy fails: %s", failures, reason_of(error))
+            return exponential(failures)
 
 
 DEFAULT = Policy()
@@ -125,18 +163,6 @@ def _given_up(outcome: Later, when: str) -> Dead:
     dead = Dead(f"gave up {when}: {outcome.reason}")
     dead.__cause__ = outcome.__cause__
     return dead
-
-
-def seconds(span: Seconds) -> float:
-    """A span of time in seconds, asked for if it is a function. Raises TypeError or ValueError for what is none."""
-    found = span() if callable(span) else span
-    if isinstance(found, timedelta):
-        found = found.total_seconds()
-    if isinstance(found, bool) or not isinstance(found, int | float):
-        raise TypeError(f"a time is a number of seconds or a timedelta, not {found!r}")
-    if not 0 <= found < float("inf"):
-        raise ValueError(f"{found} is no number of seconds to wait")
-    return float(found)
 
 
 def priority_of(number: int) -> int:

@@ -212,14 +212,12 @@ class RoutingBase:
 
     def takes(self, address: str) -> bool:
         """Whether any route's expression matches, whatever the states: for the answer at RCPT."""
-        if self.RELOAD:
-            self._reload_if_changed()
+        self.reload_if_changed()
         return any(True for _ in self.table.matches(canonical(address)))
 
     def plan(self, message: MailRequest) -> list[Call]:
         """The calls that this message asks for, recipient by recipient, in the order of the routes. Runs nothing."""
-        if self.RELOAD:
-            self._reload_if_changed()
+        self.reload_if_changed()
         table = self.table
         calls: list[Call] = []
         for recipient in message.route_to:
@@ -317,8 +315,7 @@ class RoutingBase:
 
         Raises Later (uncounted) when this process does not know the function, and Dead when no route leads there.
         """
-        if self.RELOAD:
-            self._reload_if_changed()
+        self.reload_if_changed()
         table = self.table
         assert job.target is not None
         handler = table.handlers.get(job.target)
@@ -497,7 +494,10 @@ class RoutingBase:
         )
         return self.UNDELIVERABLE_QUEUE
 
-    def _reload_if_changed(self) -> None:
+    def reload_if_changed(self) -> None:
+        """With RELOAD: read handler modules anew that have changed, if nobody has looked in the last second."""
+        if not self.RELOAD:
+            return
         now = time.monotonic()
         if now < self._next_look:
             return

@@ -106,6 +106,7 @@ class Source:
         if self.deliver is None and job.target == CONVERSATION:
             return self.router.in_conversation(message), message
         if self.deliver is None and job.target is not None and job.target not in self.router.table.handlers:
+            self.router.reload_if_changed()
             call = deferred.call_for(job)
             if call is None:
                 reason = f"no handler {job.target} in this process"

@@ -391,7 +391,8 @@ class Parent:
         quick = code != REPLACE and time.monotonic() - child.born < _QUICK
         self.quick_deaths = self.quick_deaths + 1 if quick else 0
         pause = min(_SLOWEST, 0.5 * 2 ** (self.quick_deaths - 2)) if self.quick_deaths > 1 else 0.0
-        logging.error("Process %d %s; another one takes its place in %.1f s.", child.pid, how, pause)
+        level = logging.INFO if code == REPLACE else logging.ERROR  # it has said why it is to be replaced
+        logging.log(level, "Process %d %s; another one takes its place in %.1f s.", child.pid, how, pause)
         self.births.append(time.monotonic() + pause)
 
     # -- loading anew ------------------------------------------------------------------------------------------

@@ -250,7 +250,7 @@ def drain(
 
     The first error of a function comes out, unless `raising` is False; its job is settled as its policy says, too.
     """
-    receiver = QueueReceiver(deferred.queue_of(in_queue), router=router, deliver=deliver)
+    receiver = QueueReceiver(deferred.queue_of(in_queue), router=router, deliver=deliver, periodic=False)
     watched = _Watched(receiver.queue, deliver, router)
     receiver.sources = [watched]
     count = 0

@@ -67,6 +67,7 @@ class QueueReceiver:
     - `shutdown_after_number_of_empty_iterations` ends the receiver after so many rounds of `sleep` without a job, and
       `max_jobs` after so many jobs; a process that ends for the latter is replaced.
     - `limits` are kept between all processes that work the queue (see lamsonq.jobs.Limit).
+    - `periodic=False` leaves it to other receivers to put the periodic jobs of these queues.
     - `archive` keeps what has succeeded for so many seconds, `keep_dead` the dead letters (None: until somebody
       deletes them).
 
@@ -91,14 +92,20 @@ class QueueReceiver:
         limits: Iterable[Limit] = (),
         archive: float | None = None,
         keep_dead: float | None = None,
+        periodic: bool = True,
     ) -> None:
-        for name, number in (("workers", workers), ("weight", weight), ("max_jobs", max_jobs or 1)):
-            if number < 1:
+        for name, number in (("workers", workers), ("weight", weight), ("max_jobs", max_jobs)):
+            if number is not None and number < 1:
                 raise ValueError(f"{name}={number}: a QueueReceiver needs at least one")
+        if not sleep > 0:
+            raise ValueError(f"sleep={sleep}: after how many seconds an idle receiver says so again")
         self.deliver = deliver
         self.router = router
         self.bound = bound
+        self.periodic = periodic
         limits = tuple(limits)
+        if wrong := [limit for limit in limits if not isinstance(limit, Limit)]:
+            raise TypeError(f"limits={wrong}: it takes Limit(...) records of lamsonq.jobs")
         self.sources: list[Source] = []
         for item, share in _shares(queue_dir, weight):
             if isinstance(item, QueueReceiver):
@@ -518,7 +525,7 @@ class QueueReceiver:
 
     def _periodic(self) -> list[Callable[..., object]]:
         """The periodic functions whose queue is one of ours."""
-        if self.bound or not (found := deferred.periodic_functions()):
+        if self.bound or not self.periodic or not (found := deferred.periodic_functions()):
             return []
         ours = {id(source.queue.backend) for source in self.sources if source.deliver is None}
         return [function for function in found if id(deferred.queue_of_function(function).backend) in ours]
@@ -555,5 +562,8 @@ def _shares(
     if isinstance(queues, str | os.PathLike | Queue):
         return [(queues, weight)]
     if isinstance(queues, Mapping):
+        for queue, share in queues.items():
+            if isinstance(share, bool) or not isinstance(share, int) or share < 1:
+                raise ValueError(f"{queue}: the weight {share!r} is no number from 1 on")
         return list(queues.items())
     return [(queue, weight) for queue in queues]

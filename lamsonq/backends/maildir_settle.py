@@ -188,6 +188,9 @@ class Settler:
         results: list[bool] | None = None,
     ) -> bool:
         try:
+            if manifest.fate.unique:  # it is settled for good, and in nobody's way: not even of a like one that it puts
+                with contextlib.suppress(FileNotFoundError):
+                    Guards(self._folders).release(manifest.fate.unique, path)
             commits.publish(self._folders, path, manifest, live, results)
             commits.finish(self._folders, path, key, manifest.fate, token)
         except (OSError, ValueError, QueueError) as error:

@@ -229,7 +229,7 @@ class Memory:
     def settle(self, job: Job, outcome: Outcome, puts: Sequence[Put] = ()) -> list[bool]:
         with self._store.changed:
             kept = self._held(job)
-            results = self._publish(puts)
+            results = self._publish_elsewhere(puts)
             now = self._now()
             if isinstance(outcome, Expired) or (isinstance(outcome, Done) and not outcome.kept):
                 self._delete(job.key)
@@ -247,17 +247,17 @@ class Memory:
                 else:
                     due = due_after(outcome, attempts, now)
                     self._move(kept, "delayed", deliveries=0, attempts=attempts, due=due)
+            results.update((n, self._put(put)) for n, put in enumerate(puts) if put.store is self)
             self._store.changed.notify_all()
-            return results
+            return [results[number] for number in range(len(puts))]
 
-    def _publish(self, puts: Sequence[Put]) -> list[bool]:
-        """Those for other stores first, which may fail; those for this one cannot."""
-        results = dict.fromkeys(range(len(puts)), True)
+    def _publish_elsewhere(self, puts: Sequence[Put]) -> dict[int, bool]:
+        """Those for other stores come first, because they may fail; those for this one cannot."""
+        results: dict[int, bool] = {}
         for store in {id(put.store): put.store for put in puts if put.store is not self}.values():
             numbers = [number for number, put in enumerate(puts) if put.store is store]
             results.update(zip(numbers, store.put([puts[number] for number in numbers]), strict=True))
-        results.update((n, self._put(put)) for n, put in enumerate(puts) if put.store is self)
-        return [results[number] for number in range(len(puts))]
+        return results
 
     def touch(self, job: Job) -> None:
         with self._store.changed:

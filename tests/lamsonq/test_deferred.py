@@ -6,6 +6,7 @@ import asyncio
 import enum
 import itertools
 import json
+import os
 import sys
 import threading
 import time
@@ -995,3 +996,103 @@ def test_what_is_tried_again_at_once_is_tried_again_in_the_same_round(url: str, 
         crashes_at_once.using(queue=one).later()
     QueueReceiver(one, router=RoutingBase()).start(one_shot=True)
     assert one.backend.counts()["dead"] == 20
+
+
+# -- what a policy must not do -----------------------------------------------------------------------------------------
+
+
+def broken_backoff(failures: int) -> float:
+    raise KeyError(failures)
+
+
+@deferrable(backoff=broken_backoff)
+def with_a_broken_backoff() -> None:
+    raise ValueError("no")
+
+
+class Untellable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+@deferrable(backoff=lambda _: timedelta(seconds=7))
+def raises_what_cannot_be_told() -> None:
+    raise Untellable
+
+
+def test_a_backoff_that_fails_holds_no_job_up(jobs: Queue, work: Callable[[], int]) -> None:
+    with_a_broken_backoff.later()
+    raises_what_cannot_be_told.later()
+    assert work() == 2
+    assert jobs.backend.counts()["delayed"] == 2
+    reports = [jobs.backend.report(key) for key in jobs.backend.keys("delayed")]
+    assert "ValueError: no" in "".join(reports)
+    assert "Untellable" in "".join(reports)
+
+
+def test_a_backoff_may_be_a_timedelta(jobs: Queue, work: Callable[[], int], frozen: Clock) -> None:
+    key = raises_what_cannot_be_told.later()
+    assert key is not None
+    work()
+    job = jobs.backend.get(key)
+    assert job is not None
+    assert job.due == frozen.now + 7
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"error_classes": ["ConnectionError"]}, {"backoff": 3}, {"ttl_seconds": -1}, {"delay_seconds": "soon"}]
+)
+def test_what_is_no_policy_is_refused_where_it_is_written(wrong: dict[str, Any]) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        deferrable(**wrong)
+
+
+def test_a_call_that_would_be_due_after_it_has_expired_is_refused(jobs: Queue) -> None:
+    with pytest.raises(ValueError, match="never run"):
+        note.using(delay=5, expires=1).later(1)
+
+
+@deferrable
+def returns_a_class() -> type[Dead]:
+    return Dead
+
+
+def test_dead_may_be_returned_as_it_may_be_raised_without_parentheses(jobs: Queue, work: Callable[[], int]) -> None:
+    returns_a_class.later()
+    work()
+    assert jobs.backend.counts()["dead"] == 1
+
+
+COUNT = [0]
+
+
+@deferrable(unique=True)
+def puts_itself() -> None:
+    COUNT[0] += 1
+    if COUNT[0] < 4:
+        puts_itself.later()
+
+
+@pytest.mark.parametrize("url", ["run/q", "sqlite:run/q.db", "memory:puts-itself"])
+def test_a_unique_job_may_put_itself_again(url: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAMSONQ_QUEUE", url)
+    COUNT[0] = 0
+    puts_itself.later()
+    QueueReceiver(url, router=RoutingBase()).start(one_shot=True)
+    assert COUNT == [4]
+
+
+def test_with_reload_a_changed_function_is_read_anew_before_a_call(
+    jobs: Queue, module: Module, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = module("RUN = []\n@deferrable\ndef f():\n    RUN.append(1)\n")
+    router = RoutingBase()
+    router.load([name])
+    router.RELOAD = True
+    receiver = QueueReceiver(jobs, router=router)
+    module("RUN = []\n@deferrable\ndef f():\n    RUN.append(2)\n", name=name)
+    os.utime(here / f"{name}.py", (1, 1))
+    monkeypatch.setattr(router, "_next_look", 0.0)
+    publish(jobs, f"{name}.f")
+    receiver.run_once()
+    assert sys.modules[name].RUN == [2]

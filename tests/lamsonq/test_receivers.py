@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -326,3 +327,17 @@ def test_the_parts_of_a_receiver_keep_what_was_said_of_them(mail: Mail, frozen: 
 def test_what_ends_a_receiver_is_said_of_the_whole() -> None:
     with pytest.raises(TypeError, match="the outer one"):
         QueueReceiver([QueueReceiver(queue(), deliver=lambda _: None, max_jobs=3)])
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"max_jobs": 0}, {"sleep": 0}, {"sleep": -1}, {"workers": 0}, {"limits": ["sender"]}]
+)
+def test_a_receiver_that_could_do_nothing_or_nothing_else_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises((TypeError, ValueError)):
+        QueueReceiver(queue(), deliver=lambda _: None, **wrong)
+
+
+@pytest.mark.parametrize("weight", [0, -1, 1.5, True])
+def test_a_weight_is_a_number_from_one_on(weight: Any) -> None:
+    with pytest.raises(ValueError, match="weight"):
+        QueueReceiver({queue(): weight}, deliver=lambda _: None)
