@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from lamsonq.backends.memory import Memory
-from lamsonq.commands.queues import move
+from lamsonq.commands.queues import move, opened
 from lamsonq.errors import Dead, Later, QueueError
 from lamsonq.jobs import DONE, KEPT, Backend, Job, Put
 from lamsonq.queue import Queue
@@ -43,8 +43,9 @@ PAIRS = [
 
 
 @pytest.fixture(params=PAIRS, ids=lambda pair: " to ".join(name.partition(":")[0] for name in pair))
-def queues(request: pytest.FixtureRequest, here: Path) -> tuple[Queue, Queue]:
+def queues(request: pytest.FixtureRequest, here: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Queue, Queue]:
     """The two queues, empty."""
+    monkeypatch.setattr(opened, "refuse_private", lambda _: None)  # the commands run in this process
     number = next(_numbers)
     source, target = (Queue(f"{name}{number}" if name.startswith("memory") else name) for name in request.param)
     return source, target
@@ -192,7 +193,25 @@ def test_producers_and_consumers_of_both_work_on(queues: tuple[Queue, Queue]) ->
     assert seen == made
 
 
+@pytest.mark.parametrize(("source", "target"), [("run/a", "memory:b"), ("memory:a", "run/b")])
+def test_nothing_is_moved_into_or_out_of_the_memory_of_another_process(here: Path, source: str, target: str) -> None:
+    key = put(Queue("run/a"))
+    line = refused("queue", "move", source, target)
+    name = source if source.startswith("memory:") else target
+    assert line == f"ERROR: {name} cannot be reached from here: a queue in memory is in its own process"
+    assert Queue("run/a").keys() == [key]
+
+
+def test_nothing_is_moved_into_a_directory_that_is_no_queue(here: Path) -> None:
+    key = put(Queue("run/a"))
+    Path("config").mkdir()
+    assert refused("queue", "move", "run/a", "config").startswith("ERROR: config is not a queue")
+    assert list(Path("config").iterdir()) == []
+    assert Queue("run/a").keys() == [key]
+
+
 def test_what_cannot_be_put_goes_back(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opened, "refuse_private", lambda _: None)
     number = next(_numbers)
     source, target = Queue(f"memory:full{number}"), Queue(f"memory:none{number}")
     put(source)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from lamsonq.commands.queues import VERBS
+from lamsonq.commands.queues import VERBS, opened
 from lamsonq.errors import Dead, Later
 from lamsonq.jobs import KEPT, Job, Put
 from lamsonq.queue import Queue
@@ -27,8 +27,9 @@ BODY = b"From: joe@example.com\r\nSubject: hello\r\n there\r\n\r\nbody\r\n"
 
 
 @pytest.fixture(params=["maildir", "sqlite", "memory"])
-def url(request: pytest.FixtureRequest, here: Path) -> str:
+def url(request: pytest.FixtureRequest, here: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a queue that does not exist yet."""
+    monkeypatch.setattr(opened, "refuse_private", lambda _: None)  # the commands run in this process
     names = {"maildir": "run/posts", "sqlite": "sqlite:run/q.db?queue=posts", "memory": f"memory:verbs{next(_numbers)}"}
     return names[str(request.param)]
 
@@ -367,6 +368,24 @@ def test_another_file_is_no_queue(here: Path) -> None:
 def test_a_verb_without_a_queue_says_so(here: Path) -> None:
     line = refused("queue", "ls", code=2)
     assert line == "ERROR: Give the queue, a directory or a URL.  Try lamsonq queue ls -h."
+
+
+@pytest.mark.parametrize("words", [*([verb] for verb in VERBS if verb != "move"), ["-count", "-name"], ["-keys"]])
+def test_a_queue_in_the_memory_of_another_process_is_refused(here: Path, words: list[str]) -> None:
+    verb, name = words[0], f"memory:elsewhere{next(_numbers)}"
+    assert refused("queue", *words, name, *NEEDED.get(verb, [])) == (
+        f"ERROR: {name} cannot be reached from here: a queue in memory is in its own process"
+    )
+
+
+def test_a_verb_that_there_is_not_is_named_with_those_there_are(here: Path) -> None:
+    put(Queue("run/posts"))
+    verbs = ", ".join(VERBS)
+    assert refused("queue", "bogus", "run/posts", code=2) == (
+        f"ERROR: There is no verb 'bogus'. There are {verbs}.  Try lamsonq help -for queue."
+    )
+    line = refused("queue", "shwo", "run/posts", "-body", code=2)
+    assert line.startswith("ERROR: There is no verb 'shwo': did you mean show? There are ls, ")
 
 
 def test_a_queue_that_is_called_like_a_verb_is_written_with_its_directory(here: Path) -> None:

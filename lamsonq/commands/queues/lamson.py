@@ -65,8 +65,6 @@ def queue(path: str | None, name: str | None, state: str | None, as_json: bool, 
 
     `lamsonq queue VERB -h` explains a verb.
     """
-    from lamsonq.queue import Queue
-
     if path is not None and name is not None:
         raise Refusal(f"give one queue, {path} or -name {name}")
     wishes = [word for word, value in wish.items() if value]
@@ -78,8 +76,7 @@ def queue(path: str | None, name: str | None, state: str | None, as_json: bool, 
     if state is not None and wishes[0] not in ("keys", "count", "clear"):
         raise Refusal(f"-{state} goes with -keys, -count and -clear, not with -{wishes[0]}")
     name = path or name or "run/queue"
-    looked_for(name)
-    opened = Queue(name)
+    opened = looked_for(name)
     if not as_json:
         print_line(f"Using queue: {name!r}")
     act = _QUEUE_ACTIONS[wishes[0]]

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lamsonq.commands.options import argument, declare, json_option, option
-from lamsonq.commands.queues.opened import existing
+from lamsonq.commands.queues.opened import existing, made
 from lamsonq.commands.queues.printed import print_json, print_line
 from lamsonq.errors import LeaseLost, QueueError, Refusal
 
@@ -53,12 +53,8 @@ def move(source: str | None, target: str | None, state: str | None, as_json: boo
 
     Loses none when it is killed: begin it again.
     """
-    from lamsonq.queue import Queue
-
     store = existing(source, "the queue to move from").backend
-    if not target:
-        raise click.UsageError("Give the queue to move to.", click.get_current_context())
-    into = Queue(target).backend
+    into = made(target, "the queue to move to").backend
     if into is store or os.path.realpath(store.name) == os.path.realpath(into.name):
         raise Refusal(f"{source} and {target} are the same queue")
     mover = _Mover(store, into, [state] if state else list(MOVED))
