@@ -241,7 +241,8 @@ class Backend(Protocol):
         """Make a waiting `reserve` or `wait` return; from any thread, also before it waits."""
 
     def claim(self, key: str) -> Job | None:
-        """Claim this one job, if it is ready, delayed, dead or done; uncounted, for tools."""
+        """Claim this one job, if it is ready, delayed, dead or done; uncounted, for tools: if it is never settled, it goes
+        back as it was."""
 
     def settle(self, job: Job, outcome: Outcome, puts: Sequence[Put] = ()) -> list[bool]:
         """Finish this reservation and publish what came of it, as one; tells of each put what `put` would.
@@ -253,7 +254,8 @@ class Backend(Protocol):
         """Raises LeaseLost when this reservation no longer holds; where claims have a lease, renews it."""
 
     def release_stale(self) -> int:
-        """Give back the claims of dead workers (`reserve` does this as well); how many were found."""
+        """Give back the claims of dead workers (`reserve` does this as well), and publish what came of jobs that they had
+        settled; how many claims were found."""
 
     def forgive(self) -> None:
         """The claims of this process no longer count as deliveries: it is being stopped, and may be killed."""

@@ -6,6 +6,7 @@ Rules:
    together with its put into the other queue, or after it. What is dead or done, which nobody works, is put there and
    then removed here: a claim might make it ready if the mover were killed.
 2. The key stays, and a key is put once: a move that was interrupted is simply begun again, and mends what is in both.
+   What a mover that was killed had claimed is as it was before, and what it had settled arrives, before anything else.
 3. State, due moment, attempts, report, priority, unique and metadata stay. A message whose like (`unique`) waits in the
    other queue stays where it is.
 4. What is being worked is left to who works it.
@@ -89,6 +90,8 @@ class _Mover:
 
     def run(self) -> None:
         """Move until a look finds nothing more to move."""
+        self.store.release_stale()
+        self.into.release_stale()
         for _ in range(ROUNDS):
             counts, before = self.store.counts(), self.moved.total()
             with _progress(sum(counts[state] for state in self.states)) as advance:

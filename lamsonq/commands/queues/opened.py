@@ -47,9 +47,17 @@ def looked_for(name: str) -> Queue:
 def made(name: str | None, what: str) -> Queue:
     """The queue of this name, which may have to be made. Raises Refusal where something else has the name."""
     name = _given(name, what)
-    if not _is_missing(name) and not name.startswith("sqlite:"):
+    path = _directory(name)
+    if path is not None and os.path.lexists(path) and not _is_being_made(path):
         _refuse_other_files(name)
     return _opened(name)
+
+
+def _is_being_made(path: str) -> bool:
+    """Whether a directory is empty, or has nothing but folders of a queue: somebody may be making it just now."""
+    from lamsonq.backends.maildir_files import FOLDERS
+
+    return os.path.isdir(path) and {folder.partition("/")[0] for folder in FOLDERS}.issuperset(os.listdir(path))
 
 
 def _given(name: str | None, what: str) -> str:
