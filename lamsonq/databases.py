@@ -179,7 +179,7 @@ class Database:
         except OSError as error:
             return Row(key, state, b"", trouble=f"its body {file} cannot be read: {error.strerror}")
         except ValueError as error:
-            return Row(key, state, b"", trouble=str(error))
+            return Row(key, state, content if isinstance(content, bytes) else b"", trouble=str(error))
         return Row(key, state, content if isinstance(content, bytes) else b"", tuple(addresses))
 
     def _open(self) -> sqlite3.Connection:

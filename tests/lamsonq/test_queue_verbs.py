@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pty
+import sqlite3
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from lamsonq.commands.queues import VERBS, opened
 from lamsonq.errors import Dead, Later
 from lamsonq.jobs import KEPT, Job, Put
 from lamsonq.queue import Queue
+from lamsonq.reports import entries
 
 from .cli import ENVIRON, lamsonq, refused
 
@@ -327,6 +329,31 @@ def test_every_verb_prints_json_in_both_spellings(queue: Queue) -> None:
         )
         if line[1] == "export":
             assert (found["key"], found["state"]) == (key, "dead")
+
+
+# ---- what cannot be read ---------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_read_is_shown_with_the_reason_and_stays_where_it_is(here: Path) -> None:
+    store = Queue("sqlite:run/q.db").backend
+    large = put(Queue("sqlite:run/q.db"), BODY + b"x" * 100_000, recipients=("joe@example.com",))
+    [body] = Path("run/q.db-bodies").iterdir()
+    body.unlink()
+    with sqlite3.connect("run/q.db") as database:
+        database.execute("insert into jobs (key, body, metadata) values ('odd', 'Subject: hello', '[')")
+    assert told("queue", "ls", store.name)["jobs"][0]["trouble"].endswith("is gone")
+    assert "It cannot be read: its row is not what" in lamsonq("queue", store.name, "-report", "odd").stdout
+    assert store.reserve(9) == []
+    reasons = {key: entries(store.report(key))[0].reason for key in store.keys("dead")}
+    assert len(told("queue", "dead", store.name)["groups"]) == 2
+    assert {job["key"]: job["trouble"] for job in told("queue", "ls", store.name, "-state", "dead")["jobs"]} == reasons
+    shown = told("queue", "show", store.name, "odd", "-body")
+    assert (shown["body"], shown["metadata"], shown["trouble"]) == ("Subject: hello", {}, reasons["odd"])
+    assert "attempt 1: its body, " in lamsonq("queue", store.name, "-report", large).stdout
+    exported = [json.loads(line) for line in lamsonq("queue", "export", store.name).stdout.splitlines()]
+    assert [(each["key"], each["recipients"]) for each in exported] == [(large, ["joe@example.com"]), ("odd", [])]
+    lamsonq("queue", "move", store.name, "run/elsewhere")
+    assert store.keys("dead") == [large, "odd"]
 
 
 # ---- which queue -----------------------------------------------------------------------------------------------

@@ -123,6 +123,16 @@ def test_fsck_names_a_row_that_is_no_job(here: Path) -> None:
     assert report["queues"]["sqlite:run/q.db"]["broken"] == {"odd": "`recipients` is no JSON array of texts"}
 
 
+def test_what_is_dead_because_it_cannot_be_read_is_accounted_for(here: Path) -> None:
+    put("sqlite:run/q.db")
+    with sqlite3.connect("run/q.db") as database:
+        values = ("odd", "Message-ID: <1@x>\n\n", "{", "dead")
+        database.execute("insert into jobs (key, body, recipients, state) values (?, ?, ?, ?)", values)
+    Path("accepted").write_text("<1@x>\n")
+    report = json.loads(lamsonq("fsck", "-json", "-accepted", "accepted").stdout)
+    assert (report["good"], report["queues"]["sqlite:run/q.db"]["broken"]) == (True, {})
+
+
 def test_what_is_on_its_way_to_another_store_is_accounted_for(here: Path) -> None:
     put("sqlite:run/q.db")
     with sqlite3.connect("run/q.db") as database:

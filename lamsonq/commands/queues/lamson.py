@@ -19,7 +19,7 @@ from lamsonq.commands.queues.opened import looked_for
 from lamsonq.commands.queues.printed import print_bytes, print_line
 from lamsonq.commands.queues.verbs import WithVerbs, queues_and
 from lamsonq.errors import Later, Refusal
-from lamsonq.jobs import DONE
+from lamsonq.jobs import DONE, Damaged
 
 if TYPE_CHECKING:
     from lamsonq.queue import Queue
@@ -135,9 +135,11 @@ def _clear(queue: Queue, _: bool, state: str, *__: Any) -> None:
 
 
 def _report(queue: Queue, key: str, *_: Any) -> None:
-    if queue.backend.get(key) is None:
+    job = queue.backend.get(key)
+    if job is None:
         raise _missing(queue, key)
-    click.echo(queue.backend.report(key) or "It has not failed.")
+    trouble = f"It cannot be read: {job.trouble}" if isinstance(job, Damaged) else "It has not failed."
+    click.echo(queue.backend.report(key) or trouble)
 
 
 def _kick(queue: Queue, key: str, *_: Any) -> None:

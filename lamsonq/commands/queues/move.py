@@ -9,7 +9,7 @@ Rules:
    What a mover that was killed had claimed is as it was before, and what it had settled arrives, before anything else.
 3. State, due moment, attempts, report, priority, unique and metadata stay. A message whose like (`unique`) waits in the
    other queue stays where it is.
-4. What is being worked is left to who works it.
+4. What is being worked is left to who works it, and what cannot be read stays where it is.
 """
 
 from __future__ import annotations
@@ -183,11 +183,12 @@ class _Mover:
     def _move_kept(self, state: str, keys: list[str]) -> int:
         """Some that are dead or done, which nobody works; how many have moved."""
         from lamsonq.errors import Dead
-        from lamsonq.jobs import KEPT, Put
+        from lamsonq.jobs import KEPT, Damaged, Put
 
         # A Dead that says nothing adds nothing to the report that comes along.
         outcome = Dead() if state == "dead" else KEPT
-        found = [(job, self.store.report(key)) for key in keys if (job := self.store.get(key)) is not None]
+        looks = ((key, self.store.get(key)) for key in keys)  # what cannot be read whole stays
+        found = [(job, self.store.report(key)) for key, job in looks if job and not isinstance(job, Damaged)]
         still = set(self.store.keys(state))  # one look for all of them: somebody may have made one ready
         puts = [
             Put(self.into, replace(job, due=None), outcome, report=report) for job, report in found if job.key in still
