@@ -52,7 +52,7 @@ from lamsonq import attempt, view
 from lamsonq.address import bare_address, is_path_address
 from lamsonq.attempt import ELSEWHERE_PATIENCE, PATIENCE, Attempt
 from lamsonq.errors import Later, LeaseLost, SMTPError, UsageError
-from lamsonq.jobs import Job, Put
+from lamsonq.jobs import Damaged, Job, Put
 from lamsonq.mail import MailRequest, MailResponse
 from lamsonq.queue import Queue, job_of, message_of
 from lamsonq.state import Conversations
@@ -394,7 +394,9 @@ class ConfirmationEngine:
         if pending_id is None or not _is_secret(expected, secret):
             return None
         job = self.pending.backend.get(pending_id)
-        return None if job is None or self._age(job.metadata, job.received) > self.expires else job
+        if job is None or isinstance(job, Damaged) or self._age(job.metadata, job.received) > self.expires:
+            return None
+        return job
 
     def cancel(self, target: str, from_address: str, expect_secret: str) -> None:
         """Forget a confirmation and delete its message, if that is the secret."""

@@ -704,6 +704,27 @@ class BackendConformance:
             other.settle(job, DONE)
         assert (counted(queue), queue.claim("nothing")) == ({}, None)
 
+    def test_what_a_tool_had_claimed_when_it_died_goes_back_as_it_was(self, stores: Stores) -> None:
+        ends: list[Callable[[Backend], None]] = [stores.die, lambda tool: tool.close()]
+        for end in ends:
+            queue, tool = stores.open(), stores.open()
+            keys = [
+                push(queue),
+                push(queue, due=stores.clock.now + 9),
+                push(queue, outcome=Later("busy", at=stores.clock.now + 60), attempts=2),
+                push(queue, outcome=Dead("no"), attempts=3),
+                push(queue, outcome=KEPT),
+            ]
+            before = [(queue.state(key), queue.get(key), queue.report(key)) for key in keys]
+            assert all(tool.claim(key) for key in keys)
+            end(tool)
+            queue.release_stale()
+            assert [(queue.state(key), queue.get(key), queue.report(key)) for key in keys] == before
+            [job] = queue.reserve(9)
+            assert job.key == keys[0]
+            queue.settle(job, DONE)
+            assert [queue.purge(state) for state in ("delayed", "dead", "done")] == [2, 1, 1]
+
     def test_purging_deletes_one_state_or_what_has_been_in_it_for_long(self, stores: Stores) -> None:
         queue = stores.open()
         stores.clock.now = time.time()

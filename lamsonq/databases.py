@@ -34,8 +34,15 @@ _NAMES = """
 with recursive names (name) as (
     select min(queue) from jobs union all
     select (select min(queue) from jobs where queue > name) from names where name is not null
+), gates (name) as (
+    select min(queue) from lamsonq_gates union all
+    select (select min(queue) from lamsonq_gates where queue > name) from gates where name is not null
+), rates (name) as (
+    select min(queue) from lamsonq_rates union all
+    select (select min(queue) from lamsonq_rates where queue > name) from rates where name is not null
 )
 select name from names where name is not null union select name from lamsonq_queues
+union select name from gates where name is not null union select name from rates where name is not null
 """
 _PLACES = {
     "ready": ("state = 'ready' and deliveries = 0", "state = 'ready' and deliveries > 0", "state = 'parked'"),
@@ -66,8 +73,7 @@ def parsed(url: str) -> tuple[str, str]:
 
 def url_of(path: str | Path, queue: str) -> str:
     """What a queue in a file is called."""
-    name = quote(os.fspath(path))
-    return f"sqlite:{name}" if queue == DEFAULT_QUEUE else f"sqlite:{name}?queue={quote(queue, safe='')}"
+    return f"sqlite:{quote(os.fspath(path))}?queue={quote(queue, safe='')}"
 
 
 def found(run: str | Path) -> list[Path]:
@@ -121,7 +127,7 @@ class Database:
         self.path = path
 
     def queues(self) -> list[str]:
-        """The queues that have jobs, or have ever been paused."""
+        """The queues that have jobs, have ever been paused, or whose gates or limits remember some."""
         return sorted(str(name) for (name,) in self._rows(_NAMES))
 
     def counts(self, queue: str) -> dict[str, int]:
@@ -179,7 +185,7 @@ class Database:
         except OSError as error:
             return Row(key, state, b"", trouble=f"its body {file} cannot be read: {error.strerror}")
         except ValueError as error:
-            return Row(key, state, b"", trouble=str(error))
+            return Row(key, state, content if isinstance(content, bytes) else b"", trouble=str(error))
         return Row(key, state, content if isinstance(content, bytes) else b"", tuple(addresses))
 
     def _open(self) -> sqlite3.Connection:

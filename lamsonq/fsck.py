@@ -116,7 +116,7 @@ def _look_into(path: Path) -> Iterator[tuple[str, QueueReport, set[str]]]:
             report, ids = QueueReport(), set[str]()
             for row in database.rows(queue):
                 setattr(report, row.state, getattr(report, row.state) + 1)
-                if row.trouble:
+                if row.trouble and row.state != "dead":  # a dead letter tells it itself
                     report.broken[row.key] = row.trouble
                 else:
                     ids |= _ledger_lines(Job(key=row.key, body=row.body, recipients=row.recipients))

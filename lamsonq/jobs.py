@@ -70,6 +70,14 @@ class Job:
     claim: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Damaged(Job):
+    """A job that cannot be read whole, as who looks at it sees it: what cannot be read is left empty, and `trouble`
+    says why. Nobody is handed it out, and it moves nowhere."""
+
+    trouble: str
+
+
 @dataclass(frozen=True, slots=True)
 class Done:
     """The attempt succeeded: the job is gone; with `kept` it lies in the archive, in the state done."""
@@ -243,7 +251,8 @@ class Backend(Protocol):
         """Make a waiting `reserve` or `wait` return; from any thread, also before it waits."""
 
     def claim(self, key: str) -> Job | None:
-        """Claim this one job, if it is ready, delayed, dead or done; uncounted, for tools."""
+        """Claim this one job, if it is ready, delayed, dead or done; uncounted, for tools: if it is never settled, it
+        goes back as it was."""
 
     def settle(self, job: Job, outcome: Outcome, puts: Sequence[Put] = ()) -> list[bool]:
         """Finish this reservation and publish what came of it, as one; tells of each put what `put` would.
@@ -255,7 +264,8 @@ class Backend(Protocol):
         """Raises LeaseLost when this reservation no longer holds; where claims have a lease, renews it."""
 
     def release_stale(self) -> int:
-        """Give back the claims of dead workers (`reserve` does this as well); how many were found."""
+        """Give back the claims of dead workers (`reserve` does this as well), and publish what came of jobs that they
+        had settled; how many claims were found."""
 
     def forgive(self) -> None:
         """The claims of this process no longer count as deliveries: it is being stopped, and may be killed."""
@@ -264,7 +274,7 @@ class Backend(Protocol):
         """The keys in one of STATES, in their order. Raises ValueError for another word."""
 
     def get(self, key: str) -> Job | None:
-        """A job in any state, without claiming it."""
+        """A job in any state, without claiming it. What cannot be read may be a `Damaged`, or None."""
 
     def state(self, key: str) -> str | None:
         """Which of STATES a job is in; None when there is none."""

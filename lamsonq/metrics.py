@@ -2,7 +2,7 @@
 
     /metrics    what waits, what was handled, what is up       (Prometheus text format)
     /live       200 while every server that has a pid file runs, else 503 and which does not
-    /ready      200 when there are servers and all of them listen, else 503 and why not
+    /ready      200 when there are servers, all of them listen and the disk has room, else 503 and why not
 
 Rules:
 
@@ -55,6 +55,7 @@ class View:
     servers: list[dict[str, Any]] = field(default_factory=list)
     queues: dict[str, dict[str, Any]] = field(default_factory=dict)
     trouble: list[str] = field(default_factory=list)
+    space: survey.Space = field(default_factory=lambda: survey.Space(None, None))
 
     def dead(self) -> list[str]:
         """Why not everything lives that should."""
@@ -65,7 +66,9 @@ class View:
         if not self.servers and not self.trouble:
             return ["no server has been started here"]
         silent = [told["pid_file"] for told in self.servers if told["running"] and not told["workers"]]
-        return [*self.trouble, *self.dead(), *(f"{path}: it does not listen yet" for path in silent)]
+        full = [f"mail is put off: {self.space.free} bytes are free, the mark is {self.space.min_free} (min_free)"]
+        waits = [f"{path}: it does not listen yet" for path in silent]
+        return [*self.trouble, *self.dead(), *waits, *(full if self.space.lacks else [])]
 
 
 def _reason(told: dict[str, Any]) -> str:
@@ -94,6 +97,7 @@ class Views:
     def _look(self) -> View:
         view = View()
         try:
+            view.space = survey.space(self._run)
             view.servers = survey.servers(self._run)
             view.queues = dict(list(survey.queues(self._run).items())[:QUEUES_MAX])
         except Exception as error:  # whatever lies there, the next look may find it gone
@@ -111,6 +115,7 @@ class Collector:
         view = self._views.now()
         yield from _of_servers(view)
         yield from _of_queues(view)
+        yield from _of_space(view.space)
         broken = [told for told in (*view.servers, *view.queues.values()) if "trouble" in told]
         trouble = GaugeMetricFamily("lamsonq_trouble", "Servers, queues and directories that cannot be read.")
         trouble.add_metric([], len(broken) + len(view.trouble))
@@ -141,14 +146,29 @@ def _of_servers(view: View) -> Iterator[Metric]:
 def _of_queues(view: View) -> Iterator[Metric]:
     depth = GaugeMetricFamily("lamsonq_queue_jobs", "Jobs in a queue, by state.", labels=["queue", "state"])
     age = GaugeMetricFamily("lamsonq_queue_oldest_seconds", "Age of the oldest ready job; 0: none.", labels=["queue"])
+    paused = GaugeMetricFamily("lamsonq_queue_paused", "Whether the queue is paused.", labels=["queue"])
     for name, told in view.queues.items():
         if "trouble" in told:
             continue
         for state in survey.NOTHING:
             depth.add_metric([_label(name), state], told[state])
         age.add_metric([_label(name)], told["oldest"] or 0.0)
+        if told["paused"] is not None:
+            paused.add_metric([_label(name)], float(told["paused"]))
     yield depth
     yield age
+    yield paused
+
+
+def _of_space(space: survey.Space) -> Iterator[Metric]:
+    figures = (
+        ("lamsonq_free_bytes", "Free space where the queues are.", space.free),
+        ("lamsonq_min_free_bytes", "Below so much free space mail is put off.", space.min_free),
+        ("lamsonq_mail_put_off", "Whether mail is put off, because space is short.", space.lacks),
+    )
+    for name, text, value in figures:
+        if value is not None:
+            yield GaugeMetricFamily(name, text, value=float(value))
 
 
 def _label(text: str) -> str:

@@ -9,17 +9,20 @@ Rules:
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lamsonq import databases, fsck, pidfile, tally
-from lamsonq.errors import PidFileError, Refusal
+from lamsonq import databases, fsck, pidfile, settings, tally
+from lamsonq.errors import PidFileError, Refusal, SettingsError
 
 NOTHING = {"ready": 0, "delayed": 0, "reserved": 0, "dead": 0, "done": 0}
+_UNKNOWN = {"oldest": None, "paused": None}
 
 
 def pid_files(run: str) -> list[str]:
@@ -67,7 +70,8 @@ def line(told: dict[str, Any]) -> str:
 
 def queues(run: str) -> dict[str, dict[str, Any]]:
     """Of every queue under a directory how many jobs are in each state, `oldest` (the age of the oldest ready one, in
-    seconds) and `trouble` where it cannot be read. Reads names and indexes only. No directory has no queues."""
+    seconds), whether it is `paused` (None: not known) and `trouble` where it cannot be read. Reads names and indexes
+    only. No directory has no queues."""
     if not os.path.isdir(run):
         return {}
     now = time.time()
@@ -78,7 +82,7 @@ def queues(run: str) -> dict[str, dict[str, Any]]:
 
 
 def _maildir(path: Path, now: float) -> dict[str, Any]:
-    return {**fsck.counts(path)[path], "oldest": fsck.oldest(path, now)}
+    return {**fsck.counts(path)[path], "oldest": fsck.oldest(path, now), "paused": os.path.lexists(path / "paused")}
 
 
 def _database(path: Path, now: float) -> dict[str, dict[str, Any]]:
@@ -87,12 +91,12 @@ def _database(path: Path, now: float) -> dict[str, dict[str, Any]]:
     def look(queue: str) -> dict[str, Any]:
         born = database.oldest(queue)
         age = None if born is None else round(max(0.0, now - born), 1)
-        return {**database.counts(queue), "oldest": age}
+        return {**database.counts(queue), "oldest": age, "paused": database.paused(queue)}
 
     try:
         names = database.queues()
     except Refusal as refusal:
-        return {f"sqlite:{path}": {**NOTHING, "oldest": None, "trouble": str(refusal)}}
+        return {f"sqlite:{path}": {**NOTHING, **_UNKNOWN, "trouble": str(refusal)}}
     return {databases.url_of(path, queue): _looked_at(lambda queue=queue: look(queue)) for queue in names}  # type: ignore[misc]
 
 
@@ -100,4 +104,27 @@ def _looked_at(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return NOTHING | look()
     except (Refusal, OSError) as error:
-        return {**NOTHING, "oldest": None, "trouble": str(error)}
+        return {**NOTHING, **_UNKNOWN, "trouble": str(error)}
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """The free bytes of a disk, and below how many the project puts mail off; None is not known."""
+
+    free: int | None
+    min_free: int | None
+
+    @property
+    def lacks(self) -> bool | None:
+        return None if self.free is None or self.min_free is None else self.free < self.min_free
+
+
+def space(run: str) -> Space:
+    """The disk of a run/ directory, and the mark in the settings of the project that it is in (lamsonq/space.py)."""
+    free = min_free = None
+    with contextlib.suppress(OSError):
+        found = os.statvfs(run)
+        free = found.f_bavail * found.f_frsize
+    with contextlib.suppress(SettingsError):
+        min_free = settings.machine(str(Path(os.path.realpath(run)).parent / "config/settings.toml")).receiver.min_free
+    return Space(free, min_free)

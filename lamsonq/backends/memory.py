@@ -29,13 +29,15 @@ def open_queue(url: str, *, pop_limit: int = 0, oversize_dir: str | None = None)
 
 @dataclass(slots=True)
 class _Kept:
-    """A job where it is: `worker` has claimed it, `since` is when it came into its state."""
+    """A job where it is: `worker` has claimed it, `since` is when it came into its state, `origin` is the state from
+    which a tool has claimed it."""
 
     job: Job
     state: str
     since: float
     worker: str = ""
     report: str = ""
+    origin: str = ""
 
 
 class _Store:
@@ -131,7 +133,7 @@ class Memory:
 
     def _move(self, kept: _Kept, state: str, **changes: object) -> None:
         kept.job = replace(kept.job, claim="", **changes)  # type: ignore[arg-type]  # the names of a Job's fields
-        kept.state, kept.since, kept.worker = state, self._now(), ""
+        kept.state, kept.since, kept.worker, kept.origin = state, self._now(), "", ""
         if state in ("dead", "done"):
             self._free_unique(kept.job)
         self._line_up(kept)
@@ -216,6 +218,7 @@ class Memory:
         claim = f"{self._worker}/{next(self._store.claims)}"
         seen = replace(kept.job, claim=claim)
         kept.job = replace(seen, deliveries=seen.deliveries + counted)
+        kept.origin = "" if counted else kept.state
         kept.state, kept.since, kept.worker = "reserved", self._now(), self._worker
         return seen
 
@@ -284,7 +287,9 @@ class Memory:
             lost = [kept for kept in self._store.jobs.values() if kept.worker in dead] if dead else []
             dead.clear()
             for kept in lost:
-                if kept.job.deliveries >= DELIVERIES_MAX:
+                if kept.origin:
+                    self._move(kept, kept.origin)
+                elif kept.job.deliveries >= DELIVERIES_MAX:
                     reason = Dead(f"the worker died {kept.job.deliveries} times while it had this job")
                     kept.report += entry_of(reason, kept.job.attempts + 1, self._now())
                     self._move(kept, "dead")
@@ -298,12 +303,15 @@ class Memory:
                 kept.job = replace(kept.job, deliveries=max(kept.job.deliveries - 1, 0))
 
     def _ours(self) -> list[_Kept]:
-        return [kept for kept in self._store.jobs.values() if kept.worker == self._worker]
+        """What this worker has reserved."""
+        return [kept for kept in self._store.jobs.values() if kept.worker == self._worker and not kept.origin]
 
     def close(self) -> None:
         with self._store.changed:
             for kept in self._ours():
                 self._move(kept, "ready", deliveries=max(kept.job.deliveries - 1, 0))
+            for kept in [kept for kept in self._store.jobs.values() if kept.worker == self._worker]:
+                self._move(kept, kept.origin)
             self._begin()
 
     # -- looking and mending -----------------------------------------------------------------------------------

@@ -187,12 +187,14 @@ class SQLite(Reserving):
 
     def _tend(self) -> None:
         self.release_stale()
-        self._outgoing.retry()
         self._bodies.settle_doubts()
         sqlite_bodies.tidy(self._database)
 
     def release_stale(self) -> int:
-        """Raises QueueError, also when the queue could not be written."""
+        """What a settled job has put into another store is handed over too, if it is not there yet.
+
+        Raises QueueError, also when the queue could not be written.
+        """
         now = self._now()
 
         def mend(connection: Any) -> None:
@@ -206,7 +208,9 @@ class SQLite(Reserving):
                 self._life = None
                 life.forget()
             own = None if self._life is None else self._life.id
-            return sqlite_workers.bury_dead(self._database, own, now, self._outgoing.inherit)
+            found = sqlite_workers.bury_dead(self._database, own, now, self._outgoing.inherit)
+        self._outgoing.retry()
+        return found
 
     def forgive(self) -> None:
         if self._life is not None:

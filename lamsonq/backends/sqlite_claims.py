@@ -6,7 +6,9 @@ Rules:
 2. A job whose worker died runs with no other such job of this queue beside it in this process, and at its last chance
    with no other at all: of the jobs of one queue, what is buried for killing its worker has done so alone. Such jobs
    stand in an index of their own, so that many of them slow nobody down.
-3. Nothing here changes the worker's own memory: the transaction may fail, or run in another thread.
+3. What a tool claims by its key has a token that tells where it was, `<worker>/<number>:<state>.<row>`, and keeps its
+   due moment: if the tool dies, it goes back as it was.
+4. Nothing here changes the worker's own memory: the transaction may fail, or run in another thread.
 """
 
 from __future__ import annotations
@@ -34,9 +36,10 @@ update jobs set state = 'ready', due = null, since = ?2 where id in
 """
 _TOO_EARLY = "update jobs set state = 'delayed', since = ? where id = ?"
 _CLAIM = """
-update jobs set state = 'reserved', token = ?, deliveries = deliveries + ?, since = ?, due = null, lane = null
+update jobs set state = 'reserved', token = ?, deliveries = deliveries + 1, since = ?, due = null, lane = null
 where id = ? returning body, file
 """
+_TAKE = "update jobs set state = 'reserved', token = ?, since = ?, lane = null where id = ? returning body, file"
 _BODY = len(COLUMNS.split(","))
 PRIORITY, KEY, DELIVERIES, DUE = 9, 1, 11, 7
 
@@ -120,7 +123,7 @@ def _look_at(database: sqlite3.Connection, asked: Asked, found: Claimed, row: tu
     if asked.limits and not _admitted(database, asked, row):
         return False
     token = asked.token(row[0])
-    [(body, file)] = database.execute(_CLAIM, (token, 1, asked.now, row[0])).fetchall()
+    [(body, file)] = database.execute(_CLAIM, (token, asked.now, row[0])).fetchall()
     found.jobs.append((row, body, file, token))
     if row[DELIVERIES]:
         found.suspect = token
@@ -160,19 +163,29 @@ def _order(row: tuple[Any, ...]) -> tuple[int, bool, Any]:
 
 
 def claim_one(database: sqlite3.Connection, queue: str, key: str, token: Callable[[int], str], now: float) -> Claimed:
-    """Claim this one job, uncounted."""
+    """Claim this one job, uncounted (rule 3)."""
     found = Claimed()
-    query = f"select {COLUMNS} from jobs where queue = ? and key = ? and state != 'reserved'"
+    query = f"select {COLUMNS}, state from jobs where queue = ? and key = ? and state != 'reserved'"
     for row in database.execute(query, (queue, bound(key))).fetchall():
-        claim = token(row[0])
-        values = (claim, 0, now, row[0])
+        claim = _taken(token(row[0]), "ready" if row[-1] == "parked" else row[-1])
+        values = (claim, now, row[0])
         try:
-            [(body, file)] = database.execute(_CLAIM, values).fetchall()
+            [(body, file)] = database.execute(_TAKE, values).fetchall()
         except sqlite3.IntegrityError:  # while it lay dead or done, another like it has come
             database.execute("update jobs set uniq = null where id = ?", (row[0],))
-            [(body, file)] = database.execute(_CLAIM, values).fetchall()
-        found.jobs.append((row, body, file, claim))
+            [(body, file)] = database.execute(_TAKE, values).fetchall()
+        found.jobs.append((row[:-1], body, file, claim))
     return found
+
+
+def _taken(token: str, state: str) -> str:
+    head, _, number = token.rpartition(".")
+    return f"{head}:{state}.{number}"
+
+
+def taken_from(token: str) -> str:
+    """The state from which a tool has claimed a job; "" where a worker has."""
+    return token.rpartition(".")[0].rpartition("/")[2].partition(":")[2]
 
 
 def is_paused(database: sqlite3.Connection, queue: str) -> bool:

@@ -6,7 +6,6 @@ somebody has written that down; a parked one is ready too. A large purge is made
 
 from __future__ import annotations
 
-import contextlib
 import sqlite3
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +14,7 @@ from lamsonq.backends import sqlite_bodies
 from lamsonq.backends.sqlite_claims import is_paused
 from lamsonq.backends.sqlite_database import Database
 from lamsonq.backends.sqlite_lanes import leave
-from lamsonq.backends.sqlite_rows import COLUMNS, body_of, bound, job_of, text_of
+from lamsonq.backends.sqlite_rows import COLUMNS, body_of, bound, damaged_of, job_of, text_of
 from lamsonq.jobs import STATES, Job
 
 _FRESH = "state = 'ready' and deliveries = 0"
@@ -58,10 +57,16 @@ class Kept:
             rows = self._rows(query, key=bound(key))
             if not rows:
                 return None
-            *row, file, body = rows[0]
-            with contextlib.suppress(FileNotFoundError, ValueError):
-                return job_of(tuple(row), sqlite_bodies.read(self._database, file) if file else body_of(body))
-        return None
+            *columns, file, body = rows[0]
+            row, content = tuple(columns), b""
+            try:
+                content = sqlite_bodies.read(self._database, file) if file else body_of(body)
+                return job_of(row, content)
+            except FileNotFoundError:
+                trouble = f"its body, {file} in {self._database.bodies}, is gone"
+            except ValueError as error:
+                return damaged_of(row, content, str(error))
+        return damaged_of(row, b"", trouble)
 
     def state(self, key: str) -> str | None:
         query = "select state, due <= :now from jobs where queue = :queue and key = :key"

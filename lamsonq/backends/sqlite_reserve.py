@@ -168,14 +168,19 @@ class Reserving(Kept):
         return jobs
 
     def _bury(self, row: tuple[Any, ...], token: str, reason: str) -> None:
+        if sqlite_claims.taken_from(token) == "dead":  # it has been told
+            self._give_back(token)
+            return
         key = text_of(row[sqlite_claims.KEY]) or ""
         logging.error("Job %s of %s is a dead letter: %s", key, self.name, reason)
         with contextlib.suppress(LeaseLost):
             self.settle(Job(key=key, body=b"", attempts=row[12], claim=token), Dead(reason))
 
     def _give_back(self, token: str) -> None:
-        back = "update jobs set state = 'ready', token = '', deliveries = max(deliveries - 1, 0) where token = ?"
-        self._database.write(lambda connection: connection.execute(back, (token,)) and None)
+        origin = sqlite_claims.taken_from(token)
+        values = (origin or "ready", 0 if origin else 1, token)
+        back = "update jobs set state = ?, token = '', deliveries = max(deliveries - ?, 0) where token = ?"
+        self._database.write(lambda connection: connection.execute(back, values) and None)
         self._settled(token)
 
     def _settled(self, claim: str) -> None:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from lamsonq.errors import Dead, Later
-from lamsonq.jobs import Done, Gate, Job, Put, due_after
+from lamsonq.jobs import Damaged, Done, Gate, Job, Put, due_after
 from lamsonq.reports import entry_of
+
+_T = TypeVar("_T")
 
 COLUMNS = (
     "id, key, sender, recipients, peer, target, received, due, expires, priority, uniq, deliveries, attempts, metadata"
@@ -81,6 +84,38 @@ def job_of(row: tuple[Any, ...], body: bytes, claim: str = "") -> Job:
         )
     except ValueError as error:
         raise ValueError(f"its row is not what a job's is: {error}") from error
+
+
+def damaged_of(row: tuple[Any, ...], body: bytes, trouble: str) -> Damaged:
+    """What can be read of a row of COLUMNS that is no job's."""
+    return Damaged(
+        key=_legible(row[1]) or "",
+        body=body,
+        sender=_legible(row[2]),
+        recipients=_or(_texts, row[3], ()),
+        peer=_legible(row[4]),
+        target=_legible(row[5]),
+        received=row[6],
+        due=row[7],
+        expires=row[8],
+        priority=row[9],
+        unique=_legible(row[10]),
+        deliveries=row[11],
+        attempts=row[12],
+        metadata=_or(_pairs, row[13], {}),
+        trouble=trouble,
+    )
+
+
+def _legible(value: Any) -> str | None:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else text_of(value)
+
+
+def _or(read: Callable[[str], _T], value: str, otherwise: _T) -> _T:
+    try:
+        return read(value)
+    except ValueError:
+        return otherwise
 
 
 def _texts(value: str) -> tuple[str, ...]:

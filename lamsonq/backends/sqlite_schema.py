@@ -58,7 +58,7 @@ create table jobs (
     since      real    not null default ({_NOW}),
     due        real,
     expires    real,
-    token      text    not null default '',  -- <worker>/<number of the claim>
+    token      text    not null default '',  -- <worker>/<number of the claim>[:<state before>].<id>
     lane       text,                         -- where it is parked
     sender     any,
     recipients text    not null default '[]',

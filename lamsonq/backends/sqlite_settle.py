@@ -21,7 +21,7 @@ from lamsonq.reports import entry_of
 
 _CLAIMED = "where id = ? and token = ? and state = 'reserved'"
 _GONE = f"delete from jobs {_CLAIMED}"
-_KEPT = f"update jobs set state = 'done', token = '', since = ?, deliveries = 0 {_CLAIMED}"
+_KEPT = f"update jobs set state = 'done', token = '', since = ?, deliveries = 0, due = null {_CLAIMED}"
 _BACK = f"update jobs set state = ?, token = '', since = ?, deliveries = ?, due = ? {_CLAIMED}"
 _FAILED = f"""
 update jobs set state = ?, token = '', since = ?, deliveries = 0, attempts = ?, due = ?, report = report || ? {_CLAIMED}

@@ -2,7 +2,8 @@
 
 Rules: a claim holds exactly as long as the process of its worker lives (lives.py); its token begins with the worker's
 id. Of a dead worker everything is put right before its lock file goes: its claims are given back, counted, or buried;
-what it had put into other stores is handed over; the bodies that it has written for nothing are removed.
+what a tool had claimed by its key goes back as it was; what it had put into other stores is handed over; the bodies
+that it has written for nothing are removed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from lamsonq.backends import sqlite_bodies
 from lamsonq.backends.durable import make_folders, remove_file
 from lamsonq.backends.lives import LOCK, new_lock, take_lock
+from lamsonq.backends.sqlite_claims import taken_from
 from lamsonq.backends.sqlite_database import Database
 from lamsonq.backends.sqlite_lanes import leave
 from lamsonq.backends.sqlite_rows import readable
@@ -28,6 +30,7 @@ LOG = logging.getLogger()
 """The root logger, as in the rest of the queue."""
 
 _GIVE_BACK = "update jobs set state = 'ready', token = '', since = ?, deliveries = max(deliveries - ?, 0) where id = ?"
+_PUT_BACK = "update jobs set state = ?, token = '', since = ? where id = ?"
 _BURY = "update jobs set state = 'dead', token = '', since = ?, report = report || ? where id = ?"
 
 
@@ -92,34 +95,39 @@ def bury_dead(database: Database, own: str | None, now: float, hand_over: Callab
 def release(database: Database, worker: str, now: float, *, counted: bool = True) -> int:
     """Give back this worker's claims, or bury what has killed its workers; how many there were."""
 
-    def act(connection: sqlite3.Connection) -> list[tuple[str, str, bool]]:
+    def act(connection: sqlite3.Connection) -> list[tuple[str, str, str, bool]]:
         query = (
-            "select id, queue, key, deliveries, attempts from jobs where state = 'reserved' and token between ? and ?"
+            "select id, queue, key, deliveries, attempts, token from jobs"
+            " where state = 'reserved' and token between ? and ?"
         )
         told = []
-        for number, queue, key, deliveries, attempts in connection.execute(query, span(worker)).fetchall():
-            killer = counted and deliveries >= DELIVERIES_MAX
-            if killer:
+        for number, queue, key, deliveries, attempts, token in connection.execute(query, span(worker)).fetchall():
+            origin = taken_from(token)
+            killer = counted and not origin and deliveries >= DELIVERIES_MAX
+            if origin:
+                connection.execute(_PUT_BACK, (origin, now, number))
+            elif killer:
                 reason = Dead(f"the worker died {deliveries} times while it had this job")
                 connection.execute(_BURY, (now, readable(entry_of(reason, attempts + 1, now)), number))
             else:
                 connection.execute(_GIVE_BACK, (now, 0 if counted else 1, number))
             leave(connection, number, now)
-            told.append((queue, str(key), killer))
+            told.append((queue, str(key), origin or ("dead" if killer else "ready"), killer))
         return told
 
     claims = database.write(act)
-    for queue, key, killer in claims if counted else ():
+    for queue, key, state, killer in claims if counted else ():
         if killer:
             LOG.error("Job %s of %s is a dead letter: its worker died too often", key, queue)
         else:
-            LOG.warning("The worker of job %s has died; it is ready again in %s", key, queue)
+            LOG.warning("The worker of job %s has died; it is %s again in %s", key, state, queue)
     return len(claims)
 
 
 def forgive(database: Database, worker: str) -> None:
     """The claims of this worker no longer count."""
     update = "update jobs set deliveries = max(deliveries - 1, 0) where state = 'reserved' and token between ? and ?"
+    update += " and token not like '%:%'"  # a tool's does not count as it is
     database.write(lambda connection: connection.execute(update, span(worker)) and None)
 
 

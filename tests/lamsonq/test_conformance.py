@@ -194,6 +194,14 @@ class KeepsNoArchive(Memory):
         return super().settle(job, DONE if isinstance(outcome, Done) else outcome, puts)
 
 
+class ForgetsWhereAToolFoundIt(Memory):
+    def claim(self, key: str) -> Job | None:
+        job = super().claim(key)
+        if job is not None:
+            self._store.jobs[key].origin = ""
+        return job
+
+
 FAULTS: dict[type[Memory], str] = {
     ForgetsFencing: "test_who_has_lost_a_claim_changes_nothing",
     LosesADelay: "test_a_delayed_job_comes_when_it_is_due_and_not_before",
@@ -220,6 +228,7 @@ FAULTS: dict[type[Memory], str] = {
     PurgesTheYoungToo: "test_purging_deletes_one_state_or_what_has_been_in_it_for_long",
     ClaimsWhereItLooks: "test_looking_claims_nothing",
     ForgetsToWake: "test_a_waiting_worker_hears_of_a_job_that_another_process_puts",
+    ForgetsWhereAToolFoundIt: "test_what_a_tool_had_claimed_when_it_died_goes_back_as_it_was",
     KeepsNoArchive: "test_what_is_kept_lies_in_the_archive_and_can_be_run_again",
 }
 

@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,10 +87,32 @@ def test_queues_are_told_by_state_and_age(here: Path) -> None:
     server.server_close()
     assert sample(text, "lamsonq_queue_jobs", queue="run/posts", state="ready") == 1
     assert sample(text, "lamsonq_queue_jobs", queue="run/posts", state="dead") == 1
-    assert sample(text, "lamsonq_queue_jobs", queue="sqlite:run/q.db", state="ready") == 1
+    assert sample(text, "lamsonq_queue_jobs", queue="sqlite:run/q.db?queue=jobs", state="ready") == 1
     assert sample(text, "lamsonq_queue_jobs", queue="sqlite:run/q.db?queue=other", state="dead") == 1
-    assert 500 <= (sample(text, "lamsonq_queue_oldest_seconds", queue="sqlite:run/q.db") or 0) < 600
+    assert 500 <= (sample(text, "lamsonq_queue_oldest_seconds", queue="sqlite:run/q.db?queue=jobs") or 0) < 600
     assert sample(text, "lamsonq_trouble") == 0
+
+
+def test_a_paused_queue_and_a_full_disk_are_told(here: Path) -> None:
+    put("run/posts")
+    put("run/other")
+    Queue("run/posts").backend.pause()
+    server = metrics.bound("127.0.0.1", 0, "run")
+    text = generate_latest(server.registry).decode()
+    server.server_close()
+    assert sample(text, "lamsonq_queue_paused", queue="run/posts") == 1
+    assert sample(text, "lamsonq_queue_paused", queue="run/other") == 0
+    assert (sample(text, "lamsonq_free_bytes") or 0) > 0
+    assert sample(text, "lamsonq_mail_put_off") is None  # no settings, so nobody knows the mark
+    Path("config").mkdir()
+    for min_free, put_off in ((0, 0), (1 << 62, 1)):
+        Path("config/settings.toml").write_text(f"[receiver]\nmin_free = {min_free}\n")
+        views = metrics.Views("run")
+        told = {metric.name: metric for metric in metrics.Collector(views).collect()}
+        assert told["lamsonq_mail_put_off"].samples[0].value == put_off
+        assert told["lamsonq_min_free_bytes"].samples[0].value == min_free
+        view = replace(views.now(), servers=[{"running": True, "workers": 1}])
+        assert ["mail is put off" in reason for reason in view.not_ready()] == [True] * put_off
 
 
 @pytest.mark.slow

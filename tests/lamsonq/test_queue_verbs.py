@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pty
+import sqlite3
 import subprocess
 import sys
 import time
@@ -15,10 +16,11 @@ from typing import Any
 
 import pytest
 
-from lamsonq.commands.queues import VERBS
+from lamsonq.commands.queues import VERBS, opened
 from lamsonq.errors import Dead, Later
 from lamsonq.jobs import KEPT, Job, Put
 from lamsonq.queue import Queue
+from lamsonq.reports import entries
 
 from .cli import ENVIRON, lamsonq, refused
 
@@ -27,8 +29,9 @@ BODY = b"From: joe@example.com\r\nSubject: hello\r\n there\r\n\r\nbody\r\n"
 
 
 @pytest.fixture(params=["maildir", "sqlite", "memory"])
-def url(request: pytest.FixtureRequest, here: Path) -> str:
+def url(request: pytest.FixtureRequest, here: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a queue that does not exist yet."""
+    monkeypatch.setattr(opened, "refuse_private", lambda _: None)  # the commands run in this process
     names = {"maildir": "run/posts", "sqlite": "sqlite:run/q.db?queue=posts", "memory": f"memory:verbs{next(_numbers)}"}
     return names[str(request.param)]
 
@@ -328,6 +331,31 @@ def test_every_verb_prints_json_in_both_spellings(queue: Queue) -> None:
             assert (found["key"], found["state"]) == (key, "dead")
 
 
+# ---- what cannot be read ---------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_read_is_shown_with_the_reason_and_stays_where_it_is(here: Path) -> None:
+    store = Queue("sqlite:run/q.db").backend
+    large = put(Queue("sqlite:run/q.db"), BODY + b"x" * 100_000, recipients=("joe@example.com",))
+    [body] = Path("run/q.db-bodies").iterdir()
+    body.unlink()
+    with sqlite3.connect("run/q.db") as database:
+        database.execute("insert into jobs (key, body, metadata) values ('odd', 'Subject: hello', '[')")
+    assert told("queue", "ls", store.name)["jobs"][0]["trouble"].endswith("is gone")
+    assert "It cannot be read: its row is not what" in lamsonq("queue", store.name, "-report", "odd").stdout
+    assert store.reserve(9) == []
+    reasons = {key: entries(store.report(key))[0].reason for key in store.keys("dead")}
+    assert len(told("queue", "dead", store.name)["groups"]) == 2
+    assert {job["key"]: job["trouble"] for job in told("queue", "ls", store.name, "-state", "dead")["jobs"]} == reasons
+    shown = told("queue", "show", store.name, "odd", "-body")
+    assert (shown["body"], shown["metadata"], shown["trouble"]) == ("Subject: hello", {}, reasons["odd"])
+    assert "attempt 1: its body, " in lamsonq("queue", store.name, "-report", large).stdout
+    exported = [json.loads(line) for line in lamsonq("queue", "export", store.name).stdout.splitlines()]
+    assert [(each["key"], each["recipients"]) for each in exported] == [(large, ["joe@example.com"]), ("odd", [])]
+    lamsonq("queue", "move", store.name, "run/elsewhere")
+    assert store.keys("dead") == [large, "odd"]
+
+
 # ---- which queue -----------------------------------------------------------------------------------------------
 
 NEEDED = {"show": ["key"], "retry": ["-all"], "bury": ["key"], "kick": ["-all"], "move": ["run/other"]}
@@ -367,6 +395,24 @@ def test_another_file_is_no_queue(here: Path) -> None:
 def test_a_verb_without_a_queue_says_so(here: Path) -> None:
     line = refused("queue", "ls", code=2)
     assert line == "ERROR: Give the queue, a directory or a URL.  Try lamsonq queue ls -h."
+
+
+@pytest.mark.parametrize("words", [*([verb] for verb in VERBS if verb != "move"), ["-count", "-name"], ["-keys"]])
+def test_a_queue_in_the_memory_of_another_process_is_refused(here: Path, words: list[str]) -> None:
+    verb, name = words[0], f"memory:elsewhere{next(_numbers)}"
+    assert refused("queue", *words, name, *NEEDED.get(verb, [])) == (
+        f"ERROR: {name} cannot be reached from here: a queue in memory is in its own process"
+    )
+
+
+def test_a_verb_that_there_is_not_is_named_with_those_there_are(here: Path) -> None:
+    put(Queue("run/posts"))
+    verbs = ", ".join(VERBS)
+    assert refused("queue", "bogus", "run/posts", code=2) == (
+        f"ERROR: There is no verb 'bogus'. There are {verbs}.  Try lamsonq help -for queue."
+    )
+    line = refused("queue", "shwo", "run/posts", "-body", code=2)
+    assert line.startswith("ERROR: There is no verb 'shwo': did you mean show? There are ls, ")
 
 
 def test_a_queue_that_is_called_like_a_verb_is_written_with_its_directory(here: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from lamsonq import databases, survey
 from lamsonq.errors import Dead, Later
-from lamsonq.jobs import KEPT, Job, Put
+from lamsonq.jobs import KEPT, Debounce, Job, Put
 from lamsonq.queue import Queue
 
 from .cli import lamsonq, refused
@@ -48,9 +48,9 @@ def status() -> dict[str, dict[str, Any]]:
 
 def test_status_counts_the_queues_in_databases_too(filled: Path) -> None:
     found = status()
-    assert set(found) == {"run/posts", "sqlite:run/q.db", "sqlite:run/q.db?queue=b%20c"}
-    assert {"ready": 1, "reserved": 1, "dead": 0}.items() <= found["sqlite:run/q.db"].items()
-    assert found["sqlite:run/q.db"]["oldest"] < 100
+    assert set(found) == {"run/posts", "sqlite:run/q.db?queue=jobs", "sqlite:run/q.db?queue=b%20c"}
+    assert {"ready": 1, "reserved": 1, "dead": 0}.items() <= found["sqlite:run/q.db?queue=jobs"].items()
+    assert found["sqlite:run/q.db?queue=jobs"]["oldest"] < 100
     assert {"ready": 0, "delayed": 1, "dead": 1, "done": 1}.items() <= found["sqlite:run/q.db?queue=b%20c"].items()
     assert found["sqlite:run/q.db?queue=b%20c"]["oldest"] is None
 
@@ -59,6 +59,21 @@ def test_the_names_that_status_tells_open_the_queues(filled: Path) -> None:
     for name, counts in status().items():
         store = Queue(name).backend
         assert {state: counts[state] for state in survey.NOTHING} == store.counts()
+
+
+def test_status_tells_which_queues_are_paused(filled: Path) -> None:
+    assert {told["paused"] for told in status().values()} == {False}
+    for name in ("run/posts", "sqlite:run/q.db?queue=jobs"):
+        Queue(name).backend.pause()
+    assert [name for name, told in status().items() if told["paused"]] == ["run/posts", "sqlite:run/q.db?queue=jobs"]
+
+
+def test_a_queue_that_is_empty_is_listed_when_its_gates_remember_it(here: Path) -> None:
+    store = Queue("sqlite:run/q.db?queue=debounced").backend
+    key = store.new_key()
+    store.put([Put(store, Job(key=key, body=b"x"), gate=Debounce("same", 60))])
+    store.remove(key)
+    assert list(status()) == ["sqlite:run/q.db?queue=debounced"]
 
 
 def test_looking_changes_no_file_and_makes_none(filled: Path) -> None:
@@ -104,14 +119,14 @@ def test_fsck_accounts_for_rows_and_their_bodies(here: Path) -> None:
     Path("accepted").write_text("<1@x> a@x.org\n<2@x>\n<3@x> b@x.org\n<3@x> c@x.org\n")
     done = lamsonq("fsck", "-accepted", "accepted", code=1).stdout
     assert done.splitlines() == [
-        "sqlite:run/q.db: ready 3, delayed 0, reserved 0, dead 0; left over: held 0, tmp 0; broken 0",
+        "sqlite:run/q.db?queue=jobs: ready 3, delayed 0, reserved 0, dead 0; left over: held 0, tmp 0; broken 0",
         "missing: <3@x> c@x.org",
         "Not all is accounted for.",
     ]
     [body_file] = Path("run/q.db-bodies").iterdir()
     body_file.unlink()
     report = json.loads(lamsonq("fsck", "-json", code=1).stdout)
-    [reason] = report["queues"]["sqlite:run/q.db"]["broken"].values()
+    [reason] = report["queues"]["sqlite:run/q.db?queue=jobs"]["broken"].values()
     assert reason == f"its body {body_file.name} cannot be read: No such file or directory"
 
 
@@ -120,7 +135,17 @@ def test_fsck_names_a_row_that_is_no_job(here: Path) -> None:
     with sqlite3.connect("run/q.db") as database:
         database.execute("insert into jobs (key, body, recipients) values ('odd', 'x', '{}')")
     report = json.loads(lamsonq("fsck", "-json", code=1).stdout)
-    assert report["queues"]["sqlite:run/q.db"]["broken"] == {"odd": "`recipients` is no JSON array of texts"}
+    assert report["queues"]["sqlite:run/q.db?queue=jobs"]["broken"] == {"odd": "`recipients` is no JSON array of texts"}
+
+
+def test_what_is_dead_because_it_cannot_be_read_is_accounted_for(here: Path) -> None:
+    put("sqlite:run/q.db")
+    with sqlite3.connect("run/q.db") as database:
+        values = ("odd", "Message-ID: <1@x>\n\n", "{", "dead")
+        database.execute("insert into jobs (key, body, recipients, state) values (?, ?, ?, ?)", values)
+    Path("accepted").write_text("<1@x>\n")
+    report = json.loads(lamsonq("fsck", "-json", "-accepted", "accepted").stdout)
+    assert (report["good"], report["queues"]["sqlite:run/q.db?queue=jobs"]["broken"]) == (True, {})
 
 
 def test_what_is_on_its_way_to_another_store_is_accounted_for(here: Path) -> None:
@@ -133,7 +158,7 @@ def test_what_is_on_its_way_to_another_store_is_accounted_for(here: Path) -> Non
         )
     Path("accepted").write_text("<9@x> a@x.org\n")
     assert lamsonq("fsck", "-accepted", "accepted").stdout.splitlines() == [
-        "sqlite:run/q.db: ready 1, delayed 0, reserved 0, dead 0; left over: held 0, tmp 0; broken 0",
+        "sqlite:run/q.db?queue=jobs: ready 1, delayed 0, reserved 0, dead 0; left over: held 0, tmp 0; broken 0",
         "run/q.db: 1 on their way to other queues",
         "All is accounted for.",
     ]

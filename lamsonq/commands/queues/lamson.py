@@ -19,7 +19,7 @@ from lamsonq.commands.queues.opened import looked_for
 from lamsonq.commands.queues.printed import print_bytes, print_line
 from lamsonq.commands.queues.verbs import WithVerbs, queues_and
 from lamsonq.errors import Later, Refusal
-from lamsonq.jobs import DONE
+from lamsonq.jobs import DONE, Damaged
 
 if TYPE_CHECKING:
     from lamsonq.queue import Queue
@@ -65,8 +65,6 @@ def queue(path: str | None, name: str | None, state: str | None, as_json: bool, 
 
     `lamsonq queue VERB -h` explains a verb.
     """
-    from lamsonq.queue import Queue
-
     if path is not None and name is not None:
         raise Refusal(f"give one queue, {path} or -name {name}")
     wishes = [word for word, value in wish.items() if value]
@@ -78,8 +76,7 @@ def queue(path: str | None, name: str | None, state: str | None, as_json: bool, 
     if state is not None and wishes[0] not in ("keys", "count", "clear"):
         raise Refusal(f"-{state} goes with -keys, -count and -clear, not with -{wishes[0]}")
     name = path or name or "run/queue"
-    looked_for(name)
-    opened = Queue(name)
+    opened = looked_for(name)
     if not as_json:
         print_line(f"Using queue: {name!r}")
     act = _QUEUE_ACTIONS[wishes[0]]
@@ -138,9 +135,11 @@ def _clear(queue: Queue, _: bool, state: str, *__: Any) -> None:
 
 
 def _report(queue: Queue, key: str, *_: Any) -> None:
-    if queue.backend.get(key) is None:
+    job = queue.backend.get(key)
+    if job is None:
         raise _missing(queue, key)
-    click.echo(queue.backend.report(key) or "It has not failed.")
+    trouble = f"It cannot be read: {job.trouble}" if isinstance(job, Damaged) else "It has not failed."
+    click.echo(queue.backend.report(key) or trouble)
 
 
 def _kick(queue: Queue, key: str, *_: Any) -> None:

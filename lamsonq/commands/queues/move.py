@@ -6,9 +6,10 @@ Rules:
    together with its put into the other queue, or after it. What is dead or done, which nobody works, is put there and
    then removed here: a claim might make it ready if the mover were killed.
 2. The key stays, and a key is put once: a move that was interrupted is simply begun again, and mends what is in both.
+   What a mover that was killed had claimed is as it was before, and what it had settled arrives, before anything else.
 3. State, due moment, attempts, report, priority, unique and metadata stay. A message whose like (`unique`) waits in the
    other queue stays where it is.
-4. What is being worked is left to who works it.
+4. What is being worked is left to who works it, and what cannot be read stays where it is.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lamsonq.commands.options import argument, declare, json_option, option
-from lamsonq.commands.queues.opened import existing
+from lamsonq.commands.queues.opened import existing, made
 from lamsonq.commands.queues.printed import print_json, print_line
 from lamsonq.errors import LeaseLost, QueueError, Refusal
 
@@ -53,12 +54,8 @@ def move(source: str | None, target: str | None, state: str | None, as_json: boo
 
     Loses none when it is killed: begin it again.
     """
-    from lamsonq.queue import Queue
-
     store = existing(source, "the queue to move from").backend
-    if not target:
-        raise click.UsageError("Give the queue to move to.", click.get_current_context())
-    into = Queue(target).backend
+    into = made(target, "the queue to move to").backend
     if into is store or os.path.realpath(store.name) == os.path.realpath(into.name):
         raise Refusal(f"{source} and {target} are the same queue")
     mover = _Mover(store, into, [state] if state else list(MOVED))
@@ -93,6 +90,8 @@ class _Mover:
 
     def run(self) -> None:
         """Move until a look finds nothing more to move."""
+        self.store.release_stale()
+        self.into.release_stale()
         for _ in range(ROUNDS):
             counts, before = self.store.counts(), self.moved.total()
             with _progress(sum(counts[state] for state in self.states)) as advance:
@@ -184,11 +183,12 @@ class _Mover:
     def _move_kept(self, state: str, keys: list[str]) -> int:
         """Some that are dead or done, which nobody works; how many have moved."""
         from lamsonq.errors import Dead
-        from lamsonq.jobs import KEPT, Put
+        from lamsonq.jobs import KEPT, Damaged, Put
 
         # A Dead that says nothing adds nothing to the report that comes along.
         outcome = Dead() if state == "dead" else KEPT
-        found = [(job, self.store.report(key)) for key in keys if (job := self.store.get(key)) is not None]
+        looks = ((key, self.store.get(key)) for key in keys)  # what cannot be read whole stays
+        found = [(job, self.store.report(key)) for key, job in looks if job and not isinstance(job, Damaged)]
         still = set(self.store.keys(state))  # one look for all of them: somebody may have made one ready
         puts = [
             Put(self.into, replace(job, due=None), outcome, report=report) for job, report in found if job.key in still

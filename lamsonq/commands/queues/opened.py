@@ -3,7 +3,9 @@
 Rules:
 
 1. Who looks makes nothing: a slip in the name ends with a line, and not with an empty queue of that name.
-2. `lamson` alone takes a directory that is not there for an empty queue, as Lamson did, and says so.
+2. `lamson` alone takes a directory that is not there for an empty queue, as Lamson did, and says so; and `move` makes
+   the queue that it moves to.
+3. A queue that only its own process sees is refused: what we saw would be another one, empty and soon forgotten.
 """
 
 from __future__ import annotations
@@ -27,22 +29,60 @@ STATES = click.Choice(["ready", "delayed", "reserved", "dead", "done"])
 
 def existing(name: str | None, what: str = "the queue") -> Queue:
     """The queue of this name. Raises Refusal where there is none."""
-    from lamsonq.queue import Queue
-
-    if not name:
-        raise click.UsageError(f"Give {what}, a directory or a URL.", click.get_current_context())
+    name = _given(name, what)
     _refuse_missing(name)
     _refuse_other_files(name)
-    return Queue(name)
+    return _opened(name)
 
 
-def looked_for(name: str) -> None:
-    """A slip in the name is not to look like an empty queue."""
-    path = _directory(name)
-    if path is not None and not os.path.lexists(path):
+def looked_for(name: str) -> Queue:
+    """The queue of this name; a slip in it is not to look like an empty queue. Raises Refusal."""
+    if _is_missing(name):
         click.echo(f"There is no {name} yet.", err=True)
     else:
         _refuse_other_files(name)
+    return _opened(name)
+
+
+def made(name: str | None, what: str) -> Queue:
+    """The queue of this name, which may have to be made. Raises Refusal where something else has the name."""
+    name = _given(name, what)
+    path = _directory(name)
+    if path is not None and os.path.lexists(path) and not _is_being_made(path):
+        _refuse_other_files(name)
+    return _opened(name)
+
+
+def _is_being_made(path: str) -> bool:
+    """Whether a directory is empty, or has nothing but folders of a queue: somebody may be making it just now."""
+    from lamsonq.backends.maildir_files import FOLDERS
+
+    return os.path.isdir(path) and {folder.partition("/")[0] for folder in FOLDERS}.issuperset(os.listdir(path))
+
+
+def _given(name: str | None, what: str) -> str:
+    if not name:
+        raise click.UsageError(f"Give {what}, a directory or a URL.", click.get_current_context())
+    return name
+
+
+def _opened(name: str) -> Queue:
+    from lamsonq.queue import Queue
+
+    queue = Queue(name)
+    refuse_private(queue)
+    return queue
+
+
+def refuse_private(queue: Queue) -> None:
+    """Raises Refusal for a queue that no other process sees."""
+    if "processes" not in queue.backend.capabilities:
+        raise Refusal(f"{queue.dir} cannot be reached from here: a queue in memory is in its own process")
+
+
+def _is_missing(name: str) -> bool:
+    path = _directory(name)
+    return path is not None and not os.path.lexists(path)
 
 
 def _directory(name: str) -> str | None:
@@ -52,9 +92,8 @@ def _directory(name: str) -> str | None:
 
 
 def _refuse_missing(name: str) -> None:
-    path = _directory(name)
-    if path is not None and not os.path.lexists(path):
-        near = difflib.get_close_matches(path, queues_of("run"), n=1)
+    if _is_missing(name):
+        near = difflib.get_close_matches(name.removeprefix("maildir:"), queues_of("run"), n=1)
         raise Refusal(f"there is no queue {name}{f': did you mean {near[0]}?' if near else ''}")
 
 

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from lamsonq.errors import Refusal
-from lamsonq.jobs import Job
+from lamsonq.jobs import Damaged, Job
 
 RECORD_VERSION = 1
 """What the records of `export` say of their form."""
@@ -88,6 +88,7 @@ def summary(job: Job, state: str, now: float) -> dict[str, Any]:
         "due": job.due,
         "priority": job.priority,
         "attempts": job.attempts,
+        **_trouble(job),
     }
 
 
@@ -120,7 +121,12 @@ def whole(job: Job, state: str) -> dict[str, Any]:
         "attempts": job.attempts,
         "metadata": dict(job.metadata),
         "size": len(job.body),
+        **_trouble(job),
     }
+
+
+def _trouble(job: Job) -> dict[str, str]:
+    return {"trouble": job.trouble} if isinstance(job, Damaged) else {}
 
 
 def body_fields(body: bytes) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -26,6 +27,14 @@ class WithVerbs(Command):
         if verb is None:
             return super().make_context(info_name, args, parent, **extra)
         return verb.make_context(f"{info_name} {verb.name}", args[1:], parent, **extra)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        words = [word for word in args[:2] if not word.startswith("-")]
+        if len(words) == 2 and not ctx.resilient_parsing:  # only a verb stands in front of a queue
+            near = difflib.get_close_matches(words[0], self.verbs, n=1)
+            meant = f": did you mean {near[0]}?" if near else "."
+            raise click.UsageError(f"There is no verb {words[0]!r}{meant} There are {', '.join(self.verbs)}.", ctx)
+        return super().parse_args(ctx, args)
 
     def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
         return ["[VERB]", *super().collect_usage_pieces(ctx)]
