@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 import shlex
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -113,6 +114,7 @@ def test_the_boot_that_it_shows_runs_what_waits(store: str, read: Callable[[str]
     session.block(boot)
     settings = "from lamsonq.server import Receiver\n\nreceiver: Receiver | None\n"
     (here / "config/settings.py").write_text(settings)
+    shutil.copy(DOCS.parent / "config/logging.toml", here / "config")
     (here / "blog").mkdir()
     (here / "blog/jobs.py").write_text(
         "from lamsonq.deferred import deferrable\n\n@deferrable\ndef write(name: str) -> None:\n"
@@ -128,6 +130,7 @@ def test_the_boot_that_it_shows_runs_what_waits(store: str, read: Callable[[str]
     assert command in PAGE.text_of("Calling a function later")
     lamsonq(*command.split(), "-debug")
     assert (here / "proof.txt").read_text() == "done"
+    assert list((here / "logs").iterdir())  # what load_logging is there for
 
 
 # ---- producers in any language -----------------------------------------------------------------------------------
