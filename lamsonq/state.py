@@ -21,6 +21,7 @@ import struct
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from lamsonq.errors import Refusal
@@ -146,6 +147,7 @@ class SQLiteStorage(StateStorage):
         self.lock_file = f"{self.path}-conversations"
         self._begin()
         _RESET_IN_CHILD.append(self._forked)
+        _STORAGES.append(self)
 
     def _begin(self) -> None:
         self._reading = threading.Lock()
@@ -153,6 +155,7 @@ class SQLiteStorage(StateStorage):
         self._pending: deque[_Write] = deque()
         self._reader: sqlite3.Connection | None = None
         self._writer: sqlite3.Connection | None = None
+        self._locked: list[threading.Lock] = []
 
     def get(self, key: str, sender: str) -> str:
         row = self._one("select state from conversations where key = ? and sender = ?", key, sender)
@@ -269,9 +272,24 @@ class SQLiteStorage(StateStorage):
             database.execute(f"pragma user_version = {_SCHEMA_VERSION}")
         return database
 
+    def _before_fork(self) -> None:
+        """No connection may be open at a fork: SQLite would share it with the child's, and the kernel drops its locks
+        there (lamsonq/backends/sqlite_database.py, rule 5)."""
+        self._locked = [lock for lock in (self._reading, self._writing) if lock.acquire(timeout=5)]
+        if len(self._locked) == 2:
+            for connection in (self._reader, self._writer):
+                if connection is not None:
+                    with suppress(sqlite3.Error):
+                        connection.close()
+            self._reader = self._writer = None
+
+    def _after_fork(self) -> None:
+        for lock in self._locked:
+            lock.release()
+        self._locked = []
+
     def _forked(self) -> None:
-        # SQLite connections must not be used, nor closed, on the other side of a fork.
-        _ABANDONED.extend([self._reader, self._writer])
+        _ABANDONED.extend([self._reader, self._writer])  # what was busy: neither to be used here nor closed
         self._begin()
 
 
@@ -281,6 +299,17 @@ def _execute(database: sqlite3.Connection, statement: str) -> None:
 
 _ABANDONED: list[sqlite3.Connection | None] = []
 _RESET_IN_CHILD: list[Callable[[], None]] = []
+_STORAGES: list[SQLiteStorage] = []
+
+
+def _before_fork() -> None:
+    for storage in _STORAGES:
+        storage._before_fork()
+
+
+def _after_fork() -> None:
+    for storage in _STORAGES:
+        storage._after_fork()
 
 
 def _reset_in_child() -> None:
@@ -288,7 +317,7 @@ def _reset_in_child() -> None:
         reset()
 
 
-os.register_at_fork(after_in_child=_reset_in_child)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_reset_in_child)
 
 
 class Conversations:

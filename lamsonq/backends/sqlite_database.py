@@ -10,7 +10,8 @@ Rules:
 3. Processes line up at a lock of the kernel's (flock), which wakes the next at once; SQLite itself would sleep and try
    again. Programs that do not know that lock are waited for by SQLite's busy_timeout.
 4. No cursor is open, and no transaction, when a method has returned.
-5. A connection must not be used, nor closed, on the other side of a fork: a child leaves it alone and opens its own.
+5. No connection is open at a fork. SQLite knows of one by the process's memory, but the kernel drops its locks in the
+   child: one that is opened there would share it, hold no lock, and lose its -wal to whoever closes the file next.
 6. A file that was removed or replaced while it was open is opened anew, before anything is written to the lost one.
 """
 
@@ -35,6 +36,9 @@ BATCH_MAX = 256
 BATCH_BYTES = 8 << 20
 BUSY_TIMEOUT = 10.0
 """Seconds to wait for a program that has the file locked."""
+
+FORK_PATIENCE = 5.0
+"""Seconds that a fork waits for what is being read or written."""
 
 _WAL_KEPT = 64 << 20
 _T = TypeVar("_T")
@@ -68,6 +72,7 @@ class Database:
         self._turn: int | None = None
         self._synchronous = ""
         self._inode = 0
+        self._locked: list[threading.Lock] = []
 
     @property
     def bodies(self) -> str:
@@ -257,6 +262,25 @@ class Database:
                 os.close(self._turn)
                 self._turn = None
 
+    def before_fork(self) -> None:
+        """Close the connections, unless they are busy for longer than FORK_PATIENCE."""
+        self._locked = [lock for lock in (self._reading, self._writing) if lock.acquire(timeout=FORK_PATIENCE)]
+        if len(self._locked) < 2:
+            return
+        for connection in (self._reader, self._writer):
+            if connection is not None and self._moved():
+                _ABANDONED.append(connection)
+            elif connection is not None:
+                with suppress(sqlite3.Error):
+                    connection.close()
+        self._reader = self._writer = None
+
+    def after_fork(self) -> None:
+        """In the parent: go on."""
+        for lock in self._locked:
+            lock.release()
+        self._locked = []
+
     def forget(self) -> None:
         """In a forked child."""
         _ABANDONED.extend(connection for connection in (self._reader, self._writer) if connection is not None)
@@ -286,6 +310,20 @@ def _forget_all() -> None:
     _finding = threading.Lock()
     for database in list(_all):
         database.forget()
+    _forking.clear()
 
 
-os.register_at_fork(after_in_child=_forget_all)
+def _before_fork() -> None:
+    _forking[:] = _all
+    for database in _forking:
+        database.before_fork()
+
+
+def _after_fork() -> None:
+    for database in _forking:
+        database.after_fork()
+    _forking.clear()
+
+
+_forking: list[Database] = []
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_forget_all)

@@ -8,6 +8,8 @@ import multiprocessing
 import os
 import re
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -736,3 +738,29 @@ def test_without_watches_a_worker_looks_once_a_second(
     with caplog.at_level(logging.WARNING):
         assert len(queue.reserve(1, wait=4)) == 1
     assert caplog.text.count("looking once a second") == 1
+
+
+def test_what_a_forked_child_puts_is_there_when_another_program_has_closed_the_file(
+    make: Callable[..., SQLite], tmp_path: Path
+) -> None:
+    """SQLite's locks do not pass a fork: a child without any would write into a -wal that is deleted under it."""
+    queue = make()
+    push(queue)
+    path, parent_has_left = queue._database.path, FORK.Event()
+
+    def child() -> None:
+        parent_has_left.wait(10)
+        for _ in range(3):
+            push(queue)
+            look = "import sqlite3, sys; sqlite3.connect(sys.argv[1]).execute('select count(*) from jobs').fetchone()"
+            subprocess.run([sys.executable, "-c", look, path], check=True)
+        push(queue)
+        os._exit(0)
+
+    process = FORK.Process(target=child)
+    process.start()
+    queue.close()
+    parent_has_left.set()
+    process.join()
+    assert process.exitcode == 0
+    assert make().counts()["ready"] == 5
