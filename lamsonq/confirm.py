@@ -297,7 +297,8 @@ class ConfirmationEngine:
     def push_pending(self, message: MailRequest) -> str:
         """Let a message wait, without a confirmation; its id. In a handler it is there when that has succeeded."""
         store = self.pending.backend
-        job = replace(job_of(message, store.new_key()), metadata={_REGISTERED: repr(self._clock())})
+        job = job_of(message, store.new_key())
+        job = replace(job, metadata={**job.metadata, _REGISTERED: repr(self._clock())})
         attempt.publish([Put(store, job)])
         return job.key
 

@@ -16,15 +16,16 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from email.message import Message
 from functools import cached_property
 
 from lamsonq.address import addresses_in, bare_address, canonical, is_path_address, parse_path
 from lamsonq.bounce import BounceAnalyzer, detect_if_likely
+from lamsonq.envelope import Envelope
 from lamsonq.headers import Field, HeaderBlock, check_name, check_value, shown, undecoded, written
 from lamsonq.mime import Part, Tree, leaves, main_text, parse
 from lamsonq.response import Attachment, MailResponse
+from lamsonq.verdicts import Auth
 
 __all__ = [
     "ROUTABLE_TO_HEADER",
@@ -41,20 +42,6 @@ __all__ = [
 
 ROUTABLE_TO_HEADER = "to"
 """The header that names the recipients of a message without an envelope; `delivered-to` behind Postfix."""
-
-
-@dataclass(frozen=True, slots=True)
-class Envelope:
-    """Who sent a message to whom, exactly as it was received, case kept.
-
-    `mail_from` is "" for the null sender and None where nobody recorded one. `peer` is a socket's `(host, port)` or the
-    name of a queue. `received` is seconds since the epoch, 0.0 where nobody looked at a clock.
-    """
-
-    mail_from: str | None
-    rcpt_tos: tuple[str, ...]
-    peer: object = None
-    received: float = 0.0
 
 
 class _Source:
@@ -147,6 +134,11 @@ class MailRequest:
     def route_from(self) -> str:
         """Lamson's name for `From`."""
         return self.From
+
+    @property
+    def auth(self) -> Auth:
+        """What the receiver has found out about who really wrote this: `auth.dmarc == "pass"`, and so on."""
+        return self.envelope.auth
 
     @property
     def defects(self) -> list[str]:

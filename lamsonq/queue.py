@@ -22,9 +22,10 @@ from email.message import Message
 from lamsonq import about, attempt, clock, events
 from lamsonq.address import canonical
 from lamsonq.backends import open_backend
+from lamsonq.envelope import restored, session_of
 from lamsonq.errors import Later, QueueError
 from lamsonq.jobs import DONE, Backend, Gate, Job, Put
-from lamsonq.mail import Envelope, MailRequest
+from lamsonq.mail import MailRequest
 from lamsonq.policy import priority_of
 from lamsonq.response import MailResponse
 
@@ -74,13 +75,14 @@ class Queue:
         given up because it took too long.
         """
         at = clock.now()
+        job = job_of(message, new_key(self.backend))
         job = replace(
-            job_of(message, new_key(self.backend)),
+            job,
             due=None if delay is None else moment(delay, at),
             expires=None if expires is None else moment(expires, at),
             priority=priority_of(priority),
             unique=unique,
-            metadata=events.produced(),
+            metadata={**events.produced(), **job.metadata},
         )
         try:
             return self.enqueue(job, now=now, conn=conn) or ""
@@ -180,7 +182,7 @@ def new_key(backend: Backend) -> str:
 
 def message_of(job: Job, name: str) -> MailRequest:
     """The message in a job of the queue `name`: the queue is its Peer, the original peer stands in the envelope."""
-    envelope = Envelope(job.sender, job.recipients, job.peer, job.received)
+    envelope = restored(job.sender, job.recipients, job.peer, job.received, job.metadata)
     return MailRequest(name, job.sender, list(job.recipients), job.body, envelope=envelope)
 
 
@@ -219,6 +221,7 @@ def _job_of_request(message: MailRequest, key: str) -> Job:
         recipients=tuple(as_received.get(recipient, recipient) for recipient in wanted),
         peer=_peer_text(envelope.peer),
         received=envelope.received or clock.now(),
+        metadata=session_of(envelope),
     )
 
 

@@ -157,7 +157,8 @@ class spam_filter:
     def _set_aside(self, message: MailRequest, verdict: Verdict) -> Callable[..., Any] | None:
         queue = self.spam_queue if isinstance(self.spam_queue, Queue) else Queue(self.spam_queue)
         store = queue.backend
-        job = replace(job_of(message, store.new_key()), metadata={"spam": verdict.reason})
+        job = job_of(message, store.new_key())
+        job = replace(job, metadata={**job.metadata, "spam": verdict.reason})
         attempt.publish([Put(store, job)])
         LOG.info("spam from %r to %r: %s", message.From, message.To, verdict.reason)
         return self.next_state

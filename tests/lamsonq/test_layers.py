@@ -8,9 +8,9 @@ import lamsonq
 
 PACKAGE = Path(lamsonq.__file__).parent
 LAYERS = [
-    "errors space address headers mime plaintext statuscodes tally identity systemd clock schedule arguments",
+    "errors space address headers mime plaintext statuscodes tally verdicts identity systemd clock schedule arguments",
     "jobs reports policy marks events",
-    "mail bounce bouncetext dsn response modules table settings state about logs",
+    "envelope mail bounce bouncetext dsn response modules table settings state about logs",
     "sockets connection mx transaction pidfile",
     "backends attempt queue relay view deferred conformance databases",
     "routing confirm scanners spam html",

@@ -12,10 +12,12 @@ import pytest
 
 from lamsonq import about, attempt, queue
 from lamsonq.backends.maildir_names import new_key as new_id
+from lamsonq.envelope import Envelope, Notify
 from lamsonq.errors import QueueError
 from lamsonq.jobs import Job, Put, derived_key
-from lamsonq.mail import Envelope, MailRequest, MailResponse
+from lamsonq.mail import MailRequest, MailResponse
 from lamsonq.queue import Queue, job_of, message_of
+from lamsonq.verdicts import Auth, Verdict
 
 BODY = b"From: Joe <joe@example.org>\r\nTo: a@b.example\r\nSubject: hi\r\n\r\nhello\x00\xff no end"
 
@@ -44,6 +46,30 @@ def test_push_puts_a_file_into_new_and_gives_its_key(posts: Queue) -> None:
     assert name.startswith(f"{key},")
     assert Path("run/posts/new", name).read_bytes().endswith(BODY)
     assert (posts.count(), len(posts), posts.keys()) == (1, 1, [key])
+
+
+@pytest.mark.parametrize("name", ["run/posts", "sqlite:run/q.db?queue=posts", "memory:posts"])
+def test_a_queue_keeps_what_is_known_of_the_session_beside_the_message(here: Path, name: str) -> None:
+    notify = Notify("HDRS", "QQ314159", {"A@b.example": "NEVER"}, {"A@b.example": "rfc822;old@b.example"})
+    auth = Auth((Verdict("spf", "pass", "", {"smtp.mailfrom": "example.org"}),), "example.org")
+    envelope = Envelope(
+        "Joe@Example.org",
+        ("A@b.example",),
+        "queue",
+        1.5,
+        helo="mx",
+        login="joe",
+        tls="TLSv1.3",
+        notify=notify,
+        auth=auth,
+    )
+    queue = Queue(name)
+    queue.push(MailRequest("peer", "Joe@Example.org", ["A@b.example"], BODY, envelope=envelope))
+    _, message = queue.pop()
+    assert message is not None
+    assert message.envelope == envelope
+    assert (message.auth.spf, message.auth.dkim) == ("pass", "none")
+    queue.backend.close()
 
 
 def test_pop_gives_the_oldest_message_as_it_came_and_deletes_it(posts: Queue) -> None:
