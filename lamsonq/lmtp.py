@@ -12,21 +12,21 @@ Rules:
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
-from typing import TypedDict, Unpack
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, TypedDict, Unpack
 
 from lamsonq import mail
 from lamsonq.errors import SettingsError
+from lamsonq.limits import Limits
 from lamsonq.routing import RoutingBase
-from lamsonq.session import Session
+from lamsonq.session import Check, Session
 from lamsonq.smtp import SMTPReceiver
+from lamsonq.tls import TLS
+from lamsonq.wire import Hot
 
 SMTP_PORT = 25
 
 _NO_LMTP = "500 5.5.1 This is LMTP (RFC 2033): greet with LHLO"
-_STATUS = re.compile(r"([245])\d\d(?: |$)(?!\1\.\d{1,3}\.\d{1,3}(?: |$))")
-_DEFAULTS = {"500": "5.5.2", "501": "5.5.4", "502": "5.5.1", "503": "5.5.1"}  # RFC 3463 section 3.6
 
 
 class ReceiverOptions(TypedDict, total=False):
@@ -39,33 +39,35 @@ class ReceiverOptions(TypedDict, total=False):
     size_limit: int
     hostname: str | None
     min_free: int
+    tls: TLS | None
+    logins: Callable[[str, str], bool] | None
+    login_required: bool
+    hosts: Sequence[str] | None
+    limits: Limits | None
+    trusted: Sequence[str]
+    proxies: Sequence[str]
+    refuse_bare: bool
+    on_connect: Check | None
+    on_mail: Check | None
+    on_rcpt: Check | None
 
 
 class LMTPSession(Session):
     """A session that is greeted with LHLO and answers for each recipient."""
 
     protocol = "LMTP"
-    extensions = ("ENHANCEDSTATUSCODES", *Session.extensions)
+    greeting = "LHLO"
 
     def groups(self, accepted: Sequence[str]) -> list[tuple[str, ...]]:
         return [(recipient,) for recipient in accepted]
 
-    async def push(self, status: str | bytes | None) -> None:
-        if isinstance(status, bytes):
-            status = status.decode("ascii", "replace")
-        await super().push(None if status is None else enhanced(status))
+    def _lhlo(self, hostname: str | None) -> None:
+        self._greet("LHLO", hostname)
 
-    async def check_helo_needed(self, helo: str = "LHLO") -> bool:  # noqa: ARG002 - aiosmtpd asks for HELO by name
-        return await super().check_helo_needed("LHLO")
+    def _no_smtp(self, hostname: str | None) -> None:  # noqa: ARG002
+        self.say(_NO_LMTP)
 
-    async def smtp_LHLO(self, hostname: str | None) -> None:
-        await self._greet("LHLO", hostname)
-
-    async def smtp_EHLO(self, hostname: str | None) -> None:  # noqa: ARG002
-        await self.push(_NO_LMTP)
-
-    async def smtp_HELO(self, hostname: str | None) -> None:  # noqa: ARG002
-        await self.push(_NO_LMTP)
+    hot: ClassVar[Mapping[str, Hot]] = {**Session.hot, "LHLO": _lhlo, "EHLO": _no_smtp, "HELO": _no_smtp}
 
 
 class LMTPReceiver(SMTPReceiver):
@@ -98,12 +100,3 @@ class LMTPReceiver(SMTPReceiver):
             raise SettingsError(
                 "LMTPReceiver(port=25): LMTP must not use SMTP's port (RFC 2033): take another one, 8824"
             )
-
-
-def enhanced(reply: str) -> str:
-    """A reply with an enhanced status code (RFC 2034), if it has to have one and does not; never the greeting."""
-    text = " ".join(reply.split())
-    code, _, words = text.partition(" ")
-    if code == "220" or not _STATUS.match(text):
-        return text
-    return f"{code} {_DEFAULTS.get(code, f'{code[0]}.0.0')} {words}".rstrip()

@@ -10,6 +10,8 @@ Rules:
    however slow, delays a greeting.
 3. Work that has begun is finished, also when its client has gone. `stop` waits for it, up to its grace.
 4. The same process works off what it had to keep: the bound jobs of the UNDELIVERABLE_QUEUE.
+5. Nobody relays for strangers: whom mail is taken for, the routes say, or `hosts`. A receiver that has neither takes
+   mail for everybody, and so it listens to this machine alone, or to who has logged in.
 """
 
 from __future__ import annotations
@@ -17,8 +19,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import inspect
+import ipaddress
 import logging
 import os
+import resource
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -26,15 +31,18 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from socket import gethostname
 from socket import socket as Socket
+from ssl import SSLContext
 
 from lamsonq import mail
 from lamsonq.commit import LOG, Committer, trouble
-from lamsonq.errors import QueueError, SettingsError
+from lamsonq.errors import QueueError, SettingsError, SMTPError
+from lamsonq.limits import Limits, Network, Traffic, within
 from lamsonq.queue import Queue
 from lamsonq.routing import Router, RoutingBase
-from lamsonq.session import Session
+from lamsonq.session import Check, Dialogue, Session
 from lamsonq.sockets import BACKLOG, listen
 from lamsonq.space import MIN_FREE, Space
+from lamsonq.tls import TLS
 from lamsonq.worker import TROUBLE_PAUSE, QueueReceiver
 
 ACCEPTED_AT_ONCE = 16
@@ -44,7 +52,16 @@ LEAVE_AFTER = 0.5
 """Seconds without a transaction and without a word after which a client is sent away by a server that ends: who has
 just come, as clients do while a server is reloaded, still gets his message through."""
 
+CHECK_TIMEOUT = 30.0
+"""Seconds that a check of the user's own may take; then the client is asked to come again."""
+
+GIVE_WAY_AFTER = 10.0
+"""Seconds without a transaction after which a connection goes when there are too many."""
+
 _GOODBYE = "421 4.3.2 Service shutting down"
+_GIVE_WAY = "421 4.7.0 Too many connections, and you have been silent the longest"
+_SPARE_FILES = 256
+"""Descriptors that are needed besides the connections."""
 
 
 class SMTPReceiver:
@@ -54,6 +71,15 @@ class SMTPReceiver:
     once (and as many again for what is worked off), `timeout` how many seconds one may take, `size_limit` how many
     octets a message may have, `hostname` what it greets as (None: this host's name). Mail is put off while fewer than
     `min_free` bytes of the disk are free (0: never). Port 0 takes any free one; `port` tells it after `bind`.
+
+    `tls` is the certificate, and when it is used. `logins` tells whether a name and a password belong together, as
+    `Logins` does; with `login_required` nobody else may send. `hosts` are the domains that strangers may send to, on
+    top of what the routes say. `limits` hold per client and for all; the networks of `trusted` ("10.0.0.0/8") have none
+    of their own. Those of `proxies` tell by the PROXY protocol whom they connect for. `refuse_bare` refuses a message
+    with a bare CR or LF, which otherwise is carried as it is. `on_connect`, `on_mail` and `on_rcpt` are checks of your
+    own: they get a `Dialogue`, and raise SMTPError to refuse.
+
+    Raises ValueError for arguments that cannot be.
 
     Source: Lamson's and Salmon's `server.SMTPReceiver`.
     """
@@ -75,6 +101,17 @@ class SMTPReceiver:
         size_limit: int = 33_554_432,
         hostname: str | None = None,
         min_free: int = MIN_FREE,
+        tls: TLS | None = None,
+        logins: Callable[[str, str], bool] | None = None,
+        login_required: bool = False,
+        hosts: Sequence[str] | None = None,
+        limits: Limits | None = None,
+        trusted: Sequence[str] = (),
+        proxies: Sequence[str] = (),
+        refuse_bare: bool = False,
+        on_connect: Check | None = None,
+        on_mail: Check | None = None,
+        on_rcpt: Check | None = None,
     ) -> None:
         if workers < 1:
             raise ValueError(f"workers={workers}: an {self.protocol}Receiver needs at least one")
@@ -88,8 +125,23 @@ class SMTPReceiver:
         self.size_limit = size_limit
         self.hostname = hostname or gethostname()
         self.space = Space(min_free)
+        self.tls = tls
+        self.logins = logins
+        self.login_required = login_required
+        self.hosts = None if hosts is None else frozenset(host.lower() for host in hosts)
+        self.limits = limits or Limits()
+        self.traffic = Traffic(self.limits)
+        self.trusted = _networks("trusted", trusted)
+        self.proxies = _networks("proxies", proxies)
+        self.carries_bare = not refuse_bare
+        self.on_connect = on_connect
+        self.on_mail = on_mail
+        self.on_rcpt = on_rcpt
+        self.processes = 1
+        """How many of these the boot runs: each has its share of the limits."""
         self.draining = False
         self._stuck = False
+        self._look_for_room = 0.0
         self._listener: Socket | None = None
         self._undeliverable: QueueReceiver | None = None
         self._threads: list[threading.Thread] = []
@@ -114,6 +166,8 @@ class SMTPReceiver:
         """
         if self._listener is not None:
             return
+        self._check_logins()
+        self._check_relaying()
         if self.deliver is None:
             self._undeliverable_queue().count()
             self.router.check()
@@ -123,6 +177,26 @@ class SMTPReceiver:
             self.port = address[1]
         else:
             self.socket = os.fsdecode(address)  # it may be one that was passed to us
+
+    def _check_logins(self) -> None:
+        if self.login_required and self.logins is None:
+            raise SettingsError(f"{self.protocol}Receiver: login_required, and nobody can log in: give logins, too")
+        if self.logins is not None and self.tls is None:
+            raise SettingsError(
+                f"{self.protocol}Receiver: passwords go through TLS only (RFC 4954): give tls, too (in settings.toml:"
+                " receiver.certificate_file)"
+            )
+
+    def _check_relaying(self) -> None:
+        """Rule 5."""
+        public = self.socket is None and not _is_this_machine(self.host)
+        limited = self.hosts is not None or self.login_required or self.router.table.routes
+        if public and self.deliver is not None and not limited:
+            raise SettingsError(
+                f"{self.protocol}Receiver on {self.host} would take mail for everybody, from everybody: name the"
+                " domains that you take mail for, hosts=[...], or load the handlers, or ask for a login"
+                " (login_required=True)"
+            )
 
     @property
     def where(self) -> str:
@@ -135,6 +209,8 @@ class SMTPReceiver:
     def start(self) -> None:
         """Listen, in threads of its own; returns when it does. Raises what `bind` raises."""
         self.bind()
+        self.traffic = Traffic(self.limits.shared_by(self.processes), self.trusted)
+        _allow_files(self.traffic.limits.connections)
         mail_log = logging.getLogger("mail.log")
         if mail_log.level == logging.NOTSET:
             mail_log.setLevel(logging.ERROR)  # aiosmtpd tells every line, and at DEBUG every mail
@@ -209,6 +285,8 @@ class SMTPReceiver:
     def _serve(self) -> None:
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="lamsonq-smtp")
         self._lookups = ThreadPoolExecutor(2, thread_name_prefix="lamsonq-rcpt")
+        self._checks = ThreadPoolExecutor(10, thread_name_prefix="lamsonq-check")
+        self._passwords = ThreadPoolExecutor(2, thread_name_prefix="lamsonq-login")
         try:
             asyncio.run(self._listen(pool))
         except BaseException as error:  # start() raises it, where it waits
@@ -216,7 +294,8 @@ class SMTPReceiver:
         finally:
             self._listens.set()
             pool.shutdown(wait=False, cancel_futures=True)
-            self._lookups.shutdown(wait=False)
+            for own in (self._lookups, self._checks, self._passwords):
+                own.shutdown(wait=False, cancel_futures=True)
 
     async def _listen(self, pool: ThreadPoolExecutor) -> None:
         self._loop = loop = asyncio.get_running_loop()
@@ -263,11 +342,65 @@ class SMTPReceiver:
     def closed(self, session: Session) -> None:
         self._sessions.discard(session)
 
-    async def takes(self, address: str) -> bool:
-        """Whether a route's expression matches; where no handlers are loaded everything is taken."""
+    def is_proxy(self, address: str) -> bool:
+        return bool(self.proxies) and within(address, self.proxies)
+
+    @property
+    def certificate(self) -> Callable[[], SSLContext] | None:
+        return None if self.tls is None else self.tls.context
+
+    @property
+    def tls_required(self) -> bool:
+        return self.tls is not None and self.tls.required
+
+    @property
+    def tls_implicit(self) -> bool:
+        return self.tls is not None and self.tls.implicit
+
+    @property
+    def has_logins(self) -> bool:
+        return self.logins is not None
+
+    def make_room(self) -> None:
+        """Send away who has been silent for the longest time: many who only wait do not keep out one who sends."""
+        now = time.monotonic()
+        if now < self._look_for_room or not self._sessions:
+            return
+        idlest = max(self._sessions, key=lambda session: session.idle_for)
+        if idlest.idle_for > GIVE_WAY_AFTER:
+            idlest.give_way(_GIVE_WAY)
+        else:
+            self._look_for_room = now + 0.1  # looking costs, and a flood of connections must not
+
+    def takes(self, address: str) -> bool | asyncio.Future[bool]:
+        """Whether a route's expression matches; where no handlers are loaded everything is taken.
+
+        An expression may take its time on an address that somebody has made for it: so it is asked in a thread.
+        """
         if not self.router.table.routes:
             return True
-        return await self._loop.run_in_executor(self._lookups, self.router.takes, address)
+        return self._loop.run_in_executor(self._lookups, self.router.takes, address)
+
+    async def asks(self, check: Check, dialogue: Dialogue) -> str | None:
+        try:
+            async with asyncio.timeout(CHECK_TIMEOUT):
+                if inspect.iscoroutinefunction(check):
+                    await check(dialogue)
+                else:
+                    await self._loop.run_in_executor(self._checks, check, dialogue)
+        except SMTPError as refusal:
+            return f"{refusal.code} {refusal.message}" if 400 <= refusal.code < 600 else trouble(refusal)
+        except Exception as error:  # a check that fails is no reason to lose mail: the client comes again
+            return trouble(error)
+        return None
+
+    async def logs_in(self, name: str, password: str) -> bool | None:
+        assert self.logins is not None
+        try:
+            return bool(await self._loop.run_in_executor(self._passwords, self.logins, name, password))
+        except Exception:
+            LOG.exception("Nobody can log in")
+            return None
 
     def full(self, size: int) -> bool:
         return self.space.lacks(size)
@@ -295,3 +428,27 @@ def _log_refusal(envelope: mail.Envelope, group: tuple[str, ...], reply: asyncio
     if not reply.cancelled() and not reply.result().startswith("2"):
         told = (envelope.peer, envelope.mail_from, list(group), reply.result())
         LOG.info("Refused message from Peer: %r, From: %r, to To %r: %r", *told)
+
+
+def _networks(name: str, texts: Sequence[str]) -> tuple[Network, ...]:
+    try:
+        return tuple(ipaddress.ip_network(text) for text in texts)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}; a network is written as 10.0.0.0/8, an address as 192.0.2.1") from error
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _allow_files(connections: int) -> None:
+    """Raise the soft limit of open files as far as the connections need it and the hard one allows it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = connections + _SPARE_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        wanted = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))

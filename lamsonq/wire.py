@@ -1,0 +1,506 @@
+"""The read loop of an SMTP session: octets from a client, cut into commands and messages; replies, in their order.
+
+Rules:
+
+1. What a client sends is taken in whole chunks and worked off in order. Hot commands (`hot`) are plain functions that
+   run at once; every other one is a coroutine of aiosmtpd's kind. While one of these runs nothing else of this session
+   does, and a reply is never overtaken.
+2. A command ends with CRLF and holds no control character (RFC 5321 section 2.3.8); anything else is refused and not
+   executed. A message ends with CRLF.CRLF and with nothing else (section 4.1.1.4).
+3. Memory is bounded: a command by COMMAND_MAX, what is sent ahead by AHEAD_MAX, a message by the limit of its reader. A
+   client that does not read its replies is not read from.
+4. Time is bounded: a command has to arrive whole within `command_timeout`; a message may pause for `data_timeout`, and
+   has to keep up RATE_MIN besides. While we work there is no clock for the client.
+5. What is sent ahead of a TLS handshake is dropped unread (RFC 3207 section 6).
+
+Of aiosmtpd stay the session, the envelope, the hooks, STARTTLS's and AUTH's rules and its commands; its read loop does
+not run. Its private names that are touched: `_reader` (and its `_buffer`), `_writer`, `_tls_protocol`,
+`_tls_handshake_okay`, `_original_transport`, `_handle_client`, `_reset_timeout`, `_timeout_handle`, `_timeout_cb`,
+`_set_rset_state`, `_smtp_methods`. A test holds all this to what aiosmtpd does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import ssl
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, ClassVar
+
+from aiosmtpd import smtp
+
+COMMAND_MAX = 2048
+"""Octets of a command line: 512 of RFC 5321 section 4.5.3.1.4, and what its extensions add (RFC 3461 section 5)."""
+
+AUTH_LINE_MAX = 12_288
+"""Octets of a line in an AUTH exchange (RFC 4954 section 4)."""
+
+AHEAD_MAX = 1 << 18
+"""Octets that are read ahead while something else is worked on."""
+
+TURN_MAX = 100
+"""Commands of one client that are worked off before the others get their turn."""
+
+RATE_MIN = 500
+"""Octets per second that a message has to come with, all in all: Postfix's smtpd_min_data_rate."""
+
+REPLY_MAX = 480
+"""Octets of a reply's text; RFC 5321 section 4.5.3.1.5 allows 512 with the code and the CRLF."""
+
+HANDSHAKE_TIMEOUT = 30.0
+"""Seconds for a TLS handshake."""
+
+MAIL_LOG = logging.getLogger("mail.log")
+"""aiosmtpd's logger: every line of every dialogue, at INFO."""
+
+_END = b"\r\n.\r\n"
+_CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
+_UNPRINTABLE = re.compile(r"[^ -~]")
+
+Hot = Callable[[Any, str | None], Coroutine[Any, Any, None] | None]
+"""A command that runs at once. What takes its time, it returns as a coroutine."""
+
+
+class Wire(smtp.SMTP):
+    """aiosmtpd's SMTP, with another way from the socket to its commands."""
+
+    hot: ClassVar[Mapping[str, Hot]] = {}
+    """The commands that are plain functions, by their verb; they come before the `smtp_` methods."""
+
+    reading: ClassVar[frozenset[str]] = frozenset({"AUTH"})
+    """The commands of aiosmtpd's kind that read from `_reader` what the client sends."""
+
+    line_limit: ClassVar[int] = AUTH_LINE_MAX
+    """How long a line may be for these."""
+
+    command_timeout = 300.0
+    data_timeout = 180.0
+
+    def __init__(self, handler: object, **options: Any) -> None:
+        super().__init__(handler, **options)
+        self._held = bytearray()
+        """What has come and is not worked off; while a message comes, all of it up to now."""
+        self._seen = 0
+        """Up to where `_held` has been searched in vain."""
+        self._take: Callable[[], bool] = self._take_command
+        self._work: asyncio.Task[None] | None = None
+        self._feeding = False
+        """Whether the command that runs reads by itself, from `_reader`."""
+        self._skipping = False
+        self._ended = False
+        self._blocked = False
+        self._stopped_reading = False
+        self._replies: list[bytes] = []
+        self._deadline = float("inf")
+        self._finish: Callable[[bytes | None], Coroutine[Any, Any, None] | None]
+        self._limit = 0
+        self._too_much = False
+        self._began = 0.0
+        self._received = 0
+
+    # -- the connection ----------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        work = self.welcome()
+        if work is not None:
+            self._begin(work)
+        self._flush()
+
+    async def _handle_client(self) -> None:
+        """aiosmtpd's loop: it does not run."""
+
+    def welcome(self) -> Coroutine[Any, Any, None] | None:
+        """A client has connected."""
+        self.say(f"220 {self.hostname} {self.__ident__}")
+        return None
+
+    def data_received(self, data: bytes) -> None:
+        if self._feeding:
+            self._reader.feed_data(data)
+            if len(vars(self._reader)["_buffer"]) > AHEAD_MAX:
+                self._stop_reading()
+            return
+        self._held += data
+        if self._work is None:
+            self._advance()
+        elif len(self._held) > AHEAD_MAX:
+            self._stop_reading()
+
+    def eof_received(self) -> bool | None:
+        """The client sends no more: what it has sent is still answered."""
+        self._ended = True
+        if self._feeding:
+            self._reader.feed_eof()
+        elif self._work is None:
+            self._advance()
+        return not self._is_encrypted  # a TLS session ends in both directions at once
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self._work is not None:
+            self._work.cancel()
+        self._held.clear()
+        super().connection_lost(error)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._blocked = True
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._blocked = False
+        if self._work is None:
+            self._advance()
+
+    def _stop_reading(self) -> None:
+        if not self._stopped_reading and isinstance(self.transport, asyncio.Transport):
+            self._stopped_reading = True
+            self.transport.pause_reading()
+
+    def _go_on_reading(self) -> None:
+        if self._stopped_reading and isinstance(self.transport, asyncio.Transport):
+            self._stopped_reading = False
+            if not self.transport.is_closing():
+                self.transport.resume_reading()
+
+    @property
+    def _is_open(self) -> bool:
+        return self.transport is not None and not self.transport.is_closing()
+
+    @property
+    def _is_encrypted(self) -> bool:
+        return self._tls_protocol is not None
+
+    # -- working off what has come -----------------------------------------------------------------------------
+
+    def _advance(self) -> None:
+        """Work off what has come, until something takes its time or more has to come."""
+        turns = TURN_MAX
+        while self._work is None and not self._blocked and self._is_open and self._try_to_take():
+            turns -= 1
+            if not turns:
+                self.loop.call_soon(self._go_on)
+                break
+        self._flush()
+        if self._work is not None:
+            return
+        if self._ended and turns and not self._blocked and self._is_open:
+            self._close()  # what has not come whole never will
+        elif len(self._held) > AHEAD_MAX and (self._blocked or self._take == self._take_command):
+            self._stop_reading()
+        else:
+            self._go_on_reading()
+
+    def _try_to_take(self) -> bool:
+        try:
+            return self._take()
+        except Exception as error:
+            self._failed(error)
+            return True
+
+    def _go_on(self) -> None:
+        if self._work is None:
+            self._advance()
+
+    def _begin(self, work: Coroutine[Any, Any, None], *, feeding: bool = False) -> None:
+        """Run what takes its time; nothing else of this session runs until it has ended.
+
+        With `feeding` it reads by itself what the client sends.
+        """
+        if feeding:
+            self._feeding = True
+            self._reader = asyncio.StreamReader(self.line_limit, self.loop)
+            self._reader.feed_data(bytes(self._held))
+            self._held.clear()
+            if self._ended:
+                self._reader.feed_eof()
+        else:
+            self._flush()
+            self._hold_clock()
+        self._work = self.loop.create_task(work)
+        self._work.add_done_callback(self._ended_work)
+
+    def _ended_work(self, work: asyncio.Task[None]) -> None:
+        self._work = None
+        self._stop_feeding()
+        if self.transport is None:
+            return None
+        if work.cancelled():
+            return self._close()
+        if (error := work.exception()) is not None:
+            self._failed(error)
+        self._reset_timeout()
+        return self._advance()
+
+    def _stop_feeding(self) -> None:
+        """The command that runs reads no more: what it has left is the next one's."""
+        if self._feeding:
+            self._feeding = False
+            self._hold_clock()
+            buffer: bytearray = vars(self._reader)["_buffer"]
+            self._held[:0] = buffer
+            buffer.clear()
+
+    def _failed(self, error: BaseException) -> None:
+        """A command has raised this. Whatever it is, the session goes on unless nobody is there any more."""
+        if isinstance(error, asyncio.IncompleteReadError | ConnectionError):
+            self._close()
+        else:
+            self.say(self.failure(error))
+
+    def failure(self, error: BaseException) -> str:
+        """The reply to a command that failed."""
+        MAIL_LOG.error("%r SMTP session exception", self._peer, exc_info=error)
+        return f"500 Error: ({type(error).__name__}) {error}"
+
+    def _close(self) -> None:
+        self._flush()
+        if self.transport is not None:
+            self.transport.close()
+
+    @property
+    def _peer(self) -> object:
+        return None if self.session is None else self.session.peer
+
+    # -- commands ----------------------------------------------------------------------------------------------
+
+    def _take_command(self) -> bool:
+        """Work off one command line, if there is one."""
+        held = self._held
+        end = held.find(b"\n", self._seen)
+        if end < 0:
+            self._seen = len(held)
+            if self._seen > COMMAND_MAX:  # its end is waited for, not kept
+                self._skipping = True
+                held.clear()
+                self._seen = 0
+            return False
+        line = bytes(held[: end + 1])
+        del held[: end + 1]
+        self._seen = 0
+        self._reset_timeout()
+        if self._skipping or len(line) > COMMAND_MAX:
+            self._skipping = False
+            self._misspoken("500 5.5.6 Command line too long")
+        elif _CONTROL.search(line, 0, len(line) - 2) or not line.endswith(b"\r\n"):
+            self._misspoken("500 5.5.2 A command is one line that ends with <CR><LF>")
+        else:
+            self._obey(line[:-2])
+        return True
+
+    def _obey(self, line: bytes) -> None:
+        if MAIL_LOG.isEnabledFor(logging.INFO):
+            smtp.sanitized_log(MAIL_LOG.info, "%r >> %r", self._peer, line)
+        verb, _, rest = line.partition(b" ")
+        rest = rest.strip()
+        argument = rest.decode("utf-8", "surrogateescape") if rest else None
+        command = verb.decode("ascii", "replace").upper()
+        if self._forbids(command):
+            return
+        hot = self.hot.get(command)
+        if hot is not None:
+            work = hot(self, argument)
+            if work is not None:
+                self._begin(work)
+        elif command in self._smtp_methods:
+            self._begin(self._smtp_methods[command](argument), feeding=command in self.reading)
+        else:
+            self._misspoken("500 5.5.1 Command not recognized")
+
+    def _forbids(self, command: str) -> bool:
+        """Refuse a command before anything else; False when it may go on."""
+        if not self._tls_handshake_okay and command != "QUIT":
+            self.say("554 Command refused due to lack of security")
+        elif self.require_starttls and not self._is_encrypted and command not in smtp.ALLOWED_BEFORE_STARTTLS:
+            self.say("530 Must issue a STARTTLS command first")  # RFC 3207 section 4
+        else:
+            return False
+        return True
+
+    def _misspoken(self, reply: str) -> None:
+        """The client has sent what is no command."""
+        self.say(reply)
+
+    # -- messages ----------------------------------------------------------------------------------------------
+
+    def read_message(self, limit: int, finish: Callable[[bytes | None], Coroutine[Any, Any, None] | None]) -> None:
+        """What comes now is a message, up to CRLF.CRLF. `finish` gets it without its dot-stuffing (RFC 5321 section
+        4.5.2), or None when it is larger than `limit` octets.
+
+        One search over large chunks: aiosmtpd's own loop keeps an object for every line, so that a flood of empty lines
+        costs gigabytes.
+        """
+        self._finish, self._limit, self._too_much = finish, limit, False
+        self._held[:0] = b"\r\n"
+        self._seen = 0
+        self._start_clock()
+        self._take = self._take_message
+
+    def _take_message(self) -> bool:
+        held = self._held
+        end = held.find(_END, self._seen)
+        self._too_much = self._too_much or not self.keeps(len(held))
+        if end < 0:
+            if self._too_much or len(held) > self._limit + len(_END):
+                self._too_much = True
+                self._received += max(0, len(held) - 4)
+                del held[:-4]
+            self._seen = max(0, len(held) - 4)
+            self._keep_clock(self._received + len(held))
+            return False
+        content = None
+        if not self._too_much and end <= self._limit:
+            content = bytes(held[: end + 2]).replace(b"\r\n.", b"\r\n")[2:]
+        del held[: end + len(_END)]
+        self._deliver(content)
+        return True
+
+    def read_octets(self, count: int, finish: Callable[[bytes | None], Coroutine[Any, Any, None] | None]) -> None:
+        """What comes now are `count` octets, as they are (RFC 3030 section 2). `finish` gets them, or None when
+        `keeps` did not let them in."""
+        self._finish, self._limit, self._too_much = finish, count, False
+        self._seen = 0
+        self._start_clock()
+        self._take = self._take_octets
+
+    def _take_octets(self) -> bool:
+        held = self._held
+        missing = self._limit - self._received
+        self._too_much = self._too_much or not self.keeps(min(len(held), missing))
+        if len(held) < missing:
+            if self._too_much:
+                self._received += len(held)
+                held.clear()
+            self._keep_clock(self._received + len(held))
+            return False
+        content = None if self._too_much else bytes(held[:missing])
+        del held[:missing]
+        self._deliver(content)
+        return True
+
+    def keeps(self, octets: int) -> bool:  # noqa: ARG002 - for who derives from this
+        """Whether so many octets of the message that comes may be kept in memory."""
+        return True
+
+    def _deliver(self, content: bytes | None) -> None:
+        self._seen = 0
+        self._take = self._take_command
+        self._reset_timeout()
+        work = self._finish(content)
+        if work is not None:
+            self._begin(work)
+
+    # -- replies -----------------------------------------------------------------------------------------------
+
+    def say(self, reply: str) -> None:
+        """Reply with this line, as soon as what has come is worked off."""
+        self.write(reply)
+
+    def write(self, *lines: str) -> None:
+        """Reply with these lines as they are."""
+        self._replies += map(reply_line, lines)
+        if self._work is not None:
+            self._flush()
+
+    async def push(self, status: str | bytes) -> None:
+        """aiosmtpd's way to reply; waits while the client does not read."""
+        self.say(status if isinstance(status, str) else status.decode("ascii", "replace"))
+        if self._blocked and self.transport is not None:
+            self._reset_timeout()
+            await self._writer.drain()
+            self._hold_clock()
+
+    def _flush(self) -> None:
+        if self._replies and isinstance(self.transport, asyncio.Transport):
+            if MAIL_LOG.isEnabledFor(logging.DEBUG):
+                MAIL_LOG.debug("%r << %r", self._peer, b"".join(self._replies))
+            self.transport.write(b"".join(self._replies))
+        self._replies.clear()
+
+    # -- TLS ---------------------------------------------------------------------------------------------------
+
+    async def encrypt(self, context: ssl.SSLContext, ahead: bytes = b"") -> None:
+        """The handshake. `ahead` is what has come of it already. Raises OSError when there is none in time."""
+        plain = self.transport
+        assert isinstance(plain, asyncio.Transport)
+        self._held.clear()
+        handshake = self.loop.start_tls(plain, self, context, server_side=True, ssl_handshake_timeout=HANDSHAKE_TIMEOUT)
+        if ahead:
+            begun = self.loop.create_task(handshake)
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # now the TLS protocol knows its transport
+            _feed(plain.get_protocol(), ahead)
+            encrypted = await begun
+        else:
+            encrypted = await handshake
+        if encrypted is None:
+            raise ConnectionResetError("the client has gone")
+        self._original_transport = plain
+        self._tls_protocol = encrypted.get_extra_info("ssl_object")
+        self.transport = encrypted
+        self._set_rset_state()
+        before = self.session
+        self.session = self._create_session()  # RFC 3207 section 4.2: what was said before does not count
+        self.session.peer = None if before is None else before.peer
+        self.session.ssl = {"ssl_object": self._tls_protocol}
+
+    def _set_rset_state(self) -> None:
+        self.envelope = self._create_envelope()
+
+    # -- time --------------------------------------------------------------------------------------------------
+
+    def _reset_timeout(self, duration: float | None = None) -> None:
+        """The client has as long as this for its next command. One timer looks, however often that is said."""
+        self._deadline = self.loop.time() + (duration or self.command_timeout)
+        if self._timeout_handle is None or self._timeout_handle.when() > self._deadline:
+            self._look_again()
+
+    def _timeout_cb(self) -> None:
+        self._close()
+
+    def _hold_clock(self) -> None:
+        self._deadline = float("inf")
+
+    def _start_clock(self) -> None:
+        self._began, self._received = self.loop.time(), 0
+        self._reset_timeout(self.data_timeout)
+
+    def _keep_clock(self, received: int) -> None:
+        """More of a message has come: rule 4."""
+        latest = self._began + self.data_timeout + received / RATE_MIN
+        self._deadline = min(self.loop.time() + self.data_timeout, latest)
+
+    def _look_again(self) -> None:
+        if self._timeout_handle is not None:
+            self._timeout_handle.cancel()
+        wait = min(self._deadline, self.loop.time() + self.command_timeout)
+        self._timeout_handle = self.loop.call_at(wait, self._look)
+
+    def _look(self) -> None:
+        self._timeout_handle = None
+        if self.transport is None:
+            return
+        if self.loop.time() >= self._deadline:
+            self._hold_clock()
+            self._timeout_cb()
+        self._look_again()
+
+
+def reply_line(reply: str) -> bytes:
+    """One line of a reply: printable ASCII, and short enough for every client."""
+    if len(reply) > REPLY_MAX or not reply.isprintable() or not reply.isascii() or "  " in reply:
+        reply = _UNPRINTABLE.sub("?", " ".join(reply.split()))[: REPLY_MAX + 4]
+    return reply.encode("ascii") + b"\r\n"
+
+
+def _feed(protocol: object, octets: bytes) -> None:
+    """Give a protocol what has come for it already."""
+    assert isinstance(protocol, asyncio.BufferedProtocol)
+    view = memoryview(octets)
+    while view:
+        buffer = memoryview(protocol.get_buffer(len(view)))
+        taken = min(len(buffer), len(view))
+        buffer[:taken] = view[:taken]
+        protocol.buffer_updated(taken)
+        view = view[taken:]
