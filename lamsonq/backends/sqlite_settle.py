@@ -14,7 +14,7 @@ from typing import Any
 from lamsonq.backends import sqlite_schema
 from lamsonq.backends.sqlite_errors import told
 from lamsonq.backends.sqlite_lanes import leave
-from lamsonq.backends.sqlite_rows import Row, insert, readable
+from lamsonq.backends.sqlite_rows import COUNT_MAX, Row, insert, readable
 from lamsonq.errors import Dead, Later, LeaseLost, QueueError
 from lamsonq.jobs import Done, Expired, Job, Outcome, due_after
 from lamsonq.reports import entry_of
@@ -55,7 +55,7 @@ def _change(job: Job, outcome: Outcome, now: float) -> tuple[str, tuple[Any, ...
     if isinstance(outcome, Later) and not outcome.counted:
         due = outcome.at if outcome.at is not None and outcome.at > now else None
         return _BACK, ("ready" if due is None else "delayed", now, job.deliveries, due)
-    attempts = job.attempts + 1
+    attempts = min(job.attempts, COUNT_MAX) + 1
     report = readable(entry_of(outcome, attempts, now))
     if isinstance(outcome, Dead):
         return _FAILED, ("dead", now, attempts, None, report)
