@@ -712,6 +712,16 @@ def test_claims_are_given_back_uncounted_when_a_queue_is_closed(queue: Maildir) 
     assert take(queue).deliveries == 0
 
 
+def test_a_name_that_tells_of_a_commit_is_given_back_as_any_other(queue: Maildir) -> None:
+    push(queue)
+    [file] = Path(queue.folders.at("new")).iterdir()
+    file.rename(f"{file}c1")
+    assert take(queue).body == BODY
+    queue.close()
+    assert queue.counts()["ready"] == 1
+    assert take(queue).body == BODY
+
+
 def test_a_lock_that_somebody_deleted_loses_no_job(make: Callable[..., Maildir]) -> None:
     one, other = make(), make()
     push(one)
