@@ -13,10 +13,11 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
+from zoneinfo import ZoneInfo
 
 import pytest
 
@@ -203,6 +204,58 @@ def test_what_could_not_arrive_as_it_is_is_refused_where_it_is_given(jobs: Queue
     with pytest.raises(TypeError, match=r"plain"):
         plain.later(value)
     assert jobs.count() == 0
+
+
+def nested(depth: int) -> list[Any]:
+    inner: list[Any] = []
+    for _ in range(depth):
+        inner = [inner]
+    return inner
+
+
+class Loose(TypedDict):
+    rest: Any
+
+
+@deferrable
+def loosely(
+    text: str = "",
+    table: dict = {},  # type: ignore[type-arg]  # noqa: B006 - as people write it
+    items: list[Any] | None = None,
+    at: datetime | None = None,
+    point: Point | None = None,
+    loose: Loose | None = None,
+    team: Any = None,
+) -> None: ...
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"text": b"bytes"},
+        {"text": date(2026, 1, 2)},
+        {"table": {1: 2}},
+        {"table": {"at": date(2026, 1, 2)}},
+        {"table": Point(1)},
+        {"items": [b"bytes"]},
+        {"items": [{"deep": (uuid.uuid4(),)}]},
+        {"loose": {"rest": Colour.RED}},
+        {"at": datetime(2026, 10, 25, 2, 30, fold=1)},
+        {"at": datetime(2026, 1, 1, tzinfo=timezone(timedelta(seconds=30)))},
+        {"team": 10**5000},
+        {"team": nested(5000)},
+    ],
+)
+def test_what_would_silently_become_something_else_is_refused_too(jobs: Queue, given: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match="loosely"):
+        loosely.later(**given)
+    assert jobs.count() == 0
+
+
+def test_a_moment_travels_whatever_its_zone_is(jobs: Queue) -> None:
+    twice = datetime(2026, 10, 25, 2, 30, tzinfo=ZoneInfo("Europe/Berlin"), fold=1)
+    assert loosely.later(at=twice, table={"a": [1, "b", None]}, items=[{"c": 1.5}], point=Point(1, 2))
+    assert told(jobs)[0]["at"] == "2026-10-25T02:30:00+01:00"
 
 
 @deferrable
