@@ -67,15 +67,20 @@ def joins(conn: object, path: str) -> sqlite3.Connection | None:
     once. Raises QueueError for a connection that cannot be used."""
     if not isinstance(conn, sqlite3.Connection):
         raise QueueError(f"push(..., conn=...) takes a sqlite3.Connection to {path}, not {type(conn).__name__}")
-    cursor = conn.cursor()
-    cursor.row_factory = None
-    files = {os.fsdecode(name): os.fsdecode(file or "") for _, name, file in cursor.execute("pragma database_list")}
+    try:
+        cursor = conn.cursor()
+        cursor.row_factory = None
+        found = cursor.execute("pragma database_list").fetchall()
+    except sqlite3.Error as error:  # it is closed, or another thread's
+        raise told(path, error) from error
+    files = {os.fsdecode(name): os.fsdecode(file or "") for _, name, file in found}
     if not _same(files.get("main", ""), path):
         raise QueueError(
             f"this connection is to {files.get('main') or 'a database in memory'}, and the queue lies in {path}: "
             f"connect to that file, or name the queue sqlite:<your file>?queue=..."
         )
-    at_once = conn.isolation_level is None and getattr(conn, "autocommit", None) is not False
+    autocommit = getattr(conn, "autocommit", None)  # of Python 3.12: True, False, or a number for the older way
+    at_once = autocommit is True or (autocommit is not False and conn.isolation_level is None)
     return None if at_once and not conn.in_transaction else conn
 
 

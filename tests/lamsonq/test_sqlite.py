@@ -402,6 +402,32 @@ def test_on_a_connection_that_commits_each_statement_a_put_is_kept_at_once(queue
         assert counted(queue) == {"ready": 1}
 
 
+class WithAutocommit(sqlite3.Connection):
+    """A connection as Python 3.12 makes it of `autocommit=True`: its `commit` does nothing."""
+
+    autocommit = True
+
+    def commit(self) -> None:
+        pass
+
+
+def test_on_a_connection_with_autocommit_a_put_is_kept_at_once_and_leaves_no_transaction_open(
+    queue: SQLite, tmp_path: Path
+) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "q.db", factory=WithAutocommit)) as mine:
+        assert put(queue, mine) == [True]
+        mine.commit()
+        assert (mine.in_transaction, counted(queue)) == (False, {"ready": 1})
+
+
+def test_a_connection_that_is_closed_or_of_another_thread_is_told(queue: SQLite, mine: sqlite3.Connection) -> None:
+    with ThreadPoolExecutor() as pool, pytest.raises(QueueError, match="same thread"):
+        pool.submit(put, queue, mine).result()
+    mine.close()
+    with pytest.raises(QueueError, match="closed"):
+        put(queue, mine)
+
+
 def test_unique_and_gates_hold_on_the_users_connection_and_go_back_with_it(
     queue: SQLite, mine: sqlite3.Connection
 ) -> None:
