@@ -806,6 +806,27 @@ def test_a_request_that_json_cannot_tell_is_refused(jobs: Queue, body: dict[str,
         publish(jobs, "lower", header={"x": 1})  # type: ignore[dict-item]  # what is tested
 
 
+@pytest.mark.parametrize(
+    ("request_type", "wishes", "error"),
+    [
+        ("", {}, TypeError),
+        (None, {}, TypeError),
+        (5, {}, TypeError),
+        ("type", {"body": [1]}, TypeError),
+        ("type", {"header": [("name", "text")]}, TypeError),
+        ("type", {"header": {1: "text"}}, TypeError),
+        ("type", {"unique": 5}, TypeError),
+        ("type", {"delay": 10, "expiration": 5}, ValueError),
+    ],
+)
+def test_a_request_that_could_never_run_is_refused_where_it_is_published(
+    jobs: Queue, request_type: Any, wishes: dict[str, Any], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        publish(jobs, request_type, **wishes)
+    assert (jobs.backend.keys("ready"), jobs.backend.keys("delayed")) == ([], [])
+
+
 def test_request_types_are_mapped_in_settings(jobs: Queue, work: Callable[[], int], module: Module) -> None:
     mod = in_module(module, "RUN = []\n@deferrable\ndef ship(order: int):\n    RUN.append(order)\n")
     request_types({"ship_it": f"{mod.__name__}.ship"})
