@@ -156,6 +156,8 @@ def read_manifest(home: Folders, token: str) -> Manifest | None:
             found = json.loads(file.read())
     except FileNotFoundError:
         return None
+    except RecursionError as error:
+        raise ValueError(f"the manifest {token} cannot be read: {error}") from error
     version = found.get("version") if isinstance(found, dict) else None
     if version != VERSION:
         raise ValueError(f"the manifest {token} is of version {version!r}; this lamsonq reads version {VERSION}")

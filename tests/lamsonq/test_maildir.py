@@ -1060,6 +1060,19 @@ def test_what_a_newer_version_has_committed_is_left_for_it(
     assert sum("version 2" in line for line in caplog.messages) == 1
 
 
+def test_a_manifest_that_cannot_be_read_stops_nobody(make: Callable[..., Maildir]) -> None:
+    queue = make()
+    push(queue, b"parent")
+    job = take(queue)
+    path = queue.folders.at("claimed", job.claim)
+    os.rename(path, path + "c9")
+    Path(queue.folders.at("held", f"{job.claim.split('/')[0]}.9.json")).write_text("[" * 100_000)
+    die(queue)
+    after = make()
+    push(after, b"another")
+    assert [job.body for job in after.reserve(9)] == [b"another"]
+
+
 class OtherStore:
     """A store of another kind."""
 
