@@ -785,6 +785,54 @@ def test_a_periodic_function_runs_once_a_tick_whoever_works_the_queue(
     del mod
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+def test_periodic_functions_go_on_when_the_clock_that_was_wrong_is_put_back(
+    jobs: Queue, module: Module, frozen: Clock, *, restarted: bool
+) -> None:
+    mod = in_module(
+        module, f"RUN = []\n@periodic('*/5 * * * *', queue={jobs.dir!r})\ndef every():\n    RUN.append(1)\n"
+    )
+    right = datetime(2026, 3, 1, 12, 0, 30).timestamp()
+    receiver = QueueReceiver(jobs, router=RoutingBase())
+    frozen.now = right + 2 * 86400
+    receiver.run_once()
+    assert mod.RUN == [1]
+    if restarted:
+        receiver = QueueReceiver(jobs, router=RoutingBase())
+    for minute in range(1, 20):
+        frozen.now = right + minute * 60
+        receiver.run_once()
+    assert mod.RUN == [1] * 4
+
+
+def test_a_clock_that_is_put_right_by_a_minute_or_two_repeats_no_periodic_job(
+    jobs: Queue, module: Module, frozen: Clock
+) -> None:
+    mod = in_module(module, f"RUN = []\n@periodic('* * * * *', queue={jobs.dir!r})\ndef every():\n    RUN.append(1)\n")
+    right = datetime(2026, 3, 1, 12, 0, 30).timestamp()
+    receiver = QueueReceiver(jobs, router=RoutingBase())
+    for seconds in (0, -60, -120, -60, 0):
+        frozen.now = right + seconds
+        receiver.run_once()
+    assert mod.RUN == [1]
+
+
+def test_what_lies_between_when_the_clock_is_set_forward_is_neither_run_nor_counted(
+    jobs: Queue, module: Module, frozen: Clock
+) -> None:
+    mod = in_module(
+        module, f"RUN = []\n@periodic('*/5 * * * *', queue={jobs.dir!r})\ndef every():\n    RUN.append(1)\n"
+    )
+    frozen.now = 130.0  # a machine whose clock has no battery begins in 1970
+    receiver = QueueReceiver(jobs, router=RoutingBase())
+    receiver.run_once()
+    began = time.monotonic()
+    frozen.now = datetime(2026, 3, 1, 12, 2).timestamp()
+    receiver.run_once()
+    assert mod.RUN == []
+    assert time.monotonic() - began < 5
+
+
 def test_a_schedule_that_is_none_is_refused_where_it_is_written() -> None:
     with pytest.raises(ValueError, match="minute, hour, day, month"):
         periodic("61 * * * *")
