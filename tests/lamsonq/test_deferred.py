@@ -902,6 +902,66 @@ def test_a_consumer_that_fails_changes_nothing(jobs: Queue, work: Callable[[], i
     assert SEEN == [(1, "")]
 
 
+@pytest.mark.parametrize("error", [SystemExit(3), RuntimeError()])
+def test_a_consumer_that_exits_or_has_no_attributes_changes_nothing(
+    jobs: Queue, work: Callable[[], int], error: BaseException
+) -> None:
+    class Broken:
+        def __getattr__(self, name: str) -> object:
+            raise error
+
+    events.register_event_consumer(Broken())
+    try:
+        note.later(1)
+        work()
+    finally:
+        events.clear_event_consumers()
+    assert SEEN == [(1, "")]
+
+
+class Consuming:
+    NAMESPACE = "consuming"
+
+    def __init__(self, consume: Callable[[], object]) -> None:
+        self.consume = consume
+
+    def produce_metadata(self) -> str:
+        return "x"
+
+    def consume_metadata(self, _metadata: str) -> None:
+        self.consume()
+
+
+@pytest.fixture
+def consuming() -> Iterator[Callable[[Callable[[], object]], None]]:
+    yield lambda consume: events.register_metadata_producer_consumer(Consuming(consume))
+    events.clear_metadata_producer_consumers()
+
+
+@pytest.mark.timeout(20)
+def test_a_job_runs_though_a_consumer_of_its_metadata_exits(
+    jobs: Queue, work: Callable[[], int], consuming: Callable[[Callable[[], object]], None]
+) -> None:
+    consuming(sys.exit)
+    note.later(1)
+    work()
+    assert SEEN == [(1, "")]
+
+
+@pytest.mark.timeout(20)
+def test_a_consumer_of_metadata_that_hangs_is_cut_as_its_function_would_be(
+    jobs: Queue, consuming: Callable[[Callable[[], object]], None]
+) -> None:
+    go = threading.Event()
+    consuming(lambda: go.wait(15))
+    note.later(1)
+    receiver = QueueReceiver(jobs, router=RoutingBase(), timeout=0.1)
+    receiver.start(one_shot=True)
+    go.set()
+    assert receiver.stuck
+    assert jobs.backend.counts()["reserved"] == 0
+
+
 def test_what_a_job_puts_is_told_when_it_has_succeeded(jobs: Queue, recorder: Recorder) -> None:
     puts_three.later(True)
     receiver = QueueReceiver(jobs, router=RoutingBase())
