@@ -549,7 +549,7 @@ class QueueReceiver:
         functions = self._periodic()
         for function in functions:
             at = schedule.latest(deferred.schedule_of(function), since, now)
-            if at is None or self._ticked.get(name := deferred.request_type_of(function), 0.0) >= at:
+            if at is None or self._ticked.get(name := deferred.request_type_of(function)) == at:
                 continue
             try:
                 queue, job = deferred.queue_of_function(function), deferred.job_of_call(function)

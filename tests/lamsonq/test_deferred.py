@@ -859,6 +859,54 @@ def test_a_periodic_function_runs_once_a_tick_whoever_works_the_queue(
     del mod
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+def test_periodic_functions_go_on_when_the_clock_that_was_wrong_is_put_back(
+    jobs: Queue, module: Module, frozen: Clock, *, restarted: bool
+) -> None:
+    mod = in_module(
+        module, f"RUN = []\n@periodic('*/5 * * * *', queue={jobs.dir!r})\ndef every():\n    RUN.append(1)\n"
+    )
+    right = datetime(2026, 3, 1, 12, 0, 30).timestamp()
+    receiver = QueueReceiver(jobs, router=RoutingBase())
+    frozen.now = right + 2 * 86400
+    receiver.run_once()
+    assert mod.RUN == [1]
+    if restarted:
+        receiver = QueueReceiver(jobs, router=RoutingBase())
+    for minute in range(1, 20):
+        frozen.now = right + minute * 60
+        receiver.run_once()
+    assert mod.RUN == [1] * 4
+
+
+def test_a_clock_that_is_put_right_by_a_minute_or_two_repeats_no_periodic_job(
+    jobs: Queue, module: Module, frozen: Clock
+) -> None:
+    mod = in_module(module, f"RUN = []\n@periodic('* * * * *', queue={jobs.dir!r})\ndef every():\n    RUN.append(1)\n")
+    right = datetime(2026, 3, 1, 12, 0, 30).timestamp()
+    receiver = QueueReceiver(jobs, router=RoutingBase())
+    for seconds in (0, -60, -120, -60, 0):
+        frozen.now = right + seconds
+        receiver.run_once()
+    assert mod.RUN == [1]
+
+
+def test_what_lies_between_when_the_clock_is_set_forward_is_neither_run_nor_counted(
+    jobs: Queue, module: Module, frozen: Clock
+) -> None:
+    mod = in_module(
+        module, f"RUN = []\n@periodic('*/5 * * * *', queue={jobs.dir!r})\ndef every():\n    RUN.append(1)\n"
+    )
+    frozen.now = 130.0  # a machine whose clock has no battery begins in 1970
+    receiver = QueueReceiver(jobs, router=RoutingBase())
+    receiver.run_once()
+    began = time.monotonic()
+    frozen.now = datetime(2026, 3, 1, 12, 2).timestamp()
+    receiver.run_once()
+    assert mod.RUN == []
+    assert time.monotonic() - began < 5
+
+
 def test_a_schedule_that_is_none_is_refused_where_it_is_written() -> None:
     with pytest.raises(ValueError, match="minute, hour, day, month"):
         periodic("61 * * * *")
@@ -926,6 +974,66 @@ def test_a_consumer_that_fails_changes_nothing(jobs: Queue, work: Callable[[], i
     finally:
         events.clear_event_consumers()
     assert SEEN == [(1, "")]
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), RuntimeError()])
+def test_a_consumer_that_exits_or_has_no_attributes_changes_nothing(
+    jobs: Queue, work: Callable[[], int], error: BaseException
+) -> None:
+    class Broken:
+        def __getattr__(self, name: str) -> object:
+            raise error
+
+    events.register_event_consumer(Broken())
+    try:
+        note.later(1)
+        work()
+    finally:
+        events.clear_event_consumers()
+    assert SEEN == [(1, "")]
+
+
+class Consuming:
+    NAMESPACE = "consuming"
+
+    def __init__(self, consume: Callable[[], object]) -> None:
+        self.consume = consume
+
+    def produce_metadata(self) -> str:
+        return "x"
+
+    def consume_metadata(self, _metadata: str) -> None:
+        self.consume()
+
+
+@pytest.fixture
+def consuming() -> Iterator[Callable[[Callable[[], object]], None]]:
+    yield lambda consume: events.register_metadata_producer_consumer(Consuming(consume))
+    events.clear_metadata_producer_consumers()
+
+
+@pytest.mark.timeout(20)
+def test_a_job_runs_though_a_consumer_of_its_metadata_exits(
+    jobs: Queue, work: Callable[[], int], consuming: Callable[[Callable[[], object]], None]
+) -> None:
+    consuming(sys.exit)
+    note.later(1)
+    work()
+    assert SEEN == [(1, "")]
+
+
+@pytest.mark.timeout(20)
+def test_a_consumer_of_metadata_that_hangs_is_cut_as_its_function_would_be(
+    jobs: Queue, consuming: Callable[[Callable[[], object]], None]
+) -> None:
+    go = threading.Event()
+    consuming(lambda: go.wait(15))
+    note.later(1)
+    receiver = QueueReceiver(jobs, router=RoutingBase(), timeout=0.1)
+    receiver.start(one_shot=True)
+    go.set()
+    assert receiver.stuck
+    assert jobs.backend.counts()["reserved"] == 0
 
 
 def test_what_a_job_puts_is_told_when_it_has_succeeded(jobs: Queue, recorder: Recorder) -> None:
