@@ -15,10 +15,15 @@ Source: the types are those of msgspec.
 
 from __future__ import annotations
 
+import dataclasses
+import enum
 import functools
 import inspect
 import json
+import uuid
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date, datetime, time, timedelta
+from decimal import Decimal
 from typing import Any, TypeVar, get_type_hints
 
 import msgspec
@@ -56,8 +61,8 @@ def encode(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[st
             told[name] = _told(function, name, value, parameter)
     try:
         return json.dumps(told, separators=(",", ":"), allow_nan=False).encode("ascii")
-    except ValueError as error:
-        raise TypeError(f"{_name(function)}: JSON has no infinity and no NaN: {told!r:.80}") from error
+    except (ValueError, RecursionError) as error:
+        raise TypeError(f"{_name(function)}: JSON cannot tell {_shown(told)}: {error}") from error
 
 
 def decode(function: Callable[..., Any], body: bytes) -> tuple[list[Any], dict[str, Any]]:
@@ -114,23 +119,74 @@ def by_name(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[s
 
 def _told(function: Callable[..., Any], name: str, value: Any, parameter: inspect.Parameter) -> Any:
     """What JSON tells of a value; tried out, so that it arrives as it was given."""
-    where = f"{_name(function)}({name}={value!r:.80})"
     if parameter.annotation in (inspect.Parameter.empty, Any):
-        if not _is_plain(value):
+        try:
+            plain = _is_plain(value)
+        except RecursionError as error:
+            raise TypeError(f"{_where(function, name, value)} cannot travel: {error}") from error
+        if not plain:
             raise TypeError(
-                f"{where} cannot travel: annotate {name} with its type, {type(value).__qualname__};"
-                " without annotation only text, numbers, truth values, None, lists and dicts of them can"
+                f"{_where(function, name, value)} cannot travel: annotate {name} with its type,"
+                f" {type(value).__qualname__}; without annotation only text, numbers, truth values, None, lists and"
+                " dicts of them can"
             )
         return value
     try:
         told = _told_by(value, parameter.annotation)
         again = _from_told(told, parameter.annotation)
-        same = _told_by(again, parameter.annotation) == told
+        same = _told_by(again, parameter.annotation) == told and _has_arrived(value, again)
     except (TypeError, ValueError, msgspec.ValidationError, NotImplementedError, RecursionError) as error:
+        where = _where(function, name, value)
         raise TypeError(f"{where} cannot travel as {parameter.annotation!r}: {error}") from error
     if not same:
-        raise TypeError(f"{where} would not arrive as it is, but as {again!r:.80}")
+        raise TypeError(f"{_where(function, name, value)} would not arrive as it is, but as {_shown(again)}")
     return told
+
+
+def _has_arrived(value: Any, again: Any) -> bool:
+    """Whether this is what was given, where msgspec would tell a date or bytes as a text and say nothing. What
+    `carries` has taught need not be equal to what it was; a text may stand for a date, as other programs give it."""
+    if type(value) in _PLAIN:
+        return True
+    if not _carried.keys().isdisjoint(type(value).__mro__):
+        return True
+    if isinstance(value, set | frozenset):
+        return isinstance(again, set | frozenset) and all(item in again for item in value if isinstance(item, _EQUALS))
+    if isinstance(value, Mapping):
+        if not isinstance(again, Mapping):
+            return True  # a mapping for a dataclass
+        return value.keys() == again.keys() and all(_has_arrived(value[key], again[key]) for key in value)
+    if isinstance(value, list | tuple):
+        return isinstance(again, list | tuple) and all(map(_has_arrived, value, again))
+    if isinstance(value, datetime | time):
+        return isinstance(again, type(value)) and _moment(value) == _moment(again)
+    if isinstance(value, Decimal):
+        return isinstance(again, Decimal) and str(again) == str(value)
+    if dataclasses.is_dataclass(value):
+        parts = [(getattr(value, field.name), getattr(again, field.name, None)) for field in dataclasses.fields(value)]
+        return type(again) is type(value) and all(_has_arrived(*part) for part in parts)
+    return not isinstance(value, _EQUALS) or bool(again == value)
+
+
+_PLAIN = (str, int, float, bool, type(None))
+_EQUALS = (bytes, bytearray, memoryview, date, timedelta, uuid.UUID, enum.Enum)
+
+
+def _moment(value: datetime | time) -> tuple[Any, ...]:
+    """All that says which moment is meant: two are equal to Python that differ in `fold`."""
+    offset = value.utcoffset()
+    return value.replace(tzinfo=None, fold=0), offset, value.fold if offset is None else 0
+
+
+def _where(function: Callable[..., Any], name: str, value: Any) -> str:
+    return f"{_name(function)}({name}={_shown(value)})"
+
+
+def _shown(value: Any) -> str:
+    try:
+        return f"{value!r:.80}"
+    except Exception:  # a number of very many digits, or a type that cannot show itself
+        return f"<{type(value).__qualname__}>"
 
 
 def _value(function: Callable[..., Any], name: str, told: Any, parameter: inspect.Parameter) -> Any:
@@ -170,9 +226,9 @@ def _from_json(kind: type, told: Any) -> Any:
 
 
 def _is_plain(value: Any) -> bool:
-    if isinstance(value, list):
+    if type(value) is list:
         return all(map(_is_plain, value))
-    if isinstance(value, dict):
+    if type(value) is dict:
         return all(type(key) is str and _is_plain(item) for key, item in value.items())
     return value is None or type(value) in (str, bool, int) or (type(value) is float and value == value)
 

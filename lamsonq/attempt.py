@@ -313,11 +313,11 @@ class Attempt:
             return
         context = contextvars.copy_context()
         context.run(_current.set, self)
-        if self.job is not None and self.job.metadata:
-            context.run(events.consume, self.job.metadata)
         self._thread = threading.get_ident()
         self.started = time.monotonic()
         try:
+            if self.job is not None and self.job.metadata:  # anybody's code: its time is the function's
+                context.run(events.consume, self.job.metadata)
             value = context.run(self.call.function, self.message, **self.call.captures)
         except BaseException as error:  # SystemExit and the like are a handler's failure too, not the server's end
             self._raised(error)

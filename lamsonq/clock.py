@@ -10,6 +10,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+CORRECTION = 3 * 3600.0
+"""A clock that jumps by more seconds has been set, not merely put right; as Debian's cron has it."""
+
 _source: Callable[[], float] = time.time
 
 

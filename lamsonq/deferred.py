@@ -160,8 +160,6 @@ class Using(Generic[P]):
         gate = _debounce(policy, f"{target}:{same}", Job(key="", body=body, target=target))
         due = due if self._delay is None else moment(self._delay, at)
         expires = (at + ttl if ttl else None) if self._expires is None else moment(self._expires, at)
-        if due is not None and expires is not None and due > expires:
-            raise ValueError(f"{target}: it would be due after it has expired, and never run")
         job = Job(
             key=queue_of(self._queue).new_key(),
             body=body,
@@ -485,16 +483,22 @@ def publish(
 
     `body` is the arguments by name; `payload` is short for `{"payload": ...}`. `expiration` and `delay` are seconds
     from now, timedeltas or moments (datetime); `header` is text that travels along, in `current_job().metadata`. Raises
-    TypeError for what JSON cannot tell, QueueError when it could not be kept.
+    TypeError for what JSON cannot tell, ValueError for what would expire before it is due, QueueError when it could not
+    be kept.
 
     Source: pulpo-messaging's `publish`.
     """
+    if not isinstance(request_type, str) or not request_type:
+        raise TypeError(f"publish: a request type is a text, not {request_type!r}")
+    for name, value in (("body", body), ("header", header)):
+        if not isinstance(value, Mapping | None):
+            raise TypeError(f"publish({request_type!r}): {name} is a dict, not {type(value).__name__}")
     told = dict(body or {}) | ({} if payload is None else {"payload": payload})
     try:
         text = json.dumps(told, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise TypeError(f"publish({request_type!r}): the body cannot be told in JSON: {error}") from error
-    wrong = [name for name, value in (header or {}).items() if not isinstance(value, str)]
+    wrong = [name for name, value in (header or {}).items() if not (isinstance(name, str) and isinstance(value, str))]
     if wrong:
         raise TypeError(f"publish({request_type!r}): the header {wrong[0]!r} is no text")
     target, at = queue_of(queue), clock.now()

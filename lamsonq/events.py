@@ -18,8 +18,8 @@ The events are Deferrable's ten and the worker's own; each is a method `on_<even
 
 Rules:
 
-1. A consumer is called in the thread where it happens, in the order of registration. What it raises is logged and
-   changes nothing: who only looks on cannot lose a job.
+1. A consumer is called in the thread where it happens, in the order of registration. What it raises, SystemExit as
+   well, is logged and changes nothing: who only looks on cannot lose a job.
 2. What a handler pushes is pushed when the handler has succeeded, so that is when `push` is told.
 3. Metadata is text under a namespace of its own. What a producer makes that is no text travels as JSON.
 
@@ -94,12 +94,11 @@ def clear_metadata_producer_consumers() -> None:
 def tell(event: str, job: Job | None) -> None:
     """Something has happened to this job."""
     for consumer in list(_consumers):
-        method = getattr(consumer, f"on_{event}", None)
-        if method is None:
-            continue
         try:
-            method(job)
-        except Exception as error:  # anybody's code: rule 1
+            method = getattr(consumer, f"on_{event}", None)
+            if method is not None:
+                method(job)
+        except (Exception, SystemExit) as error:  # anybody's code: rule 1
             logging.exception("%r failed at on_%s: %s", consumer, event, reason_of(error))
 
 
@@ -140,7 +139,7 @@ def produced(given: Mapping[str, str] | None = None) -> dict[str, str]:
                 found[namespace] = value
             elif value is not None:
                 found[namespace + _JSON] = json.dumps(value)
-        except Exception:  # anybody's code: a job without its metadata is better than none
+        except (Exception, SystemExit):  # anybody's code: a job without its metadata is better than none
             logging.exception("the metadata %s could not be produced", namespace)
     return found | dict(given or {})
 
@@ -153,7 +152,7 @@ def consume(metadata: Mapping[str, str]) -> None:
                 consumer.consume_metadata(metadata[namespace])
             elif namespace + _JSON in metadata:
                 consumer.consume_metadata(json.loads(metadata[namespace + _JSON]))
-        except Exception:  # anybody's code, on anybody's data
+        except (Exception, SystemExit):  # anybody's code, on anybody's data
             logging.exception("the metadata %s could not be consumed", namespace)
 
 

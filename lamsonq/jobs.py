@@ -31,6 +31,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from lamsonq.clock import CORRECTION
 from lamsonq.errors import Dead, Later
 
 DELIVERIES_MAX = 3
@@ -151,7 +152,10 @@ class Debounce:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """One job for each moment of a schedule, whoever puts it and however often: the number only rises."""
+    """One job for each moment of a schedule, whoever puts it and however often: the number only rises.
+
+    Unless it lies far ahead: then the clock was wrong when it was written, and to wait for it could take years.
+    """
 
     key: str
     at: float
@@ -160,8 +164,8 @@ class Tick:
     def memory(self) -> float:
         return float("inf")
 
-    def passage(self, last: float | None, now: float) -> Passage | None:  # noqa: ARG002 - the moment is not now
-        return Passage(self.at) if last is None or last < self.at else None
+    def passage(self, last: float | None, now: float) -> Passage | None:
+        return Passage(self.at) if last is None or last < self.at or last > now + CORRECTION else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,8 +93,12 @@ class Queue:
     def enqueue(self, job: Job, *, gate: Gate | None = None, now: bool = False, conn: object = None) -> str | None:
         """Put a job; its key, or None where `unique` or the gate let it go. In a handler it leaves with its success.
 
-        Raises QueueError, LeaseLost.
+        Raises QueueError, LeaseLost; ValueError for one that would expire before it is due.
         """
+        if job.due is not None and job.expires is not None and job.due > job.expires:
+            raise ValueError(f"{job.target or 'the message'}: it would be due after it has expired, and never run")
+        if not isinstance(job.unique, str | None):
+            raise TypeError(f"unique is a text, not {job.unique!r}")
         put = Put(self.backend, job, gate=gate)
         running = attempt.current()
         if running is not None and not now and conn is None:

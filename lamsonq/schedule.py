@@ -1,8 +1,10 @@
 """When a periodic function is to run: the five fields of crontab(5), in local time.
 
 Rules: a moment is named by its seconds since the epoch, so two processes that reckon it mean the same one. A moment
-that was missed by less than LOOK_BACK, because nothing ran just then, is made up for; an older one is not. Days on
-which the clock is changed are treated as Debian's cron does: what would be skipped runs, what comes twice runs once.
+that was missed by less than LOOK_BACK, because nothing ran just then, is made up for; an older one is not. Who was
+there, but late, makes up for the last one since its last look, unless that was so long ago that the clock was set or
+the machine slept. Days on which the clock is changed are treated as Debian's cron does: what would be skipped runs,
+what comes twice runs once.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from datetime import UTC, datetime, tzinfo
 from zoneinfo import ZoneInfo
 
 from cronsim import CronSim, CronSimError
+
+from lamsonq.clock import CORRECTION
 
 LOOK_BACK = 60.0
 """Seconds for which a moment may be late: a server that restarts in that moment misses nothing."""
@@ -53,6 +57,8 @@ def _local_zone() -> tzinfo:
 
 def latest(schedule: str, since: float, now: float) -> float | None:
     """The last moment that has come since then, or within LOOK_BACK; None when there is none."""
+    if since < now - CORRECTION:  # a machine whose clock begins in 1970 would count the minutes of all the years
+        since = now
     found, at = None, next_after(schedule, min(since, now - LOOK_BACK))
     while at <= now:
         found, at = at, next_after(schedule, at)

@@ -293,7 +293,7 @@ class QueueReceiver:
                         return
                     LOG.debug("Sleeping for %d seconds...", self.sleep)
             if not self._stopping.is_set():
-                source.queue.backend.wait(self._patience(chief))
+                self._wait(source, self._patience(chief))
 
     def _work_off(self, pool: ThreadPoolExecutor) -> None:
         """Until all queues are empty and nothing is under way."""
@@ -326,13 +326,23 @@ class QueueReceiver:
         try:
             jobs = source.reserve(free)
         except QueueError as error:
-            if source not in self._in_trouble:
-                LOG.error("%s; trying on", error)
-            self._in_trouble.add(source)
-            self._stopping.wait(TROUBLE_PAUSE)
+            self._bear(source, error)
             return []
         self._in_trouble.discard(source)
         return jobs
+
+    def _wait(self, source: Source, seconds: float) -> None:
+        """Sleep until something comes; a queue looks after its claims then, which may fail as taking jobs may."""
+        try:
+            source.queue.backend.wait(seconds)
+        except QueueError as error:
+            self._bear(source, error)
+
+    def _bear(self, source: Source, error: QueueError) -> None:
+        if source not in self._in_trouble:
+            LOG.error("%s; trying on", error)
+        self._in_trouble.add(source)
+        self._stopping.wait(TROUBLE_PAUSE)
 
     def _quiet(self) -> bool:
         """Whether nothing is under way."""
@@ -539,7 +549,7 @@ class QueueReceiver:
         functions = self._periodic()
         for function in functions:
             at = schedule.latest(deferred.schedule_of(function), since, now)
-            if at is None or self._ticked.get(name := deferred.request_type_of(function), 0.0) >= at:
+            if at is None or self._ticked.get(name := deferred.request_type_of(function)) == at:
                 continue
             try:
                 queue, job = deferred.queue_of_function(function), deferred.job_of_call(function)

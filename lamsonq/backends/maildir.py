@@ -259,7 +259,7 @@ class Maildir(Desk):
             self._arrivals.set_aside(entry)
             return None
         name = fitted(name)
-        claimed = name._replace(deliveries=name.deliveries + 1, mark=next(self._numbers), taken=0)
+        claimed = name._replace(deliveries=name.deliveries + 1, mark=next(self._numbers), taken=0, commit=0)
         origin = os.path.join(entry.folder, entry.name)
         path = self._rename_to_claim(origin, claimed.text())
         if path is None:

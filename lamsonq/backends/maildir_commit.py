@@ -32,7 +32,8 @@ from lamsonq.backends.durable import remove_file, sync_folder, write_file
 from lamsonq.backends.maildir_files import DEAD, DELAYED, DONE, Folders, Place, read_job
 from lamsonq.backends.maildir_guards import Guards
 from lamsonq.backends.maildir_names import parse_name
-from lamsonq.errors import Dead, Later
+from lamsonq.backends.rounds import Round
+from lamsonq.errors import Dead, Later, QueueError
 from lamsonq.jobs import KEPT, Debounce, Gate, Put, Tick
 from lamsonq.reports import entries
 
@@ -155,6 +156,8 @@ def read_manifest(home: Folders, token: str) -> Manifest | None:
             found = json.loads(file.read())
     except FileNotFoundError:
         return None
+    except RecursionError as error:
+        raise ValueError(f"the manifest {token} cannot be read: {error}") from error
     version = found.get("version") if isinstance(found, dict) else None
     if version != VERSION:
         raise ValueError(f"the manifest {token} is of version {version!r}; this lamsonq reads version {VERSION}")
@@ -166,26 +169,40 @@ def _manifest_path(home: Folders, token: str) -> str:
 
 
 def publish(
-    home: Folders, committed: str, manifest: Manifest, live: Mapping[str, Put], results: list[bool] | None = None
+    home: Folders,
+    committed: str,
+    manifest: Manifest,
+    live: Mapping[str, Put],
+    results: list[bool] | None = None,
+    this_round: Round | None = None,
 ) -> None:
     """Step 3, as often as needed. `live` has the puts of this process by staged name; `results`, in the order of the
-    publications, become False where something is kept out. Raises OSError, QueueError, ValueError."""
+    publications, become False where something is kept out. One that does not go out holds up no other; after all of
+    them the first such error is raised: OSError, QueueError, ValueError."""
+    this_round = this_round or Round()
     touched: dict[str, None] = {}
+    failure: Exception | None = None
     for number, publication in enumerate(manifest.publications):
         staged = home.at("held", publication.staged)
         let_in = True
-        if not os.path.lexists(staged):
-            touched[os.path.join(publication.queue, publication.folder)] = None
-        elif publication.foreign:
-            let_in = _hand_over(staged, publication, live.get(publication.staged))
-        else:
-            let_in = _move_out(home, staged, committed, publication)
-            touched[os.path.join(publication.queue, publication.folder)] = None
+        try:
+            if not os.path.lexists(staged):
+                touched[os.path.join(publication.queue, publication.folder)] = None
+            elif publication.foreign:
+                with this_round.asking(publication.queue):
+                    let_in = _hand_over(staged, publication, live.get(publication.staged))
+            else:
+                let_in = _move_out(home, staged, committed, publication)
+                touched[os.path.join(publication.queue, publication.folder)] = None
+        except (OSError, QueueError, ValueError) as error:
+            failure = failure or error
         if results is not None:
             results[number] = let_in
     for folder in touched:
         if os.path.isdir(folder):
             sync_folder(folder)
+    if failure is not None:
+        raise failure
 
 
 def _move_out(home: Folders, staged: str, committed: str, publication: Publication) -> bool:

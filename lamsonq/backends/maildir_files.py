@@ -50,6 +50,8 @@ FOLDERS = (
 )
 """What a queue consists of."""
 _ABANDONED = 36 * 3600.0
+_COUNT_MAX = 10**9
+"""More than a name needs to tell; a job from another store may have any number."""
 _ADVICE = {
     errno.EROFS: "mount it writable or set another queue directory",
     errno.EACCES: "let the server's user own it",
@@ -280,7 +282,7 @@ def place_of(put: Put, now: float) -> Place:
     name = Name(
         job.key,
         block=len(block),
-        failures=job.attempts,
+        failures=min(max(job.attempts, 0), _COUNT_MAX),
         bound=int(job.target is not None),
         errors=int(bool(put.report or entry)),
         priority=job.priority,
@@ -297,4 +299,4 @@ def place_of(put: Put, now: float) -> Place:
 
 def milliseconds(at: float) -> int:
     """Seconds since the epoch as a name has them: rounded up, never before its time."""
-    return max(1, min(-int(-at * 1000 // 1), 10**15 - 1))
+    return max(1, -int(-min(max(at, 0.0) * 1000, 10.0**15 - 1) // 1))

@@ -230,7 +230,7 @@ class Guards:
             return msgspec.convert(found, Number)
         except FileNotFoundError:
             return None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             logging.warning("%r is no number of a gate, and is passed over: %s", path, error)
             return None
 

@@ -134,7 +134,7 @@ def key_of(text: str) -> str:
 def fitted(name: Name) -> Name:
     """The same name, or one with a key of our own where this one would not fit into a file system."""
     size = len(os.fsencode(",".join((name.key, *name.others)))) + _OURS_MAX
-    usable = name.key and not name.key.startswith(".") and "/" not in name.key and "," not in name.key
+    usable = name.key and not name.key.startswith(".") and not any(sign in name.key for sign in "/,\0")
     return name if usable and ":2," not in name.key and size <= NAME_MAX else name._replace(key=new_key(), others=())
 
 

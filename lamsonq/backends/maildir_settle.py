@@ -36,6 +36,7 @@ from lamsonq.backends.maildir_files import (
 )
 from lamsonq.backends.maildir_guards import Guards, mark_of
 from lamsonq.backends.maildir_names import Name, parse_name
+from lamsonq.backends.rounds import Round
 from lamsonq.errors import Dead, Later, QueueError
 from lamsonq.jobs import DELIVERIES_MAX, Done, Expired, Job, Outcome, Put, due_after
 from lamsonq.reports import entry_of
@@ -109,17 +110,18 @@ class Settler:
 
     def retry(self) -> None:
         """Try again to publish what this process has committed."""
+        this_round = Round()
         for path, live in list(self._unfinished.items()):
             name = parse_name(os.path.basename(path))
-            if name is None or self._finish_committed(path, name, live):
+            if name is None or self._finish_committed(path, name, live, this_round):
                 self._unfinished.pop(path, None)
 
     def release(self, folder: str, forgiven: int = 0) -> int:
         """Deal with the claims of a dead worker; how many there were. Those up to `forgiven` do not count."""
-        kept, claims = [], claims_in(folder)
+        kept, claims, this_round = [], claims_in(folder), Round()
         for path, name in claims:
             if name.commit:
-                if not self._finish_committed(path, name, {}):
+                if not self._finish_committed(path, name, {}, this_round):
                     kept.append(_token(path, name.commit))
             elif name.taken:
                 self._put_back(path, name)
@@ -163,7 +165,7 @@ class Settler:
                 if unique is not None:
                     Guards(self._folders).release(mark_of(unique), path)
 
-    def _finish_committed(self, path: str, name: Name, live: Mapping[str, Put]) -> bool:
+    def _finish_committed(self, path: str, name: Name, live: Mapping[str, Put], this_round: Round) -> bool:
         """Whether nothing is left to be done for a job that was committed."""
         token = _token(path, name.commit)
         try:
@@ -172,7 +174,7 @@ class Settler:
             self._complain(path, str(error))
             return False
         if manifest is not None:
-            return self._finish(path, name.key, token, manifest, live)
+            return self._finish(path, name.key, token, manifest, live, this_round=this_round)
         if os.path.lexists(path):
             reason = f"it was settled, but {token}.json, which says how, is gone from held/"
             self.bury(path, name, reason)
@@ -186,12 +188,13 @@ class Settler:
         manifest: Manifest,
         live: Mapping[str, Put],
         results: list[bool] | None = None,
+        this_round: Round | None = None,
     ) -> bool:
         try:
             if manifest.fate.unique:  # it is settled for good, and in nobody's way: not even of a like one that it puts
                 with contextlib.suppress(FileNotFoundError):
                     Guards(self._folders).release(manifest.fate.unique, path)
-            commits.publish(self._folders, path, manifest, live, results)
+            commits.publish(self._folders, path, manifest, live, results, this_round)
             commits.finish(self._folders, path, key, manifest.fate, token)
         except (OSError, ValueError, QueueError) as error:
             self._complain(path, f"what job {key} has put is not out yet, and is tried again: {error}")

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lamsonq.backends.sqlite_lanes import admit
-from lamsonq.backends.sqlite_rows import COLUMNS, bound, job_of
-from lamsonq.jobs import DELIVERIES_MAX, Limit
+from lamsonq.backends.sqlite_rows import COLUMNS, COUNT_MAX, bound, job_of
+from lamsonq.jobs import DELIVERIES_MAX, STATES, Limit
 
 LOOKS = 500
 """How many rows one transaction changes at most, besides those that it claims."""
@@ -35,9 +35,9 @@ update jobs set state = 'ready', due = null, since = ?2 where id in
     (select id from jobs where queue = ?1 and state = 'delayed' and due <= ?2 order by due, key limit ?3)
 """
 _TOO_EARLY = "update jobs set state = 'delayed', since = ? where id = ?"
-_CLAIM = """
-update jobs set state = 'reserved', token = ?, deliveries = deliveries + 1, since = ?, due = null, lane = null
-where id = ? returning body, file
+_CLAIM = f"""
+update jobs set state = 'reserved', token = ?, deliveries = min(deliveries, {COUNT_MAX}) + 1, since = ?, due = null,
+    lane = null where id = ? returning body, file
 """
 _TAKE = "update jobs set state = 'reserved', token = ?, since = ?, lane = null where id = ? returning body, file"
 _BODY = len(COLUMNS.split(","))
@@ -158,8 +158,10 @@ def _ready(database: sqlite3.Connection, asked: Asked, condition: str, n: int) -
     return sorted(rows, key=_order)[:n]
 
 
-def _order(row: tuple[Any, ...]) -> tuple[int, bool, Any]:
-    return row[PRIORITY], isinstance(row[KEY], bytes), row[KEY]
+def _order(row: tuple[Any, ...]) -> tuple[int, int, Any]:
+    """As SQLite has them: another program may have put a number as a key."""
+    key = row[KEY]
+    return row[PRIORITY], 0 if isinstance(key, int | float) else 2 if isinstance(key, bytes) else 1, key
 
 
 def claim_one(database: sqlite3.Connection, queue: str, key: str, token: Callable[[int], str], now: float) -> Claimed:
@@ -184,8 +186,9 @@ def _taken(token: str, state: str) -> str:
 
 
 def taken_from(token: str) -> str:
-    """The state from which a tool has claimed a job; "" where a worker has."""
-    return token.rpartition(".")[0].rpartition("/")[2].partition(":")[2]
+    """The state from which a tool has claimed a job; "" where a worker has, or another program wrote what is none."""
+    state = token.rpartition(".")[0].rpartition("/")[2].partition(":")[2]
+    return state if state in STATES and state != "reserved" else ""
 
 
 def is_paused(database: sqlite3.Connection, queue: str) -> bool:

@@ -13,6 +13,8 @@ Rules:
 5. No connection is open at a fork. SQLite knows of one by the process's memory, but the kernel drops its locks in the
    child: one that is opened there would share it, hold no lock, and lose its -wal to whoever closes the file next.
 6. A file that was removed or replaced while it was open is opened anew, before anything is written to the lost one.
+7. On a full disk the -wal can grow no more, but what it has can be copied into the file, mostly over pages that are
+   there: then it is written anew from its beginning. So what waits can still be worked, which makes room.
 """
 
 from __future__ import annotations
@@ -139,6 +141,23 @@ class Database:
         return None
 
     def _transaction(self, batch: list[_Write]) -> None:
+        """All of these, or none."""
+        try:
+            self._commit(batch)
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_FULL or not self._has_emptied_log():
+                raise
+            self._commit(batch)
+
+    def _has_emptied_log(self) -> bool:
+        """Rule 7; whether it could be done."""
+        try:
+            [(busy, written, copied)] = self._opened().execute("pragma wal_checkpoint(passive)").fetchall()
+        except sqlite3.Error:
+            return False
+        return not busy and bool(written == copied)
+
+    def _commit(self, batch: list[_Write]) -> None:
         database = self._opened()
         synchronous = "full" if any(write.durable for write in batch) else "normal"
         if synchronous != self._synchronous:

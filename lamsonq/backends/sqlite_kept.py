@@ -14,7 +14,7 @@ from lamsonq.backends import sqlite_bodies
 from lamsonq.backends.sqlite_claims import is_paused
 from lamsonq.backends.sqlite_database import Database
 from lamsonq.backends.sqlite_lanes import leave
-from lamsonq.backends.sqlite_rows import COLUMNS, body_of, bound, damaged_of, job_of, text_of
+from lamsonq.backends.sqlite_rows import COLUMNS, body_of, bound, damaged_of, job_of, legible
 from lamsonq.jobs import STATES, Job
 
 _FRESH = "state = 'ready' and deliveries = 0"
@@ -49,7 +49,7 @@ class Kept:
     def keys(self, state: str = "ready") -> list[str]:
         _check(state)
         parts = (f"select priority, key from jobs where queue = :queue and {part}" for part in _WHERE[state])
-        return [text_of(key) or "" for _, key in self._rows(f"{' union all '.join(parts)} order by 1, 2")]
+        return [legible(key) or "" for _, key in self._rows(f"{' union all '.join(parts)} order by 1, 2")]
 
     def get(self, key: str) -> Job | None:
         for _ in range(3):  # it may end while we look
@@ -64,6 +64,8 @@ class Kept:
                 return job_of(row, content)
             except FileNotFoundError:
                 trouble = f"its body, {file} in {self._database.bodies}, is gone"
+            except OSError as error:
+                trouble = f"its body, {file} in {self._database.bodies}, cannot be read: {error.strerror}"
             except ValueError as error:
                 return damaged_of(row, content, str(error))
         return damaged_of(row, b"", trouble)

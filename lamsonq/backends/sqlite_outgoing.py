@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 
 from lamsonq.backends import open_backend
+from lamsonq.backends.rounds import Round
 from lamsonq.backends.sqlite_database import Database
 from lamsonq.errors import Dead, Later, QueueError, report_of
 from lamsonq.jobs import Backend, Debounce, Done, Gate, Job, Put, Tick
@@ -144,11 +145,12 @@ class Outgoing:
     def inherit(self, worker: str) -> bool:
         """Hand over what a dead worker has left; whether nothing is left of it."""
         query = "select id, store, record, body from lamsonq_outgoing where worker = ? order by id"
-        complete = True
+        complete, this_round = True, Round()
         for number, name, record, body in self._database.rows(query, worker):
             try:
-                store = open_backend(name)
-                store.put([_decoded(store, record, body)])
+                with this_round.asking(name):
+                    store = open_backend(name)
+                    store.put([_decoded(store, record, body)])
                 self._strike([number])
             except Exception as error:  # a newer version's record, a store that is down or gone
                 self._complain(name, error)

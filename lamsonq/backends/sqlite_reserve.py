@@ -7,6 +7,7 @@ that it tells of. A job that is claimed and cannot be read becomes a dead letter
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import logging
 import threading
@@ -19,7 +20,7 @@ from lamsonq.backends import sqlite_bodies, sqlite_claims
 from lamsonq.backends.sqlite_claims import Asked, Claimed
 from lamsonq.backends.sqlite_errors import told
 from lamsonq.backends.sqlite_kept import Kept
-from lamsonq.backends.sqlite_rows import body_of, job_of, text_of
+from lamsonq.backends.sqlite_rows import body_of, job_of, legible
 from lamsonq.backends.sqlite_wake import Ear
 from lamsonq.backends.sqlite_workers import Life
 from lamsonq.errors import Dead, LeaseLost, QueueError
@@ -27,6 +28,9 @@ from lamsonq.jobs import Job, Limit, Outcome, Put
 
 REAP_EVERY = 5.0
 """Seconds between two looks for dead workers."""
+
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""What this machine is short of just now; any other error is of this one body, and does not stop the jobs behind it."""
 
 
 class Reserving(Kept):
@@ -161,17 +165,19 @@ class Reserving(Kept):
                 self._bury(row, token, f"its body, {file} in {self._database.bodies}, is gone")
             except ValueError as error:
                 self._bury(row, token, str(error))
-            except OSError:  # this machine is short of something just now
-                for _, _, _, claim in claimed.jobs:
-                    self._give_back(claim)
-                raise
+            except OSError as error:
+                if error.errno in _SHORTAGES:
+                    for _, _, _, claim in claimed.jobs:
+                        self._give_back(claim)
+                    raise
+                self._bury(row, token, f"its body, {file} in {self._database.bodies}, cannot be read: {error.strerror}")
         return jobs
 
     def _bury(self, row: tuple[Any, ...], token: str, reason: str) -> None:
         if sqlite_claims.taken_from(token) == "dead":  # it has been told
             self._give_back(token)
             return
-        key = text_of(row[sqlite_claims.KEY]) or ""
+        key = legible(row[sqlite_claims.KEY]) or ""
         logging.error("Job %s of %s is a dead letter: %s", key, self.name, reason)
         with contextlib.suppress(LeaseLost):
             self.settle(Job(key=key, body=b"", attempts=row[12], claim=token), Dead(reason))

@@ -24,6 +24,9 @@ COLUMNS = (
 )
 """What `job_of` reads, without the body."""
 
+COUNT_MAX = 2**31
+"""No count goes far above it: what another program has put might be the largest that SQLite can keep."""
+
 _INSERT = """
 insert into jobs (queue, key, state, priority, attempts, received, since, due, expires, sender, recipients, peer,
                   target, uniq, metadata, report, file, body)
@@ -89,17 +92,17 @@ def job_of(row: tuple[Any, ...], body: bytes, claim: str = "") -> Job:
 def damaged_of(row: tuple[Any, ...], body: bytes, trouble: str) -> Damaged:
     """What can be read of a row of COLUMNS that is no job's."""
     return Damaged(
-        key=_legible(row[1]) or "",
+        key=legible(row[1]) or "",
         body=body,
-        sender=_legible(row[2]),
+        sender=legible(row[2]),
         recipients=_or(_texts, row[3], ()),
-        peer=_legible(row[4]),
-        target=_legible(row[5]),
+        peer=legible(row[4]),
+        target=legible(row[5]),
         received=row[6],
         due=row[7],
         expires=row[8],
         priority=row[9],
-        unique=_legible(row[10]),
+        unique=legible(row[10]),
         deliveries=row[11],
         attempts=row[12],
         metadata=_or(_pairs, row[13], {}),
@@ -107,8 +110,12 @@ def damaged_of(row: tuple[Any, ...], body: bytes, trouble: str) -> Damaged:
     )
 
 
-def _legible(value: Any) -> str | None:
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else text_of(value)
+def legible(value: Any) -> str | None:
+    """The same for people, who are to see also what another program has put and `text_of` cannot read."""
+    try:
+        return text_of(value)
+    except UnicodeDecodeError:
+        return str(value, "utf-8", "replace")
 
 
 def _or(read: Callable[[str], _T], value: str, otherwise: _T) -> _T:
@@ -118,15 +125,22 @@ def _or(read: Callable[[str], _T], value: str, otherwise: _T) -> _T:
         return otherwise
 
 
+def _json(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+
+
 def _texts(value: str) -> tuple[str, ...]:
-    found = json.loads(value)
+    found = _json(value)
     if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
         raise ValueError("`recipients` is no JSON array of texts")
     return tuple(found)
 
 
 def _pairs(value: str) -> dict[str, str]:
-    found = json.loads(value)
+    found = _json(value)
     if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
         raise ValueError("`metadata` is no JSON object of texts")
     return found

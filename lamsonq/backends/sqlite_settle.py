@@ -14,7 +14,7 @@ from typing import Any
 from lamsonq.backends import sqlite_schema
 from lamsonq.backends.sqlite_errors import told
 from lamsonq.backends.sqlite_lanes import leave
-from lamsonq.backends.sqlite_rows import Row, insert, readable
+from lamsonq.backends.sqlite_rows import COUNT_MAX, Row, insert, readable
 from lamsonq.errors import Dead, Later, LeaseLost, QueueError
 from lamsonq.jobs import Done, Expired, Job, Outcome, due_after
 from lamsonq.reports import entry_of
@@ -55,7 +55,7 @@ def _change(job: Job, outcome: Outcome, now: float) -> tuple[str, tuple[Any, ...
     if isinstance(outcome, Later) and not outcome.counted:
         due = outcome.at if outcome.at is not None and outcome.at > now else None
         return _BACK, ("ready" if due is None else "delayed", now, job.deliveries, due)
-    attempts = job.attempts + 1
+    attempts = min(job.attempts, COUNT_MAX) + 1
     report = readable(entry_of(outcome, attempts, now))
     if isinstance(outcome, Dead):
         return _FAILED, ("dead", now, attempts, None, report)
@@ -67,15 +67,20 @@ def joins(conn: object, path: str) -> sqlite3.Connection | None:
     once. Raises QueueError for a connection that cannot be used."""
     if not isinstance(conn, sqlite3.Connection):
         raise QueueError(f"push(..., conn=...) takes a sqlite3.Connection to {path}, not {type(conn).__name__}")
-    cursor = conn.cursor()
-    cursor.row_factory = None
-    files = {os.fsdecode(name): os.fsdecode(file or "") for _, name, file in cursor.execute("pragma database_list")}
+    try:
+        cursor = conn.cursor()
+        cursor.row_factory = None
+        found = cursor.execute("pragma database_list").fetchall()
+    except sqlite3.Error as error:  # it is closed, or another thread's
+        raise told(path, error) from error
+    files = {os.fsdecode(name): os.fsdecode(file or "") for _, name, file in found}
     if not _same(files.get("main", ""), path):
         raise QueueError(
             f"this connection is to {files.get('main') or 'a database in memory'}, and the queue lies in {path}: "
             f"connect to that file, or name the queue sqlite:<your file>?queue=..."
         )
-    at_once = conn.isolation_level is None and getattr(conn, "autocommit", None) is not False
+    autocommit = getattr(conn, "autocommit", None)  # of Python 3.12: True, False, or a number for the older way
+    at_once = autocommit is True or (autocommit is not False and conn.isolation_level is None)
     return None if at_once and not conn.in_transaction else conn
 
 

@@ -13,10 +13,11 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
+from zoneinfo import ZoneInfo
 
 import pytest
 
@@ -203,6 +204,58 @@ def test_what_could_not_arrive_as_it_is_is_refused_where_it_is_given(jobs: Queue
     with pytest.raises(TypeError, match=r"plain"):
         plain.later(value)
     assert jobs.count() == 0
+
+
+def nested(depth: int) -> list[Any]:
+    inner: list[Any] = []
+    for _ in range(depth):
+        inner = [inner]
+    return inner
+
+
+class Loose(TypedDict):
+    rest: Any
+
+
+@deferrable
+def loosely(
+    text: str = "",
+    table: dict = {},  # type: ignore[type-arg]  # noqa: B006 - as people write it
+    items: list[Any] | None = None,
+    at: datetime | None = None,
+    point: Point | None = None,
+    loose: Loose | None = None,
+    team: Any = None,
+) -> None: ...
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"text": b"bytes"},
+        {"text": date(2026, 1, 2)},
+        {"table": {1: 2}},
+        {"table": {"at": date(2026, 1, 2)}},
+        {"table": Point(1)},
+        {"items": [b"bytes"]},
+        {"items": [{"deep": (uuid.uuid4(),)}]},
+        {"loose": {"rest": Colour.RED}},
+        {"at": datetime(2026, 10, 25, 2, 30, fold=1)},
+        {"at": datetime(2026, 1, 1, tzinfo=timezone(timedelta(seconds=30)))},
+        {"team": 10**5000},
+        {"team": nested(5000)},
+    ],
+)
+def test_what_would_silently_become_something_else_is_refused_too(jobs: Queue, given: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match="loosely"):
+        loosely.later(**given)
+    assert jobs.count() == 0
+
+
+def test_a_moment_travels_whatever_its_zone_is(jobs: Queue) -> None:
+    twice = datetime(2026, 10, 25, 2, 30, tzinfo=ZoneInfo("Europe/Berlin"), fold=1)
+    assert loosely.later(at=twice, table={"a": [1, "b", None]}, items=[{"c": 1.5}], point=Point(1, 2))
+    assert told(jobs)[0]["at"] == "2026-10-25T02:30:00+01:00"
 
 
 @deferrable
@@ -753,6 +806,27 @@ def test_a_request_that_json_cannot_tell_is_refused(jobs: Queue, body: dict[str,
         publish(jobs, "lower", header={"x": 1})  # type: ignore[dict-item]  # what is tested
 
 
+@pytest.mark.parametrize(
+    ("request_type", "wishes", "error"),
+    [
+        ("", {}, TypeError),
+        (None, {}, TypeError),
+        (5, {}, TypeError),
+        ("type", {"body": [1]}, TypeError),
+        ("type", {"header": [("name", "text")]}, TypeError),
+        ("type", {"header": {1: "text"}}, TypeError),
+        ("type", {"unique": 5}, TypeError),
+        ("type", {"delay": 10, "expiration": 5}, ValueError),
+    ],
+)
+def test_a_request_that_could_never_run_is_refused_where_it_is_published(
+    jobs: Queue, request_type: Any, wishes: dict[str, Any], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        publish(jobs, request_type, **wishes)
+    assert (jobs.backend.keys("ready"), jobs.backend.keys("delayed")) == ([], [])
+
+
 def test_request_types_are_mapped_in_settings(jobs: Queue, work: Callable[[], int], module: Module) -> None:
     mod = in_module(module, "RUN = []\n@deferrable\ndef ship(order: int):\n    RUN.append(order)\n")
     request_types({"ship_it": f"{mod.__name__}.ship"})
@@ -783,6 +857,54 @@ def test_a_periodic_function_runs_once_a_tick_whoever_works_the_queue(
             receiver.run_once()
     assert mod.RUN == [1, 1]
     del mod
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_periodic_functions_go_on_when_the_clock_that_was_wrong_is_put_back(
+    jobs: Queue, module: Module, frozen: Clock, *, restarted: bool
+) -> None:
+    mod = in_module(
+        module, f"RUN = []\n@periodic('*/5 * * * *', queue={jobs.dir!r})\ndef every():\n    RUN.append(1)\n"
+    )
+    right = datetime(2026, 3, 1, 12, 0, 30).timestamp()
+    receiver = QueueReceiver(jobs, router=RoutingBase())
+    frozen.now = right + 2 * 86400
+    receiver.run_once()
+    assert mod.RUN == [1]
+    if restarted:
+        receiver = QueueReceiver(jobs, router=RoutingBase())
+    for minute in range(1, 20):
+        frozen.now = right + minute * 60
+        receiver.run_once()
+    assert mod.RUN == [1] * 4
+
+
+def test_a_clock_that_is_put_right_by_a_minute_or_two_repeats_no_periodic_job(
+    jobs: Queue, module: Module, frozen: Clock
+) -> None:
+    mod = in_module(module, f"RUN = []\n@periodic('* * * * *', queue={jobs.dir!r})\ndef every():\n    RUN.append(1)\n")
+    right = datetime(2026, 3, 1, 12, 0, 30).timestamp()
+    receiver = QueueReceiver(jobs, router=RoutingBase())
+    for seconds in (0, -60, -120, -60, 0):
+        frozen.now = right + seconds
+        receiver.run_once()
+    assert mod.RUN == [1]
+
+
+def test_what_lies_between_when_the_clock_is_set_forward_is_neither_run_nor_counted(
+    jobs: Queue, module: Module, frozen: Clock
+) -> None:
+    mod = in_module(
+        module, f"RUN = []\n@periodic('*/5 * * * *', queue={jobs.dir!r})\ndef every():\n    RUN.append(1)\n"
+    )
+    frozen.now = 130.0  # a machine whose clock has no battery begins in 1970
+    receiver = QueueReceiver(jobs, router=RoutingBase())
+    receiver.run_once()
+    began = time.monotonic()
+    frozen.now = datetime(2026, 3, 1, 12, 2).timestamp()
+    receiver.run_once()
+    assert mod.RUN == []
+    assert time.monotonic() - began < 5
 
 
 def test_a_schedule_that_is_none_is_refused_where_it_is_written() -> None:
@@ -852,6 +974,66 @@ def test_a_consumer_that_fails_changes_nothing(jobs: Queue, work: Callable[[], i
     finally:
         events.clear_event_consumers()
     assert SEEN == [(1, "")]
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), RuntimeError()])
+def test_a_consumer_that_exits_or_has_no_attributes_changes_nothing(
+    jobs: Queue, work: Callable[[], int], error: BaseException
+) -> None:
+    class Broken:
+        def __getattr__(self, name: str) -> object:
+            raise error
+
+    events.register_event_consumer(Broken())
+    try:
+        note.later(1)
+        work()
+    finally:
+        events.clear_event_consumers()
+    assert SEEN == [(1, "")]
+
+
+class Consuming:
+    NAMESPACE = "consuming"
+
+    def __init__(self, consume: Callable[[], object]) -> None:
+        self.consume = consume
+
+    def produce_metadata(self) -> str:
+        return "x"
+
+    def consume_metadata(self, _metadata: str) -> None:
+        self.consume()
+
+
+@pytest.fixture
+def consuming() -> Iterator[Callable[[Callable[[], object]], None]]:
+    yield lambda consume: events.register_metadata_producer_consumer(Consuming(consume))
+    events.clear_metadata_producer_consumers()
+
+
+@pytest.mark.timeout(20)
+def test_a_job_runs_though_a_consumer_of_its_metadata_exits(
+    jobs: Queue, work: Callable[[], int], consuming: Callable[[Callable[[], object]], None]
+) -> None:
+    consuming(sys.exit)
+    note.later(1)
+    work()
+    assert SEEN == [(1, "")]
+
+
+@pytest.mark.timeout(20)
+def test_a_consumer_of_metadata_that_hangs_is_cut_as_its_function_would_be(
+    jobs: Queue, consuming: Callable[[Callable[[], object]], None]
+) -> None:
+    go = threading.Event()
+    consuming(lambda: go.wait(15))
+    note.later(1)
+    receiver = QueueReceiver(jobs, router=RoutingBase(), timeout=0.1)
+    receiver.start(one_shot=True)
+    go.set()
+    assert receiver.stuck
+    assert jobs.backend.counts()["reserved"] == 0
 
 
 def test_what_a_job_puts_is_told_when_it_has_succeeded(jobs: Queue, recorder: Recorder) -> None:

@@ -712,6 +712,16 @@ def test_claims_are_given_back_uncounted_when_a_queue_is_closed(queue: Maildir) 
     assert take(queue).deliveries == 0
 
 
+def test_a_name_that_tells_of_a_commit_is_given_back_as_any_other(queue: Maildir) -> None:
+    push(queue)
+    [file] = Path(queue.folders.at("new")).iterdir()
+    file.rename(f"{file}c1")
+    assert take(queue).body == BODY
+    queue.close()
+    assert queue.counts()["ready"] == 1
+    assert take(queue).body == BODY
+
+
 def test_a_lock_that_somebody_deleted_loses_no_job(make: Callable[..., Maildir]) -> None:
     one, other = make(), make()
     push(one)
@@ -1048,6 +1058,19 @@ def test_what_a_newer_version_has_committed_is_left_for_it(
         after.release_stale()
     assert counts(after) == (0, 0, 1, 0)
     assert sum("version 2" in line for line in caplog.messages) == 1
+
+
+def test_a_manifest_that_cannot_be_read_stops_nobody(make: Callable[..., Maildir]) -> None:
+    queue = make()
+    push(queue, b"parent")
+    job = take(queue)
+    path = queue.folders.at("claimed", job.claim)
+    os.rename(path, path + "c9")
+    Path(queue.folders.at("held", f"{job.claim.split('/')[0]}.9.json")).write_text("[" * 100_000)
+    die(queue)
+    after = make()
+    push(after, b"another")
+    assert [job.body for job in after.reserve(9)] == [b"another"]
 
 
 class OtherStore:

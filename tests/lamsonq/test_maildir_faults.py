@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
+from lamsonq.backends import rounds
 from lamsonq.backends.maildir import Maildir
+from lamsonq.backends.memory import Memory
 from lamsonq.conformance import BODY, Clock, push
 from lamsonq.errors import Dead, Later, LeaseLost, QueueError
 from lamsonq.jobs import DONE, KEPT, STATES, Debounce, Gate, Job, Outcome, Put, Tick
@@ -499,3 +501,49 @@ def test_who_has_lost_his_claim_publishes_nothing_guarded(make: Callable[..., Ma
         queue.settle(job, DONE, children(queue, other))
     assert everything(queue, other) == [b"parent"]
     assert queue.put([put_of(queue, "p")]) == [False]
+
+
+class Refusing(Memory):
+    """A store that is down until it is up."""
+
+    up = False
+    asked = 0
+
+    def put(self, puts: Any, conn: object = None) -> list[bool]:  # noqa: ARG002
+        self.asked += 1
+        if not self.up:
+            raise QueueError("it is down")
+        return super().put(puts)
+
+
+def test_a_store_that_is_down_holds_up_nothing_that_goes_to_others(make: Callable[..., Maildir]) -> None:
+    queue, other, down = make(), make("other"), Refusing("memory:down")
+    push(queue)
+    [job] = queue.reserve(1)
+    to_down = Put(down, Job(key="1", body=b"to the one that is down"))
+    queue.settle(job, DONE, [to_down, put_of(other, body=b"to another")])
+    assert bodies(other) == [b"to another"]
+    down.up = True
+    queue.release_stale()
+    assert [job.body for job in down.reserve(9)] == [b"to the one that is down"]
+    assert bodies(other) == [b"to another"]
+    assert (names(queue, "held"), sum(queue.counts().values())) == ([], 0)
+
+
+def test_a_store_that_keeps_us_waiting_is_asked_once_in_a_round(
+    make: Callable[..., Maildir], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue, down = make(), Refusing("memory:slow")
+    for number in range(3):
+        push(queue)
+        [job] = queue.reserve(1)
+        queue.settle(job, DONE, [Put(down, Job(key=f"{number}", body=BODY))])
+    down.asked = 0
+    queue.release_stale()
+    assert down.asked == 3
+    monkeypatch.setattr(rounds, "PATIENCE", -1.0)
+    queue.release_stale()
+    assert down.asked == 4
+    down.up = True
+    queue.release_stale()
+    assert len(down.reserve(9)) == 3

@@ -225,9 +225,12 @@ def test_a_number_of_a_newer_version_is_left_untouched(queue: Maildir) -> None:
     assert (names(queue, "tmp"), queue.counts()["ready"]) == ([], 1)
 
 
-def test_a_number_that_was_damaged_by_hand_stops_nobody(queue: Maildir, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("content", ["{", "[" * 100_000])
+def test_a_number_that_was_damaged_by_hand_stops_nobody(
+    queue: Maildir, caplog: pytest.LogCaptureFixture, content: str
+) -> None:
     push(queue, gate=Tick("g", 1.0))
-    Path(queue.folders.at("guards", guards(queue)[0])).write_text("{")
+    Path(queue.folders.at("guards", guards(queue)[0])).write_text(content)
     assert kept(queue, gate=Tick("g", 2.0))
     assert not kept(queue, gate=Tick("g", 2.0))
     assert "is no number of a gate" in caplog.text

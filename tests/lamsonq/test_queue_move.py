@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import json
+import math
 import os
 import pty
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -323,3 +326,26 @@ def test_the_states_that_move_are_all_but_the_one_that_is_being_worked() -> None
     from lamsonq.jobs import STATES
 
     assert set(move.MOVED) == set(STATES) - {"reserved"}
+
+
+def test_what_another_program_has_put_into_a_database_is_counted_listed_and_moved(here: Path) -> None:
+    store = Queue("sqlite:run/q.db?queue=a").backend
+    store.release_stale()
+    rows = [
+        ("nul\0", 1e9, None, 0),
+        ("due", 1e9, math.inf, 0),
+        ("long ago", -math.inf, None, 0),
+        ("attempts", 1e9, None, 2**62),
+        ("fewer than none", 1e9, None, -5),
+    ]
+    insert = "insert into jobs (queue, key, received, due, attempts, body) values ('a', ?, ?, ?, ?, 'x')"
+    with contextlib.closing(sqlite3.connect("run/q.db")) as other, other:
+        other.executemany(insert, rows)
+    for verb in ("stats", "ls"):
+        found = lamsonq("queue", verb, "sqlite:run/q.db?queue=a")
+        assert (found.returncode, found.stderr) == (0, "")
+    assert '"oldest": null' in lamsonq("queue", "stats", "-json", "sqlite:run/q.db?queue=a").stdout
+    lamsonq("queue", "move", "sqlite:run/q.db?queue=a", "run/b")
+    into = Queue("run/b").backend
+    assert (len(into.keys()), len(into.keys("delayed")), into.keys("dead")) == (4, 1, [])
+    assert len(into.reserve(9)) == 4

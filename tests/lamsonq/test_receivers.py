@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from lamsonq import clock
+from lamsonq import clock, worker
 from lamsonq.conformance import Clock
-from lamsonq.errors import Dead, SettingsError
+from lamsonq.errors import Dead, QueueError, SettingsError
 from lamsonq.jobs import DONE, Job, Limit, Put
 from lamsonq.mail import MailRequest
 from lamsonq.queue import Queue
@@ -70,6 +70,31 @@ def test_one_receiver_works_several_queues_each_with_handlers_of_its_own(module:
     thread.join(5)
     assert not thread.is_alive()
     assert [sys.modules[name].CALLS for name in names] == [[one.dir] * 5 for one in queues]
+
+
+def test_a_queue_that_cannot_be_used_while_a_receiver_sleeps_does_not_end_it(
+    mail: Mail, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    posts, locked = queue(), [True, True]
+    seen: list[object] = []
+    wait = posts.backend.wait
+
+    def wait_or_fail(seconds: float) -> None:
+        if locked:
+            locked.pop()
+            raise QueueError("database is locked")
+        wait(seconds)
+
+    monkeypatch.setattr(posts.backend, "wait", wait_or_fail)
+    monkeypatch.setattr(worker, "TROUBLE_PAUSE", 0.01)
+    receiver = QueueReceiver(posts, deliver=seen.append, sleep=1)
+    thread = run(receiver)
+    until(lambda: not locked)
+    posts.push(mail())
+    until(lambda: seen)
+    receiver.stop()
+    thread.join(5)
+    assert "database is locked; trying on" in caplog.text
 
 
 def test_queues_that_compete_get_threads_by_their_weights(mail: Mail) -> None:

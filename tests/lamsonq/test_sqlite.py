@@ -171,6 +171,65 @@ def test_a_row_that_is_no_job_becomes_a_dead_letter_and_stops_nothing(queue: SQL
     assert "is gone" in reasons[3]
 
 
+@pytest.mark.parametrize(
+    ("columns", "values"),
+    [
+        ("metadata", '{"a":' * 50_000),
+        ("recipients", "[" * 100_000),
+        ("key", b"\xff\xfe"),
+        ("sender", b"\xff"),
+        ("file", ""),
+        ("file", ".."),
+        ("file", "x" * 300),
+        ("deliveries", 2**63 - 1),
+        ("attempts, metadata", (2**63 - 1, "junk")),
+    ],
+)
+def test_whatever_stands_in_a_row_the_jobs_behind_it_are_handed_out(
+    queue: SQLite, tmp_path: Path, columns: str, values: Any
+) -> None:
+    values = values if isinstance(values, tuple) else (values,)
+    with contextlib.closing(sqlite3.connect(tmp_path / "q.db")) as other, other:
+        marks = ", ".join("?" * len(values))
+        other.execute(f"insert into jobs (queue, {columns}, body) values ('posts', {marks}, 'bad')", values)
+    push(queue, b"good")
+    handed_out = []
+    while jobs := queue.reserve(9):
+        for job in jobs:
+            handed_out.append(job.body)
+            queue.settle(job, Dead() if job.body == b"bad" else DONE)
+    assert b"good" in handed_out
+    assert counted(queue) == {"dead": 1}
+    [key] = queue.keys("dead")
+    assert isinstance(key, str)
+
+
+def test_a_number_as_a_key_stands_among_texts_also_where_a_worker_has_died(queue: SQLite, tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "q.db")) as other, other:
+        other.execute("insert into jobs (queue, key, body) values ('posts', 7, 'number')")
+        other.execute("insert into jobs (queue, key, body, deliveries) values ('posts', 'k', 'text', 1)")
+    assert [job.body for job in queue.reserve(9)] == [b"number", b"text"]
+
+
+def test_a_claim_whose_token_another_program_has_written_goes_back(queue: SQLite, tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "q.db")) as other, other:
+        token = "1.abcd/1:nonsense.4"
+        other.execute("insert into jobs (queue, state, token, body) values ('posts', 'reserved', ?, 'x')", (token,))
+    assert queue.release_stale() == 1
+    assert counted(queue) == {"ready": 1}
+
+
+def test_the_job_whose_body_cannot_be_read_can_still_be_looked_at(queue: SQLite, tmp_path: Path) -> None:
+    push(queue, LARGE)
+    [name] = bodies(tmp_path)
+    (tmp_path / "q.db-bodies" / name).unlink()
+    (tmp_path / "q.db-bodies" / name).mkdir()
+    [key] = queue.keys()
+    assert "cannot be read: Is a directory" in queue.get(key).trouble  # type: ignore[union-attr]
+    assert queue.reserve(1) == []
+    assert counted(queue) == {"dead": 1}
+
+
 def test_a_wrong_value_fails_where_it_is_put(queue: SQLite, tmp_path: Path) -> None:
     with contextlib.closing(sqlite3.connect(tmp_path / "q.db")) as other:
         for column, value in [("priority", "high"), ("priority", -1), ("state", "new"), ("due", "tomorrow")]:
@@ -341,6 +400,32 @@ def test_on_a_connection_that_commits_each_statement_a_put_is_kept_at_once(queue
         assert put(queue, mine) == [True]
         mine.execute("rollback")
         assert counted(queue) == {"ready": 1}
+
+
+class WithAutocommit(sqlite3.Connection):
+    """A connection as Python 3.12 makes it of `autocommit=True`: its `commit` does nothing."""
+
+    autocommit = True
+
+    def commit(self) -> None:
+        pass
+
+
+def test_on_a_connection_with_autocommit_a_put_is_kept_at_once_and_leaves_no_transaction_open(
+    queue: SQLite, tmp_path: Path
+) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "q.db", factory=WithAutocommit)) as mine:
+        assert put(queue, mine) == [True]
+        mine.commit()
+        assert (mine.in_transaction, counted(queue)) == (False, {"ready": 1})
+
+
+def test_a_connection_that_is_closed_or_of_another_thread_is_told(queue: SQLite, mine: sqlite3.Connection) -> None:
+    with ThreadPoolExecutor() as pool, pytest.raises(QueueError, match="same thread"):
+        pool.submit(put, queue, mine).result()
+    mine.close()
+    with pytest.raises(QueueError, match="closed"):
+        put(queue, mine)
 
 
 def test_unique_and_gates_hold_on_the_users_connection_and_go_back_with_it(

@@ -134,6 +134,31 @@ def test_on_a_file_system_that_is_full_or_read_only_nothing_is_lost(tmp_path: Pa
         subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")
+def test_on_a_full_disk_what_waits_is_worked_and_makes_room(tmp_path: Path) -> None:
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("may not mount")
+    try:
+        queue = SQLite(f"sqlite:{place}/q.db")
+        for _ in range(300):
+            push(queue, b"x" * 3000)
+        drain(queue)
+        queue.close()  # the file is as large as it was, the -wal is gone
+        for _ in range(30):
+            push(queue, b"x" * 3000)
+        with contextlib.suppress(OSError), open(place / "logs", "ab", buffering=0) as logs:
+            while logs.write(b"x" * 4096):
+                pass
+        assert len(drain(queue)) == 30
+        push(queue, b"x" * 3000)
+        queue.close()
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
 def test_a_limit_on_the_size_of_files_is_told(tmp_path: Path) -> None:
     url = f"sqlite:{tmp_path}/q.db"
     queue = SQLite(url)

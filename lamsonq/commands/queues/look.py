@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from itertools import islice
@@ -132,6 +133,8 @@ def stats(name: str | None, run: str, as_json: bool) -> None:
 
     store = existing(name).backend
     counts, born = store.counts(), store.oldest()
+    if born is not None and not math.isfinite(born):  # another program has put a moment that is none
+        born = None
     age = None if born is None else round(max(0.0, clock.now() - born), 1)
     servers = survey.servers(run)
     record = {"queue": store.name, **counts, "oldest": age, "paused": store.paused(), "servers": servers}

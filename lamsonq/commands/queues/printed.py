@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -60,7 +61,7 @@ def shown(text: str | None) -> str:
 
 def span(seconds: float | None) -> str:
     """A time as people say it: 42s, 3m, 5h, 12d."""
-    if seconds is None:
+    if seconds is None or not math.isfinite(seconds):  # another program has put a moment that is none
         return "-"
     unit, size = next((each for each in _UNITS if seconds >= each[1]), _UNITS[-1])
     return f"{int(seconds // size)}{unit}"
