@@ -31,7 +31,7 @@ class Limits:
 
     `connections` are open at once, from everybody; `connections_per_address` from one client. Per client and minute:
     `connections_per_minute`, `messages_per_minute`, `recipients_per_minute`. `messages_per_connection` are taken before
-    the client has to connect again, `recipients` are those of one message. `memory` is for all messages that are being
+    the client has to connect again, `recipients` are those of one message (RFC 5321 section 4.5.3.1.8 wants 100 at least). `memory` is for all messages that are being
     received or handled. `command_timeout` is for a whole command, `data_timeout` for the next piece of a message, and
     `bad_commands` may be sent before the client is sent away.
     """
@@ -53,8 +53,6 @@ class Limits:
             value = getattr(self, field.name)
             if value is not None and value < 0:
                 raise ValueError(f"{field.name}={value}: a limit is not negative; 0 is none")
-        if self.recipients and self.recipients < 100:
-            raise ValueError(f"recipients={self.recipients}: every server takes 100 (RFC 5321 section 4.5.3.1.8)")
 
     def shared_by(self, processes: int) -> Limits:
         """What each of so many processes may take (rule 5)."""

@@ -495,10 +495,10 @@ class Session(Wire):
             self.say("501 5.5.4 Syntax: RSET")
             return
         self._forget()
-        self.say("250 2.0.0 Ok")
+        self.say("250 2.0.0 OK")
 
     def _noop(self, argument: str | None) -> None:  # noqa: ARG002 - RFC 5321 section 4.1.1.9 ignores it
-        self.say("250 2.0.0 Ok")
+        self.say("250 2.0.0 OK")
 
     def _quit(self, argument: str | None) -> None:
         if argument:
@@ -811,6 +811,8 @@ _DEFAULTS = {"500": "5.5.2", "501": "5.5.4", "502": "5.5.1", "503": "5.5.1"}  # 
 
 def enhanced(reply: str) -> str:
     """A reply with an enhanced status code (RFC 2034), if it has to have one and does not; never the greeting."""
+    if "  " in reply or not reply.isprintable():
+        reply = " ".join(reply.split())
     if not _STATUS.match(reply):
         return reply
     code, _, words = reply.partition(" ")

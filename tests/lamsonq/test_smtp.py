@@ -20,6 +20,7 @@ from aiosmtpd import smtp
 
 from lamsonq import mail as mail_module
 from lamsonq.errors import Dead, Failure, Later, QueueError, Refusal, SettingsError, SMTPError, Undelivered
+from lamsonq.limits import Limits, Traffic
 from lamsonq.logs import LineFormatter
 from lamsonq.mail import MailRequest
 from lamsonq.queue import Queue
@@ -202,9 +203,8 @@ def test_the_same_recipient_twice_is_one_recipient(start: Start) -> None:
     assert taken[0].envelope.rcpt_tos == ("one@y.test",)
 
 
-def test_too_many_recipients_are_told_to_come_in_another_message(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lamsonq.session.RECIPIENTS_MAX", 2)
-    with Client(start(deliver=lambda _: None)) as client:
+def test_too_many_recipients_are_told_to_come_in_another_message(start: Start) -> None:
+    with Client(start(deliver=lambda _: None, limits=Limits(recipients=2))) as client:
         assert client.begin("a@y.test", "b@y.test", "c@y.test")[-1].startswith("452 4.5.3")
 
 
@@ -229,9 +229,9 @@ BAD_PATHS = [
 @pytest.mark.parametrize("path", BAD_PATHS)
 def test_a_path_that_is_no_address_is_refused_as_sender_and_recipient(start: Start, path: bytes) -> None:
     with Client(start(deliver=lambda _: None)) as client:
-        assert client.say(b"MAIL FROM:" + path).startswith("553 5.1.7")
+        assert client.say(b"MAIL FROM:" + path).startswith(("553 5.1.7", "500 5.5.2"))
         client.say("MAIL FROM:<a@x.test>")
-        assert client.say(b"RCPT TO:" + path).startswith("553 5.1.3")
+        assert client.say(b"RCPT TO:" + path).startswith(("553 5.1.3", "500 5.5.2"))
         assert client.say("DATA").startswith("503")
 
 
@@ -299,7 +299,10 @@ def test_a_flood_of_empty_lines_costs_little(start: Start) -> None:
 def test_the_greeting_names_no_version_and_ehlo_what_is_offered(start: Start) -> None:
     with Client(start(deliver=lambda _: None, hostname="mx.test", size_limit=1000), greet=False) as client:
         assert client.greeting == "220 mx.test ESMTP lamsonq"
-        assert client.say("EHLO me") == "250-mx.test|250-SIZE 1000|250-8BITMIME|250-SMTPUTF8|250 PIPELINING"
+        assert client.say("EHLO me") == (
+            "250-mx.test|250-SIZE 1000|250-8BITMIME|250-SMTPUTF8|250-PIPELINING"
+            "|250-ENHANCEDSTATUSCODES|250-CHUNKING|250 DSN"
+        )
         assert client.say("EHLO") == "501 5.5.4 Syntax: EHLO hostname"
         assert client.say("VRFY root").startswith("252")
         assert client.say("HELP").startswith("214")
@@ -317,7 +320,7 @@ def REFUSE(message, code=None):
 """)
     with Client(start()) as client:
         assert client.mail("450@y.test") == "450 4.7.1 not now"
-        assert client.mail("550@y.test") == "550 Permanent Failure Mail Delivery Protocol Status"
+        assert client.mail("550@y.test") == "550 5.0.0 Permanent Failure Mail Delivery Protocol Status"
         assert client.mail("550@y.test", "554@y.test").startswith("550 ")
         assert dead_letters(router) == []
         assert client.mail("550@y.test", "450@y.test").startswith("250")
@@ -369,12 +372,12 @@ def test_no_reply_can_be_injected(start: Start, text: str) -> None:
 
     with Client(start(deliver=refuse)) as client:
         reply = client.mail()
-        assert reply.startswith("554 n" if text[0] == "n" else "554 x")
+        assert reply.startswith("554 5.0.0 n" if text[0] == "n" else "554 5.0.0 x")
         assert reply.isprintable()
         assert len(reply) < 500
-        assert client.say("NOOP") == "250 OK"
+        assert client.say("NOOP") == "250 2.0.0 OK"
         assert client.say(b"FOO\rBAR\x00").isprintable()
-        assert client.say("NOOP") == "250 OK"
+        assert client.say("NOOP") == "250 2.0.0 OK"
 
 
 @pytest.mark.parametrize(
@@ -403,7 +406,7 @@ def test_what_deliver_raises_is_refused_without_the_text_of_an_exception(
         said = client.mail()
         assert said.startswith(reply)
         assert "secret" not in said
-        assert client.say("NOOP") == "250 OK"
+        assert client.say("NOOP") == "250 2.0.0 OK"
 
 
 def test_a_fault_of_ours_is_451_and_tells_nothing(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -625,7 +628,7 @@ def test_handlers_that_fill_every_thread_delay_no_greeting_and_no_refusal(start:
 
 def has_seen_the_end(receiver: SMTPReceiver) -> bool:
     """Whether every client that is still there has closed its sending side, and the receiver knows."""
-    return all(vars(session._reader)["_eof"] for session in list(receiver._sessions))
+    return all(session._ended for session in list(receiver._sessions))
 
 
 @pytest.mark.parametrize("goodbye", ["close", "reset"])
@@ -683,16 +686,16 @@ def test_a_client_that_goes_in_the_middle_of_a_message_leaves_nothing(start: Sta
     assert waits_until(lambda: not receiver._sessions)
 
 
-def test_a_silent_client_is_told_and_dropped(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lamsonq.session.IDLE_TIMEOUT", 0.1)
-    with Client(start(deliver=lambda _: None), greet=False) as client:
+def test_a_silent_client_is_told_and_dropped(start: Start) -> None:
+    receiver = start(deliver=lambda _: None, limits=Limits(command_timeout=0.1))
+    with Client(receiver, greet=False) as client:
         assert client.reply().startswith("421 4.4.2")
         assert client.reply() == ""
 
 
-def test_a_handler_may_take_longer_than_a_client_may_be_silent(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lamsonq.session.IDLE_TIMEOUT", 0.3)
-    with Client(start(deliver=lambda _: time.sleep(0.5)), greet=False) as client:
+def test_a_handler_may_take_longer_than_a_client_may_be_silent(start: Start) -> None:
+    receiver = start(deliver=lambda _: time.sleep(0.5), limits=Limits(command_timeout=0.3, data_timeout=0.3))
+    with Client(receiver, greet=False) as client:
         # All at once, so that this client is never late itself.
         client.send(b"EHLO me\r\nMAIL FROM:<a@x.test>\r\nRCPT TO:<b@y.test>\r\nDATA\r\n" + MESSAGE + b".\r\n")
         assert [client.reply()[:3] for _ in range(5)] == ["250", "250", "250", "354", "250"]
@@ -718,7 +721,7 @@ def test_a_router_without_a_queue_for_what_fails_is_refused(router: RoutingBase)
 
 def test_a_host_that_is_not_ours_is_refused(router: RoutingBase) -> None:
     with pytest.raises(Refusal, match=r"cannot listen on 192\.0\.2\.1:0: .*; change receiver\.host"):
-        SMTPReceiver("192.0.2.1", 0, deliver=lambda _: None, router=router).bind()
+        SMTPReceiver("192.0.2.1", 0, deliver=lambda _: None, router=router, hosts=["y.test"]).bind()
 
 
 def test_bind_twice_is_one_port(router: RoutingBase) -> None:
@@ -895,6 +898,10 @@ class _Taker:
     """The handler of aiosmtpd's session and the receiver of ours: both note what was taken."""
 
     hostname, size_limit, draining = "mx.test", 400, False
+    certificate = hosts = on_connect = on_mail = on_rcpt = None
+    tls_required = tls_implicit = login_required = has_logins = False
+    carries_bare = True
+    traffic = Traffic(Limits())
 
     def __init__(self) -> None:
         self.taken: list[bytes] = []
@@ -908,7 +915,16 @@ class _Taker:
 
     def closed(self, session: Session) -> None: ...
 
-    async def takes(self, _address: str) -> bool:
+    def is_proxy(self, _address: str) -> bool:
+        return False
+
+    def make_room(self) -> None: ...
+
+    async def asks(self, _check: object, _dialogue: object) -> str | None: ...
+
+    async def logs_in(self, _name: str, _password: str) -> bool | None: ...
+
+    def takes(self, _address: str) -> bool:
         return True
 
     def full(self, _size: int) -> bool:
@@ -972,6 +988,8 @@ def test_any_way_of_cutting_a_session_gives_what_aiosmtpd_gives() -> None:
         wire = b"EHLO me\r\n"
         for _ in range(chance.randint(1, 3)):
             body = b"".join(chance.choices(fragments, k=chance.randint(0, 25)))
+            if b"\r\n.\r\n" in b"\r\n" + body:
+                continue  # it ends there; what follows would be commands
             wire += b"MAIL FROM:<a@x.test>\r\nRCPT TO:<b@y.test>\r\nDATA\r\n" + body + b"\r\n.\r\n"
         wire += b"QUIT\r\n"
         cuts = sorted(chance.choices(range(len(wire)), k=chance.randint(0, 12)))
@@ -994,7 +1012,9 @@ def test_the_private_names_of_aiosmtpd_that_we_touch_exist() -> None:
     session = asyncio.run(look())
     assert {"_reader", "_writer", "_timeout_handle", "transport", "envelope"} <= set(vars(session))
     assert isinstance(vars(session._reader)["_buffer"], bytearray)
-    assert {"_timeout_cb", "_reset_timeout", "handle_exception", "push", "smtp_DATA"} <= set(dir(smtp.SMTP))
+    assert {"_timeout_cb", "_reset_timeout", "_handle_client", "_set_rset_state", "push", "auth_PLAIN"} <= set(
+        dir(smtp.SMTP)
+    )
 
 
 # -- load ---------------------------------------------------------------------------------------------------------
