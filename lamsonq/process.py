@@ -191,6 +191,8 @@ def _bound(service: Service, listeners: Listeners, fds: Sequence[int]) -> Receiv
     sockets.keep(listeners)
     with reload.apart(fds):
         receiver = service.boot()
+    if hasattr(receiver, "processes"):  # one that has limits, of which each process gets its share
+        receiver.processes = service.workers
     receiver.bind()
     identity.give_up_root()
     return receiver

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import ipaddress
 import json
 import logging.config
 import os
@@ -25,14 +26,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from ssl import SSLContext, SSLError, create_default_context
 from types import ModuleType
-from typing import Annotated, Any, TypedDict, TypeVar, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypedDict, TypeVar, get_origin, get_type_hints
 
 import msgspec
 import tomli
 
 from lamsonq.errors import Refusal, SettingsError, UsageError, reason_of
+from lamsonq.limits import Limits
+from lamsonq.logins import Logins
 from lamsonq.modules import load
 from lamsonq.space import MIN_FREE
+from lamsonq.tls import TLS
 
 PREFIX = "LAMSONQ_"
 
@@ -59,6 +63,13 @@ class ReceiverConfig(TypedDict):
     timeout: float
     size_limit: int
     min_free: int
+    tls: TLS | None
+    logins: Logins | None
+    login_required: bool
+    limits: Limits
+    trusted: list[str]
+    proxies: list[str]
+    refuse_bare: bool
 
 
 class RelayConfig(TypedDict):
@@ -79,6 +90,9 @@ class ReceiverTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """`[receiver]`: where mail comes in. With `socket`, the path of a unix socket, there instead of at host and port.
 
     `workers` are threads, `timeout` is for one call of a handler; below `min_free` bytes of free disk mail is put off.
+    With `certificate_file` (and `key_file`, if the key stands apart) TLS is spoken: `tls` is "offered", "required" or
+    "implicit". With `logins_file` one may log in, with `login_required` one has to. `proxies` and `trusted` are lists of
+    networks: who speaks the PROXY protocol, and who has no limits. `refuse_bare` refuses a bare CR or LF in a message.
     """
 
     host: str = "127.0.0.1"
@@ -88,8 +102,21 @@ class ReceiverTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     timeout: Seconds = 300.0
     size_limit: Bytes = 32 * 1024 * 1024
     min_free: Bytes = MIN_FREE
+    certificate_file: str | None = None
+    key_file: str | None = None
+    tls: Literal["offered", "required", "implicit"] | None = None
+    logins_file: str | None = None
+    login_required: bool = False
+    proxies: list[str] = msgspec.field(default_factory=list)
+    trusted: list[str] = msgspec.field(default_factory=list)
+    refuse_bare: bool = False
+    limits: LimitsTable = msgspec.field(default_factory=lambda: LimitsTable())
 
     def config(self) -> ReceiverConfig:
+        """Raises SettingsError when a certificate or the logins cannot be used, and for what is no network."""
+        for name in ("proxies", "trusted"):
+            for text in getattr(self, name):
+                _check_network(name, text)
         return ReceiverConfig(
             host=self.host,
             port=self.port,
@@ -98,7 +125,52 @@ class ReceiverTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
             timeout=self.timeout,
             size_limit=self.size_limit,
             min_free=self.min_free,
+            tls=self._certificate(),
+            logins=None if self.logins_file is None else Logins(self.logins_file),
+            login_required=self.login_required,
+            limits=self.limits.limits(),
+            trusted=self.trusted,
+            proxies=self.proxies,
+            refuse_bare=self.refuse_bare,
         )
+
+    def _certificate(self) -> TLS | None:
+        if self.certificate_file is None:
+            if self.tls or self.key_file:
+                raise SettingsError("receiver.tls needs a certificate: receiver.certificate_file, in PEM")
+            return None
+        return TLS(
+            self.certificate_file,
+            self.key_file,
+            required=self.tls == "required",
+            implicit=self.tls == "implicit",
+        )
+
+
+class LimitsTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """`[receiver.limits]`: what `limits.Limits` has, and says."""
+
+    connections: Bytes | None = None
+    connections_per_address: Bytes | None = None
+    connections_per_minute: Bytes | None = None
+    messages_per_minute: Bytes | None = None
+    recipients_per_minute: Bytes | None = None
+    messages_per_connection: Bytes | None = None
+    recipients: Bytes | None = None
+    memory: Bytes | None = None
+    command_timeout: Seconds | None = None
+    data_timeout: Seconds | None = None
+    bad_commands: Bytes | None = None
+
+    def limits(self) -> Limits:
+        return Limits(**{name: value for name, value in msgspec.structs.asdict(self).items() if value is not None})
+
+
+def _check_network(name: str, text: str) -> None:
+    try:
+        ipaddress.ip_network(text)
+    except ValueError as error:
+        raise SettingsError(f"receiver.{name}: {error}; a network is written as 10.0.0.0/8") from error
 
 
 class RelayTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):

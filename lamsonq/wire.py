@@ -340,7 +340,7 @@ class Wire(smtp.SMTP):
     def _take_message(self) -> bool:
         held = self._held
         end = held.find(_END, self._seen)
-        self._too_much = self._too_much or not self.keeps(len(held))
+        self._too_much = self._too_much or not self.keeps(len(held) if end < 0 else end)
         if end < 0:
             if self._too_much or len(held) > self._limit + len(_END):
                 self._too_much = True

@@ -16,6 +16,7 @@ from lamsonq.commands import project, servers
 from lamsonq.commands.blast import blast
 from lamsonq.commands.cleanse import cleanse
 from lamsonq.commands.fsck import fsck
+from lamsonq.commands.logins import logins
 from lamsonq.commands.metrics import metrics
 from lamsonq.commands.options import Commands
 from lamsonq.commands.queues import queue
@@ -38,6 +39,7 @@ COMMANDS = (
     blast,
     cleanse,
     fsck,
+    logins,
     project.demo,
     project.completion,
     project.help_,
