@@ -21,8 +21,8 @@ class Receiver(Protocol):
     """What a boot puts into `settings.receiver`.
 
     One that ends by itself may have `worn_out`, because it has done enough and another process is to take its place,
-    and `retired`, because it had nothing to do and nobody is. One that has limits may have `processes`: it is told there
-    how many of its kind the boot runs.
+    and `retired`, because it had nothing to do and nobody is. One that has limits may have `processes`: it is
+    told there how many of its kind the boot runs.
     """
 
     @property

@@ -91,8 +91,9 @@ class ReceiverTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
     `workers` are threads, `timeout` is for one call of a handler; below `min_free` bytes of free disk mail is put off.
     With `certificate_file` (and `key_file`, if the key stands apart) TLS is spoken: `tls` is "offered", "required" or
-    "implicit". With `logins_file` one may log in, with `login_required` one has to. `proxies` and `trusted` are lists of
-    networks: who speaks the PROXY protocol, and who has no limits. `refuse_bare` refuses a bare CR or LF in a message.
+    "implicit". With `logins_file` one may log in, with `login_required` one has to. `proxies` and `trusted` are lists
+    of networks: who speaks the PROXY protocol, and who has no limits. `refuse_bare` refuses a message with a bare CR or
+    LF.
     """
 
     host: str = "127.0.0.1"

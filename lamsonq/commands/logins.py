@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TextIO
+
 import click
 
 from lamsonq.commands.options import argument, declare, option
@@ -12,9 +14,9 @@ ACTIONS = ("ls", "add", "rm")
 
 @declare()
 @argument("action", metavar="ACTION", type=click.Choice(ACTIONS))
-@argument("name", metavar="[NAME]", required=False)
+@argument("name", metavar="[NAME]")
 @option("file", "The file, as `receiver.logins_file` names it.", metavar="FILE", default="config/logins")
-def logins(action: str, name: str | None, file: str) -> None:
+def logins(action: str | None, name: str | None, file: str) -> None:
     """Say who may log in with AUTH: list the names, add one, or remove one.
 
     `add` asks for the password, or reads it from standard input; a name that is there gets the new one. A running
@@ -22,6 +24,8 @@ def logins(action: str, name: str | None, file: str) -> None:
     """
     from lamsonq import logins as kept
 
+    if action is None:
+        raise UsageError("logins: ls, add NAME, or rm NAME?")
     if action != "ls" and not name:
         raise UsageError(f"logins {action}: whom? lamsonq logins {action} NAME")
     try:
@@ -39,8 +43,7 @@ def logins(action: str, name: str | None, file: str) -> None:
 
 
 def _password() -> str:
-    stream = click.get_text_stream("stdin")
+    stream: TextIO = click.get_text_stream("stdin")
     if stream.isatty():
-        word: str = click.prompt("Password", hide_input=True, confirmation_prompt=True, err=True)
-        return word
+        return str(click.prompt("Password", hide_input=True, confirmation_prompt=True, err=True))
     return stream.readline().rstrip("\r\n")
