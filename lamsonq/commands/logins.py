@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from getpass import getpass
 from typing import TextIO
 
 import click
@@ -45,5 +46,8 @@ def logins(action: str | None, name: str | None, file: str) -> None:
 def _password() -> str:
     stream: TextIO = click.get_text_stream("stdin")
     if stream.isatty():
-        return str(click.prompt("Password", hide_input=True, confirmation_prompt=True, err=True))
+        first, second = getpass("Password: "), getpass("Once more: ")
+        if first != second:
+            raise UsageError("logins add: these were two different passwords")
+        return first
     return stream.readline().rstrip("\r\n")
