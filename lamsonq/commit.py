@@ -41,6 +41,8 @@ _T = TypeVar("_T")
 Group = tuple[str, ...]
 """The recipients that one reply answers for, as routes see them: all of a message's, or one."""
 
+Inspect = Callable[[mail.Envelope, bytes, str], Awaitable[tuple[mail.Envelope, bytes]]]
+
 _Answer = Callable[[Group], Awaitable[str]]
 
 
@@ -52,6 +54,7 @@ class Committer:
     """Takes messages for one receiver: to `deliver` if there is one, else to the router.
 
     `pool` runs the functions, `timeout` is how many seconds one may take, `on_hang` is told when one takes longer.
+    `inspect` completes the envelope of a message with this id before anybody sees it.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Committer:
         deliver: Callable[[mail.MailRequest], object] | None,
         timeout: float,
         on_hang: Callable[[], None],
+        inspect: Inspect | None = None,
     ) -> None:
         self.loop = loop
         self.pool = pool
@@ -69,6 +73,7 @@ class Committer:
         self.deliver = deliver
         self.timeout = timeout
         self.on_hang = on_hang
+        self.inspect = inspect
         self.running: set[_Run] = set()
 
     async def commit(
@@ -107,6 +112,8 @@ class Committer:
 
     async def _take(self, envelope: mail.Envelope, content: bytes) -> _Answer:
         """Begin with a message: what answers for each group of its recipients."""
+        if self.inspect is not None:
+            envelope, content = await self.inspect(envelope, content, about.current().id)
         message = mail.MailRequest(envelope.peer, envelope.mail_from, envelope.rcpt_tos, content, envelope=envelope)
         LOG.debug("Message received from Peer: %r, From: %r, to To %r.", message.Peer, message.From, message.route_to)
         if self.deliver is None:

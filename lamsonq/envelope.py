@@ -44,7 +44,9 @@ class Envelope:
 
     `mail_from` is "" for the null sender and None where nobody recorded one. `peer` is a socket's `(host, port)` or
     the name of a queue. `received` is seconds since the epoch, 0.0 where nobody looked at a clock. `helo` is what the
-    client called itself, `login` who has logged in ("": nobody), `tls` the version of TLS ("": none).
+    client called itself, `login` who has logged in ("": nobody), `tls` the version of TLS ("": none), `protocol` the
+    word of RFC 3848 for the way it came (`ESMTPS`). `trace` are the header fields that the receiver has put in front of the
+    message, each with its line end: they leave with it, and are no part of its bytes.
     """
 
     mail_from: str | None
@@ -56,6 +58,8 @@ class Envelope:
     tls: str = ""
     notify: Notify = UNASKED
     auth: Auth = UNCHECKED
+    protocol: str = ""
+    trace: str = ""
 
 
 class _Session(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -64,6 +68,8 @@ class _Session(msgspec.Struct, frozen=True, omit_defaults=True):
     tls: str = ""
     notify: Notify = UNASKED
     auth: Auth = UNCHECKED
+    protocol: str = ""
+    trace: str = ""
 
 
 _NOTHING = _Session()
@@ -71,7 +77,7 @@ _NOTHING = _Session()
 
 def session_of(envelope: Envelope) -> dict[str, str]:
     """What a job's metadata keep of an envelope: nothing when there is nothing to tell."""
-    kept = _Session(envelope.helo, envelope.login, envelope.tls, envelope.notify, envelope.auth)
+    kept = _Session(**{name: getattr(envelope, name) for name in _Session.__struct_fields__})
     return {} if kept == _NOTHING else {SESSION: msgspec.json.encode(kept).decode()}
 
 
@@ -85,4 +91,4 @@ def restored(
             kept = msgspec.json.decode(metadata[SESSION], type=_Session)
         except msgspec.MsgspecError:
             pass  # somebody else's field of this name: the message is worth more
-    return Envelope(sender, recipients, peer, received, kept.helo, kept.login, kept.tls, kept.notify, kept.auth)
+    return Envelope(sender, recipients, peer, received, **msgspec.structs.asdict(kept))

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, TypedDict, Unpack
 
 from lamsonq import mail
+from lamsonq.authentication import Verifier
 from lamsonq.errors import SettingsError
 from lamsonq.limits import Limits
 from lamsonq.routing import RoutingBase
@@ -50,6 +51,8 @@ class ReceiverOptions(TypedDict, total=False):
     on_connect: Check | None
     on_mail: Check | None
     on_rcpt: Check | None
+    verify: bool | Verifier
+    authserv_id: str | None
 
 
 class LMTPSession(Session):

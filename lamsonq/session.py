@@ -33,6 +33,7 @@ from lamsonq import mail
 from lamsonq.address import canonical
 from lamsonq.envelope import Envelope, Notify
 from lamsonq.limits import Client, Refused, Traffic
+from lamsonq.trace import HOPS_MAX, hops, protocol_word
 from lamsonq.wire import Hot, Wire
 
 LOG = logging.getLogger()
@@ -746,6 +747,8 @@ class Session(Wire):
         if content is None:
             no_room = "452 4.3.1 Too many messages at the moment, try again later"
             return no_room if self._no_room else self._too_large()
+        if hops(content) > HOPS_MAX:
+            return "554 5.4.6 Too many hops: this message goes round in circles"
         if not self.server.carries_bare and has_bare_line_end(content):
             return "550 5.6.0 Lines end in <CR><LF>: a bare <CR> or <LF> is refused (RFC 5321 section 2.3.8)"
         return None
@@ -773,12 +776,19 @@ class Session(Wire):
             login=self.login,
             tls=self._tls_version,
             notify=self._notify,
+            protocol=self._word(),
         )
         for reply in self.server.commit(envelope, content, groups):
             await self._pay(await reply)
 
     def say(self, reply: str) -> None:
         super().say(enhanced(reply))
+
+    def _word(self) -> str:
+        """How the message came (RFC 3848)."""
+        base = self.protocol if self._state.extended_smtp else "SMTP"
+        utf8 = any(option.upper() == "SMTPUTF8" for option in self.envelope.mail_options) if self.envelope else False
+        return protocol_word(base, tls=self._is_encrypted, login=bool(self.login), utf8=utf8)
 
     async def _pay(self, reply: str) -> None:
         self.owed -= 1

@@ -70,6 +70,8 @@ class ReceiverConfig(TypedDict):
     trusted: list[str]
     proxies: list[str]
     refuse_bare: bool
+    verify: bool
+    authserv_id: str | None
 
 
 class RelayConfig(TypedDict):
@@ -93,7 +95,7 @@ class ReceiverTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     With `certificate_file` (and `key_file`, if the key stands apart) TLS is spoken: `tls` is "offered", "required" or
     "implicit". With `logins_file` one may log in, with `login_required` one has to. `proxies` and `trusted` are lists
     of networks: who speaks the PROXY protocol, and who has no limits. `refuse_bare` refuses a message with a bare CR or
-    LF.
+    LF. `verify` looks at SPF, DKIM, DMARC and ARC, in the name of `authserv_id`.
     """
 
     host: str = "127.0.0.1"
@@ -111,6 +113,8 @@ class ReceiverTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     proxies: list[str] = msgspec.field(default_factory=list)
     trusted: list[str] = msgspec.field(default_factory=list)
     refuse_bare: bool = False
+    verify: bool = False
+    authserv_id: str | None = None
     limits: LimitsTable = msgspec.field(default_factory=lambda: LimitsTable())
 
     def config(self) -> ReceiverConfig:
@@ -133,6 +137,8 @@ class ReceiverTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
             trusted=self.trusted,
             proxies=self.proxies,
             refuse_bare=self.refuse_bare,
+            verify=self.verify,
+            authserv_id=self.authserv_id,
         )
 
     def _certificate(self) -> TLS | None:

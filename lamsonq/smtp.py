@@ -28,12 +28,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from socket import gethostname
 from socket import socket as Socket
 from ssl import SSLContext
 
 from lamsonq import mail
+from lamsonq.authentication import Verifier, authentication_results, without_forged
 from lamsonq.commit import LOG, Committer, trouble
 from lamsonq.errors import QueueError, SettingsError, SMTPError
 from lamsonq.limits import Limits, Network, Traffic, within
@@ -43,6 +45,8 @@ from lamsonq.session import Check, Dialogue, Session
 from lamsonq.sockets import BACKLOG, listen
 from lamsonq.space import MIN_FREE, Space
 from lamsonq.tls import TLS
+from lamsonq.trace import received_field
+from lamsonq.verdicts import Auth, Verdict
 from lamsonq.worker import TROUBLE_PAUSE, QueueReceiver
 
 ACCEPTED_AT_ONCE = 16
@@ -77,7 +81,8 @@ class SMTPReceiver:
     top of what the routes say. `limits` hold per client and for all; the networks of `trusted` ("10.0.0.0/8") have none
     of their own. Those of `proxies` tell by the PROXY protocol whom they connect for. `refuse_bare` refuses a message
     with a bare CR or LF, which otherwise is carried as it is. `on_connect`, `on_mail` and `on_rcpt` are checks of your
-    own: they get a `Dialogue`, and raise SMTPError to refuse.
+    own: they get a `Dialogue`, and raise SMTPError to refuse. With `verify` SPF, DKIM, DMARC and ARC are looked at
+    before a handler runs (`message.auth`), in the name of `authserv_id` (None: `hostname`).
 
     Raises ValueError for arguments that cannot be.
 
@@ -112,6 +117,8 @@ class SMTPReceiver:
         on_connect: Check | None = None,
         on_mail: Check | None = None,
         on_rcpt: Check | None = None,
+        verify: bool | Verifier = False,
+        authserv_id: str | None = None,
     ) -> None:
         if workers < 1:
             raise ValueError(f"workers={workers}: an {self.protocol}Receiver needs at least one")
@@ -137,6 +144,8 @@ class SMTPReceiver:
         self.on_connect = on_connect
         self.on_mail = on_mail
         self.on_rcpt = on_rcpt
+        self.authserv_id = authserv_id or self.hostname
+        self.verifier = Verifier(self.hostname) if verify is True else verify or None
         self.processes = 1
         """How many of these the boot runs: each has its share of the limits."""
         self.draining = False
@@ -299,7 +308,9 @@ class SMTPReceiver:
 
     async def _listen(self, pool: ThreadPoolExecutor) -> None:
         self._loop = loop = asyncio.get_running_loop()
-        self._committer = Committer(loop, pool, self.router, self.deliver, self.timeout, self._ask_to_be_replaced)
+        self._committer = Committer(
+            loop, pool, self.router, self.deliver, self.timeout, self._ask_to_be_replaced, self._inspected
+        )
         assert self._listener is not None
         # To asyncio this is how often it tries to accept in one turn: with no descriptor left, so many errors.
         server = await loop.create_server(
@@ -408,6 +419,17 @@ class SMTPReceiver:
     def trouble(self, error: BaseException) -> str:
         return trouble(error)
 
+    async def _inspected(self, envelope: mail.Envelope, content: bytes, id: str) -> tuple[mail.Envelope, bytes]:
+        """The envelope with our trace fields and verdicts (RFC 5321 section 4.4, RFC 8601)."""
+        trace = received_field(envelope, self.hostname, id, envelope.protocol or self.protocol)
+        if self.verifier is None:
+            return replace(envelope, trace=trace.decode()), content
+        auth, content = await self._loop.run_in_executor(
+            self._checks, _checked, envelope, content, self.verifier, self.authserv_id
+        )
+        trace = authentication_results(auth, self.authserv_id) + trace
+        return replace(envelope, auth=auth, trace=trace.decode()), content
+
     def commit(
         self, envelope: mail.Envelope, content: bytes, groups: Sequence[tuple[str, ...]]
     ) -> Sequence[asyncio.Future[str]]:
@@ -421,6 +443,14 @@ class SMTPReceiver:
         for group, reply in zip(groups, replies, strict=True):
             reply.add_done_callback(partial(_log_refusal, envelope, group), context=context)
         return replies
+
+
+def _checked(envelope: mail.Envelope, content: bytes, verifier: Verifier, authserv_id: str) -> tuple[Auth, bytes]:
+    """Who wrote this; and the message without what somebody else says of that in our name."""
+    if envelope.login:  # RFC 8601 section 2.7.4: it comes from a user of ours, wherever that one is
+        verdict = Verdict("auth", "pass", properties={"smtp.auth": envelope.login})
+        return Auth((verdict,)), without_forged(content, authserv_id)
+    return verifier.verify(envelope, content), without_forged(content, authserv_id)
 
 
 def _log_refusal(envelope: mail.Envelope, group: tuple[str, ...], reply: asyncio.Future[str]) -> None:

@@ -34,6 +34,7 @@ from typing import NamedTuple
 import msgspec
 
 from lamsonq.jobs import Job
+from lamsonq.trace import trace_block
 
 VERSION = 1
 PREFIX = b"X-Lamsonq-Job: "
@@ -211,19 +212,22 @@ class Record(msgspec.Struct, omit_defaults=True):
 
 
 def encode_block(job: Job, received: float) -> bytes:
-    """The line in front of a message, for a job that was received at this time."""
+    """What stands in front of a message, for a job that was received at this time: the line with its record, and the
+    trace fields, so that other programs show them."""
     record = Record(job.sender, job.recipients, job.peer, job.target, received, dict(job.metadata), job.unique)
     # json, not msgspec, because it writes ASCII and does not refuse the surrogates of undecodable bytes.
-    return PREFIX + json.dumps(msgspec.to_builtins(record), separators=(",", ":")).encode("ascii") + b"\n"
+    line = PREFIX + json.dumps(msgspec.to_builtins(record), separators=(",", ":")).encode("ascii") + b"\n"
+    return line + trace_block(job.sender, job.recipients, job.metadata)
 
 
 def decode_block(block: bytes, length: int) -> Record:
     """Read the line; `length` is what the name said. Raises ValueError with a reason."""
     if len(block) < length:
         raise ValueError(f"the file ends within its job record ({len(block)} of {length} bytes)")
-    if not block.startswith(PREFIX) or not block.endswith(b"\n"):
+    line, end, _ = block.partition(b"\n")
+    if not block.startswith(PREFIX) or not end or not block.endswith(b"\n"):
         raise ValueError(f"the first {length} bytes of the file are no job record")
     try:
-        return msgspec.convert(json.loads(block[len(PREFIX) :]), Record)
+        return msgspec.convert(json.loads(line[len(PREFIX) :]), Record)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the job record cannot be read: {error}") from error

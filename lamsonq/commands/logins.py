@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import sys
 from getpass import getpass
-from typing import TextIO
 
 import click
 
@@ -44,10 +44,9 @@ def logins(action: str | None, name: str | None, file: str) -> None:
 
 
 def _password() -> str:
-    stream: TextIO = click.get_text_stream("stdin")
-    if stream.isatty():
+    if sys.stdin.isatty():
         first, second = getpass("Password: "), getpass("Once more: ")
         if first != second:
             raise UsageError("logins add: these were two different passwords")
         return first
-    return stream.readline().rstrip("\r\n")
+    return sys.stdin.readline().rstrip("\r\n")

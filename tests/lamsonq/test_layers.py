@@ -9,10 +9,10 @@ import lamsonq
 PACKAGE = Path(lamsonq.__file__).parent
 LAYERS = [
     "errors space address headers mime plaintext statuscodes tally verdicts limits tls logins identity systemd clock"
-    " schedule arguments",
+    " schedule arguments names spf dmarc",
     "jobs reports policy marks events",
-    "envelope mail bounce bouncetext dsn response modules table settings state about logs",
-    "wire sockets connection mx transaction pidfile",
+    "envelope trace mail bounce bouncetext dsn response modules table settings state about logs",
+    "wire sockets connection mx transaction pidfile signatures authentication",
     "backends attempt queue relay view deferred conformance databases",
     "routing confirm scanners spam html",
     "source session worker commit fsck survey",
