@@ -45,8 +45,8 @@ class Envelope:
     `mail_from` is "" for the null sender and None where nobody recorded one. `peer` is a socket's `(host, port)` or
     the name of a queue. `received` is seconds since the epoch, 0.0 where nobody looked at a clock. `helo` is what the
     client called itself, `login` who has logged in ("": nobody), `tls` the version of TLS ("": none), `protocol` the
-    word of RFC 3848 for the way it came (`ESMTPS`). `trace` are the header fields that the receiver has put in front of the
-    message, each with its line end: they leave with it, and are no part of its bytes.
+    word of RFC 3848 for the way it came (`ESMTPS`). `trace` are the header fields that the receiver has put in front of
+    the message, each with its line end: they leave with it, and are no part of its bytes.
     """
 
     mail_from: str | None

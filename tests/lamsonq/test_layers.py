@@ -16,7 +16,7 @@ LAYERS = [
     "backends attempt queue relay view deferred conformance databases",
     "routing confirm scanners spam html",
     "source session worker commit fsck survey",
-    "smtp lmtp handlers",
+    "smtp lmtp ingress handlers",
     "server",
     "child supervisor reload process testing metrics",
     "demo pytest_plugin commands __main__",
