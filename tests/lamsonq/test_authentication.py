@@ -1,4 +1,4 @@
-"""Who wrote a message: SPF, DKIM, ARC and DMARC against a DNS server on the loopback, and what others are told of it."""
+"""Who wrote a message: SPF, DKIM, ARC and DMARC against a DNS server on the loopback; what others are told of it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import base64
 import inspect
 import ipaddress
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -30,17 +31,17 @@ from lamsonq.errors import SMTPError
 from lamsonq.mail import MailRequest
 from lamsonq.marks import marks_of
 from lamsonq.names import Unsure
-from lamsonq.routing import RoutingBase, route, stateless
+from lamsonq.routing import RoutingBase
 from lamsonq.spf import check
 from lamsonq.verdicts import Auth, Verdict
 
+from .pages import Page, Run
 from .servers import Dns
 
 MESSAGE = b"From: Joe <joe@example.test>\r\nTo: ann@y.test\r\nSubject: Hello\r\n\r\nHello Ann,\r\n\r\nbye\r\n\r\n"
 
 
 def _rsa(bits: int) -> tuple[bytes, str]:
-    # An odd size on purpose: cryptography makes none below 1024.
     key = rsa.generate_private_key(65537, bits)
     private = key.private_bytes(Encoding.PEM, PrivateFormat.TraditionalOpenSSL, NoEncryption())
     public = key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
@@ -107,7 +108,6 @@ def verify(dns_server: Dns) -> Callable[..., Auth]:
 def signed(
     data: bytes = MESSAGE, domain: str = "example.test", selector: str = "s", key: bytes = PRIVATE, **given: Any
 ) -> bytes:
-    # Deliberately every argument by name: dkimpy's order is easy to get wrong.
     field = dkim.sign(data, selector.encode(), domain.encode(), key, **given)
     return bytes(field) + data
 
@@ -159,7 +159,7 @@ def asked(zone: dict[tuple[str, str], list[str]]) -> Callable[[str, str], list[s
         ("v=spf1 include:i.test ?all", "pass"),
         ("v=spf1 redirect=i.test", "pass"),
         ("v=spf1 exists:%{ir}.%{v}.list.test -all", "pass"),
-        ("v=spf1 exists:%{l1r-}.%{d2}.list.test -all", "pass"),
+        ("v=spf1 exists:%{l1r-}.%{d2}.list.test -all", "pass"),  # of bounce-joe, turned round, the last word
         ("v=spf1 ptr:a.test -all", "pass"),
         ("v=spf1 ~all", "softfail"),
         ("v=spf1", "neutral"),
@@ -189,8 +189,7 @@ def test_spf_evaluates_a_record_within_its_limits(record: str, result: str) -> N
         ("bounce.x.test.list.test", "A"): ["127.0.0.2"],
     }
     found, _ = check(asked(zone), ipaddress.ip_address("192.0.2.3"), "bounce-joe@x.test", "h.test")
-    expected = "permerror" if record == "v=spf1 exists:%{l1r-}.%{d2}.list.test -all" else result
-    assert found == (result if found == result else expected)
+    assert found == result
 
 
 @given(st.text(alphabet="v=spf1 aemxip4:6/%{}ldir-+~?.,0123", max_size=200))
@@ -223,14 +222,14 @@ def _suite_dns(zonedata: dict[str, list[Any]]) -> Callable[[str, str], list[str]
             pairs = [("TXT" if kind == "SPF" else kind, value) for kind, value in pairs]
         zone[name.lower()] = [pair for pair in pairs if pair[1] != "NONE"]
 
-    def ask(name: str, kind: str) -> list[str]:
+    def ask(name: str, kind: str, level: int = 0) -> list[str]:
         name = name.lower().removesuffix(".")
         if any(len(label) > 63 for label in name.split(".")):
             return []
         found: list[Any] = []
         for known, value in zone.get(name, []):
             if known == "CNAME":
-                return ask(value, kind)
+                return ask(value, kind, level + 1) if level < 5 else []
             if (known == "TIMEOUT" and not found) or (known == kind and value == "TIMEOUT"):
                 raise Unsure
             if known == kind:
@@ -240,13 +239,16 @@ def _suite_dns(zonedata: dict[str, list[Any]]) -> Callable[[str, str], list[str]
     return ask
 
 
+UNSIGNED_FROM = b"DKIM-Signature: v=1; a=rsa-sha256; d=example.test; s=s; h=to:subject; bh=AAAA; b=AAAA\r\n" + MESSAGE
+
 # -- DKIM ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("header", [b"simple", b"relaxed"])
 @pytest.mark.parametrize("body", [b"simple", b"relaxed"])
 @pytest.mark.parametrize(
-    "text", [b"", b"\r\n", b"\r\n\r\n", b"a", b"a\r\n\r\n\r\n", b" a \t b \r\n \r\n", b"a\r\r\n\r\n", b"\r\r\n", b"a\r\n\r"]
+    "text",
+    [b"", b"\r\n", b"\r\n\r\n", b"a", b"a\r\n\r\n\r\n", b" a \t b \r\n \r\n", b"a\r\r\n\r\n", b"\r\r\n", b"a\r\n\r"],
 )
 def test_what_dkimpy_signs_passes(verify: Callable[..., Auth], header: bytes, body: bytes, text: bytes) -> None:
     auth = verify(signed(b"From: joe@example.test\r\nX:  a \r\n b\r\n\r\n" + text, canonicalize=(header, body)))
@@ -275,7 +277,7 @@ def test_ed25519_passes(verify: Callable[..., Auth]) -> None:
         (signed(selector="ed"), ("permerror", "the key is of another kind")),
         (signed(domain="fails.test"), ("temperror", "the DNS does not tell the TXT record of s._domainkey.fails.test")),
         (b"DKIM-Signature: nonsense\r\n" + MESSAGE, ("permerror", "the signature cannot be read")),
-        (signed().replace(b"h=from", b"h=fram"), ("permerror", "From is not signed")),
+        (UNSIGNED_FROM, ("permerror", "From is not signed")),
         (b"DKIM-Signature: v=1;" + b" " * 40 + b"\r\n" + MESSAGE, ("policy", "a signature with a long run of blanks")),
         (MESSAGE, ("none", "")),
     ],
@@ -283,9 +285,6 @@ def test_ed25519_passes(verify: Callable[..., Auth]) -> None:
 def test_a_signature_that_says_nothing_does_not_pass(
     verify: Callable[..., Auth], data: bytes, verdict: tuple[str, str]
 ) -> None:
-    if verdict[1] == "From is not signed":
-        assert dkim_of(verify(data.replace(b" from : ", b" ").replace(b": from", b"")))[0][0] != "pass"
-        return
     assert dkim_of(verify(data)) == [verdict]
 
 
@@ -294,29 +293,29 @@ def test_only_some_signatures_are_looked_at(verify: Callable[..., Auth]) -> None
     assert len(dkim_of(verify(field * 20 + MESSAGE))) == 5
 
 
-def test_what_opendkim_signs_passes(tmp_path: Path, dns_server: Dns) -> None:
-    """And opendkim agrees with us on what was changed."""
-    program = next((p for p in ("/usr/sbin/opendkim", "/usr/bin/opendkim") if os.path.exists(p)), None)
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n"])
+def test_what_opendkim_signs_holds(tmp_path: Path, verify: Callable[..., Auth], line_end: bytes) -> None:
+    program = shutil.which("opendkim-testmsg", path=f"{os.environ['PATH']}:/usr/sbin")
     if program is None:
         if os.environ.get("CI"):
-            pytest.fail("opendkim is missing")
-        pytest.skip("opendkim is not installed")
-    key, mail = tmp_path / "key.pem", tmp_path / "mail.eml"
+            pytest.fail("opendkim-testmsg is missing")
+        pytest.skip("opendkim-testmsg is not installed")
+    key = tmp_path / "key.pem"
     key.write_bytes(PRIVATE)
-    key.chmod(0o600)
-    mail.write_bytes(MESSAGE)
-    conf = tmp_path / "opendkim.conf"
-    conf.write_text(f"Mode s\nDomain example.test\nSelector s\nKeyFile {key}\nCanonicalization relaxed/relaxed\n")
-    done = subprocess.run([program, "-x", conf, "-t", mail, "-vv"], capture_output=True, check=False, timeout=30)
-    field = done.stdout[done.stdout.find(b"DKIM-Signature") :]
-    assert b"DKIM-Signature" in done.stdout, (done.stdout, done.stderr)
-    assert field
+    command = [program, "-d", "example.test", "-s", "s", "-k", str(key), "-t", str(tmp_path)]
+    message = b"Date: Mon, 1 Jan 2024 00:00:00 +0000\n" + MESSAGE.replace(b"\r\n", b"\n")
+    done = subprocess.run(command, input=message, capture_output=True, check=True, timeout=30)
+    data = done.stdout.replace(b"\r\n", b"\n").replace(b"\n", line_end)
+    # This program signs with SHA-1 and nothing else; that is looked at last, after the signature has held.
+    assert dkim_of(verify(data)) == [("policy", "SHA-1 is no longer good enough")]
+    assert dkim_of(verify(data + b"x")) == [("fail", "the body has been changed")]
 
 
 # -- ARC -------------------------------------------------------------------------------------------------------------
 
 
 def sealed(data: bytes, cv: bytes = b"none") -> bytes:
+    data = without_forged(data, "list.test")
     data = b"Authentication-Results: list.test; arc=" + cv + b"; spf=pass smtp.mailfrom=example.test\r\n" + data
     return b"".join(dkim.arc_sign(data, b"s", b"example.test", PRIVATE, b"list.test")) + data
 
@@ -386,16 +385,13 @@ def test_dmarc_wants_a_pass_for_the_domain_of_the_author(
         from_("eve@evil.test <j@example.test> <eve@evil.test>"),
         from_('"unfinished <j@example.test>'),
         from_("j@[192.0.2.1]"),
-        from_("j@example.test") .replace(b"Subject: x", b"Subject: x\rFrom: eve@evil.test"),
+        from_("j@example.test").replace(b"Subject: x", b"Subject: x\rFrom: eve@evil.test"),
         b"X: y\r\n" * 2000 + from_("j@example.test"),
-        from_("j@example.test" + " " * 9000),
+        from_(" " * 9000 + "j@example.test (" + "a" * 9000 + ")"),
     ],
 )
 def test_a_message_without_exactly_one_author_passes_for_nobody(verify: Callable[..., Auth], data: bytes) -> None:
     auth = verify(data, "joe@example.test")
-    if data == from_("j@example.test" + " " * 9000):  # blanks at the end are nothing
-        assert auth.dmarc == "pass"
-        return
     assert (auth.dmarc, auth.domain) == ("permerror", "")
 
 
@@ -417,21 +413,25 @@ def test_a_display_name_is_no_author(verify: Callable[..., Auth], author: str) -
 # -- the cost of hostile mail ----------------------------------------------------------------------------------------
 
 
+RELAXED = signed(canonicalize=(b"relaxed", b"relaxed"))
+
+
 @pytest.mark.parametrize(
     "data",
     [
+        RELAXED[: -len(MESSAGE)] * 5 + MESSAGE + b"a  b\t" * 5_000_000,
         b"X: " + b" a" * 500_000 + b"\r\n" + MESSAGE,
         b"DKIM-Signature: " + b"v=1; b=" + b"a" * 1_000_000 + b"\r\n" + MESSAGE,
         signed()[: -len(MESSAGE)] * 1000 + MESSAGE,
         b"X: y\r\n" * 100_000 + MESSAGE,
         b"Authentication-Results: ((((\r\n" * 30_000 + MESSAGE,
         b"From:" + b"(" * 1_000_000 + b"\r\n\r\n",
-        signed()[: -len(MESSAGE)] + MESSAGE + b" " * 10_000_000,
-        signed()[: -len(MESSAGE)] + MESSAGE + b"\r\n" * 5_000_000,
-        signed()[: -len(MESSAGE)] + MESSAGE + b" \r\t\n" * 2_500_000,
+        RELAXED[: -len(MESSAGE)] + MESSAGE + b" " * 10_000_000,
+        RELAXED[: -len(MESSAGE)] + MESSAGE + b"\r\n" * 5_000_000,
+        RELAXED[: -len(MESSAGE)] + MESSAGE + b" \r\t\n" * 2_500_000,
         b"ARC-Seal: i=1; b=" + b"a " * 1000 + b"\r\n" + MESSAGE,
     ],
-    ids=["long", "signature", "signatures", "fields", "comments", "from", "blanks", "lines", "mixed", "seal"],
+    ids=["text", "long", "signature", "signatures", "fields", "comments", "from", "blanks", "lines", "mixed", "seal"],
 )
 def test_hostile_mail_costs_little(verify: Callable[..., Auth], data: bytes) -> None:
     began = time.process_time()
@@ -445,7 +445,7 @@ def test_nothing_makes_verify_raise(data: bytes) -> None:
     import dns.resolver
 
     class Nothing:
-        def resolve(self, *args: Any, **given: Any) -> Any:
+        def resolve(self, *_args: Any, **_given: Any) -> Any:
             raise dns.resolver.NXDOMAIN
 
     verifier = Verifier("mx.y.test", Nothing())  # type: ignore[arg-type]
@@ -544,7 +544,9 @@ def test_the_last_of_very_many_fields_is_dropped_too() -> None:
 
 
 def message(*verdicts: Verdict) -> MailRequest:
-    return MailRequest(("x", 1), "a@b.test", "c@d.test", MESSAGE, envelope=Envelope("a@b.test", (), auth=Auth(verdicts)))
+    return MailRequest(
+        ("x", 1), "a@b.test", "c@d.test", MESSAGE, envelope=Envelope("a@b.test", (), auth=Auth(verdicts))
+    )
 
 
 DMARC = Verdict("dmarc", "pass", "", {"header.from": "example.org"})
@@ -569,11 +571,11 @@ DKIM = Verdict("dkim", "pass", "", {"header.d": "example.org"})
     ],
 )
 def test_a_function_runs_only_for_what_passes(wanted: Any, verdicts: list[Verdict], code: int) -> None:
-    @wanted
+    @wanted  # type: ignore[untyped-decorator]
     def START(message: MailRequest, host: str) -> str:
         return host
 
-    @wanted
+    @wanted  # type: ignore[untyped-decorator]
     async def LATER(message: MailRequest, host: str) -> str:
         return host
 
@@ -609,10 +611,33 @@ def test_a_guarded_function_is_routed(monkeypatch: pytest.MonkeyPatch) -> None:
             router.deliver(MailRequest(("x", 1), "a@b.test", name, MESSAGE))
     assert len(vars(module)["seen"]) == 2
     assert marks_of(vars(module)["above"]).stateless
-    assert (route, stateless)
 
 
 @pytest.mark.parametrize("methods", [(), ("dmark",)])
 def test_a_misspelt_method_is_told_at_once(methods: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match="spf, dkim, dmarc, arc"):
         require(*methods)
+
+
+# -- the page --------------------------------------------------------------------------------------------------------
+
+PAGE = Page("authentication.md")
+
+
+@pytest.mark.parametrize("section", ["In a handler", "A guard on a route", "The field for others"])
+def test_the_blocks_of_the_page_run(section: str, here: Path) -> None:
+    run = Run(PAGE)
+    try:
+        session = run.section(section)
+        if section == "The field for others":
+            assert session.data.count(b"Authentication-Results") == 1
+            return
+        router = RoutingBase()
+        router.load([session.__name__])
+        address = "orders@example.org" if section == "In a handler" else "commands@example.org"
+        envelope = Envelope("joe@example.org", (address,), auth=Auth((DMARC,), "example.org"))
+        router.deliver(MailRequest(None, "joe@example.org", address, MESSAGE, envelope=envelope))
+        with pytest.raises(Exception, match=r"5\.7\.1"):
+            router.deliver(MailRequest(None, "joe@example.org", address, MESSAGE))
+    finally:
+        run.close()
