@@ -7,6 +7,7 @@ import base64
 import inspect
 import ipaddress
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -305,7 +306,9 @@ def test_what_opendkim_signs_holds(tmp_path: Path, verify: Callable[..., Auth], 
     command = [program, "-d", "example.test", "-s", "s", "-k", str(key), "-t", str(tmp_path)]
     message = b"Date: Mon, 1 Jan 2024 00:00:00 +0000\n" + MESSAGE.replace(b"\r\n", b"\n")
     done = subprocess.run(command, input=message, capture_output=True, check=True, timeout=30)
-    data = done.stdout.replace(b"\r\n", b"\n").replace(b"\n", line_end)
+    # Debian's repeats the last octets of b= behind its padding: what comes after the first "=" of that line is dropped.
+    data = re.sub(rb"(?m)^([\t ]+[\w+/]{5,}=)[\w+/=]+$", rb"\1", done.stdout.replace(b"\r\n", b"\n"), count=1)
+    data = data.replace(b"\n", line_end)
     # This program signs with SHA-1 and nothing else; that is looked at last, after the signature has held.
     assert dkim_of(verify(data)) == [("policy", "SHA-1 is no longer good enough")]
     assert dkim_of(verify(data + b"x")) == [("fail", "the body has been changed")]
