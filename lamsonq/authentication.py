@@ -184,9 +184,11 @@ def _quoted(text: str) -> str:
 
 # -- forged fields ---------------------------------------------------------------------------------------------------
 
-# There are readers for whom a bare CR ends a line, so what stands behind one is looked at as a field as well.
+# There are readers for whom a bare CR ends a line, so what stands behind one is looked at as a field as well. To others
+# it is a part of the field around it, which must not become two.
 _results = re.compile(rb"(?:\A|(?<=[\r\n]))authentication-results[ \t]*:", re.IGNORECASE)
-_line_end = re.compile(rb"(?:\r\n|\n|\r)(?![ \t])")
+_line_end = re.compile(rb"\r?\n(?![ \t])")
+_any_end = re.compile(rb"(?:\r\n|\n|\r(?!\n))(?![ \t])")
 _block_end = re.compile(rb"(?:\A|\n)\r?\n")
 _BLANK = "".join(map(chr, range(33))) + "\x7f"
 _comment_mark = re.compile(r"\\.|[()]", re.DOTALL)
@@ -207,11 +209,12 @@ def without_forged(data: bytes, authserv_id: str) -> bytes:
         start = found.start()
         if start < position:
             continue
-        line_end = _line_end.search(data, found.end(), end)
+        within = data[start - 1 : start] == b"\r" if start else False
+        line_end = (_any_end if within else _line_end).search(data, found.end(), end)
         stop, behind = (line_end.start(), line_end.end()) if line_end else (end, end)
         if not _claims(data[found.end() : stop].decode("utf-8", "replace"), authserv_id):
             continue
-        if start and data[start - 1 : start] == b"\r":
+        if within:
             start, behind = start - 1, stop  # the field around it keeps its own line end
         kept.append(data[position:start])
         position = behind
@@ -258,9 +261,9 @@ def _after_comments(text: str) -> int | None:
 def require(*methods: str, domain: str | None = None) -> Callable[[F], F]:
     """Decorator, below `@route`: the function runs only for messages for which all these methods passed.
 
-    `domain` is whose pass is meant: the domain of the From header for dmarc, the signer's for dkim and arc, the
-    envelope sender's for spf. Anything else raises SMTPError: 451 4.7.0 where it may pass later, else 550 5.7.1. Raises
-    ValueError for an unknown method or for none.
+    `domain` is whose pass is meant: for dmarc that of the From header, for dkim the signer, for arc the last seal, for
+    spf the envelope's sender. Anything else raises SMTPError: 451 4.7.0 where it may pass later, else 550 5.7.1.
+    Raises ValueError for an unknown method or for none.
     """
     unknown = [method for method in methods if method not in METHODS]
     if unknown or not methods:
