@@ -10,10 +10,11 @@ PACKAGE = Path(lamsonq.__file__).parent
 LAYERS = [
     "errors space address headers mime plaintext statuscodes tally verdicts identity systemd clock schedule arguments",
     "jobs reports policy marks events",
-    "envelope mail bounce bouncetext dsn response modules table settings state about logs",
+    "envelope mail bounce bouncetext dsn notification response lists verp suppression signing",
+    "modules table settings state about logs",
     "sockets connection mx transaction pidfile",
     "backends attempt queue relay view deferred conformance databases",
-    "routing confirm scanners spam html",
+    "routing outbound confirm scanners spam html",
     "source session worker commit fsck survey",
     "smtp lmtp handlers",
     "server",
