@@ -160,8 +160,7 @@ class Outbox:
         judged = [(f, self.policy.judge(_of_ours(f.error), job.attempts, job.received, now)) for f in failures]
         later = [(failure, end) for failure, end in judged if isinstance(end, Later)]
         dead = [(failure, end) for failure, end in judged if isinstance(end, Dead)]
-        warn = bool(later and self.warn_after and WARNED not in job.metadata and job.received)
-        warn = warn and now - job.received >= self.warn_after
+        warn = bool(later) and self._warns(job) and now >= job.received + self.warn_after
         fates = [_fate(job, failure, FAILED) for failure, _ in dead]
         if warn:
             until = job.received + self.policy.give_up_after
@@ -169,6 +168,8 @@ class Outbox:
         reports = self._reports(store, job, [*fates, *self._successes(job, receipts)])
         warned = warn and bool(reports)
         again = _together(later)
+        if again is not None and self._warns(job) and now < (at := job.received + self.warn_after):
+            again.at = min(again.at or at, at)  # one try more, so that the warning is in time
         if len(failures) == len(job.recipients or ("",)) and not warned and not (later and dead):
             if again is not None:
                 return Settlement(again, [], reports)
@@ -186,6 +187,10 @@ class Outbox:
         """The report that a job came too late (RFC 3463, X.4.7)."""
         failures = [Failure(to, None, SMTPError(554, "5.4.7 its time to live was over")) for to in job.recipients]
         return self._reports(store, job, [_fate(job, failure, FAILED) for failure in failures])
+
+    def _warns(self, job: Job) -> bool:
+        """Whether the sender is still to hear of a delay."""
+        return self.reports and bool(self.warn_after and job.received) and WARNED not in job.metadata
 
     # -- sending -----------------------------------------------------------------------------------------------
 

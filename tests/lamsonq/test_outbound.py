@@ -7,7 +7,7 @@ import email.policy
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from email.message import EmailMessage
 from pathlib import Path
@@ -105,8 +105,9 @@ def test_mail_is_tried_again_after_the_times_of_the_schedule(
     server.answers = {"RCPT TO:<ANN": BUSY}
     push(outbox)
     waits = []
+    receiver = QueueReceiver(outbox, deliver=Outbox(relay, warn_after=0).deliver)
     for _ in range(9):
-        work(worker(outbox, relay))
+        work(receiver)
         (job,) = jobs(outbox, "delayed")
         assert job.due is not None
         waits.append(job.due - time_now.now)
@@ -161,7 +162,8 @@ def test_a_relay_that_crashes_loses_nothing(
     for _ in range(8):
         work(worker(outbox, relay))
         time_now.tick(5 * 3600)
-    assert sorted(job.sender or "" for job in jobs(outbox, "delayed")) == ["", "joe@ours.test"]  # and the warning
+    waiting = [*jobs(outbox, "delayed"), *jobs(outbox, "ready")]
+    assert sorted(job.sender or "" for job in waiting) == ["", "joe@ours.test"]  # and the warning
     assert jobs(outbox, "dead") == []
 
 
@@ -248,8 +250,8 @@ def test_a_delay_is_reported_once_after_four_hours_and_the_failure_after_five_da
         told += [time_now.now - put] * (len(reports(server)) - len(told))
         time_now.now = max(time_now.now, min((job.due or 0 for job in jobs(outbox, "delayed")), default=0)) + 1
     delayed, failed = reports(server)
-    assert 4 * 3600 <= told[0] < 8 * 3600
-    assert 5 * DAY <= told[1] < 5.2 * DAY
+    assert 4 * 3600 <= told[0] < 4 * 3600 + 10
+    assert 5 * DAY <= told[1] < 5.3 * DAY
     assert fields(delayed)[1]["Action"] == "delayed"
     assert "Will-Retry-Until" in fields(delayed)[1]
     assert fields(failed)[1]["Action"] == "failed"
@@ -258,12 +260,10 @@ def test_a_delay_is_reported_once_after_four_hours_and_the_failure_after_five_da
 
 
 def test_who_could_not_be_reached_at_all_is_reported_without_words_of_a_server(
-    outbox: Queue, server: Server, time_now: FrozenClock
+    outbox: Queue, free_port: Callable[[], int], time_now: FrozenClock
 ) -> None:
-    gone = Server()
-    gone.close()
     push(outbox)
-    receiver = QueueReceiver(outbox, deliver=Outbox(Relay("127.0.0.1", gone.port), give_up_after=1).deliver)
+    receiver = QueueReceiver(outbox, deliver=Outbox(Relay("127.0.0.1", free_port()), give_up_after=1).deliver)
     work(receiver)
     time_now.tick(100)
     work(receiver)
