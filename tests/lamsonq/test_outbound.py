@@ -113,7 +113,7 @@ def test_mail_is_tried_again_after_the_times_of_the_schedule(
         waits.append(job.due - time_now.now)
         time_now.now = job.due + 0.01
     minutes = [1, 5, 15, 30, 60, 120, 240, 240, 240]
-    assert all(0.9 * 60 * m <= wait <= 1.1 * 60 * m for wait, m in zip(waits, minutes, strict=True)), waits
+    assert all(0.9 * 60 * m <= wait <= 1.1 * 60 * m for m, wait in zip(minutes, waits, strict=True)), waits
     assert len(set(waits[-3:])) == 3, "they come back a little apart"
 
 
