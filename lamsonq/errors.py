@@ -84,17 +84,33 @@ class SMTPError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Receipt:
+    """Who has got a message, and from which mail server we know it.
+
+    `final` says that this server has it in the recipient's mailbox (LMTP, RFC 2033), `reports` that it has taken over
+    what the sender wants to be told (RFC 3461 section 5.2.2).
+    """
+
+    recipient: str
+    server: str = ""
+    final: bool = False
+    reports: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Failure:
     """One call of a plan that failed: which function, for whom, and the exception that says later or never.
 
     `target` is the dotted name of the function, or None where no state function was involved (a relay). `judged` is
-    what the function's policy made of the error, if one was asked.
+    what the function's policy made of the error, if one was asked. `server` is the mail server whose words the error
+    has, "" where none has said anything.
     """
 
     recipient: str
     target: str | None
     error: Exception
     judged: Later | Dead | None = None
+    server: str = ""
 
     def outcome(self) -> Later | Dead:
         """Whether this call may be tried again."""
@@ -102,10 +118,14 @@ class Failure:
 
 
 class Undelivered(Exception):
-    """Raised by `deliver`: these calls or recipients failed; all others have succeeded and must not run again."""
+    """Raised by `deliver`: these calls or recipients failed; all others have succeeded and must not run again.
 
-    def __init__(self, failures: Sequence[Failure]) -> None:
+    `receipts` tell of those who have got a message that a relay has sent.
+    """
+
+    def __init__(self, failures: Sequence[Failure], receipts: Sequence[Receipt] = ()) -> None:
         self.failures = tuple(failures)
+        self.receipts = tuple(receipts)
         super().__init__("; ".join(f"{f.recipient}: {reason_of(f.error)}" for f in failures))
 
 

@@ -62,6 +62,7 @@ class Policy:
     - `max_attempts`: how often it is run in all; None is MAX_ATTEMPTS for crashes only.
     - `backoff(failures)`: the time until the next try, in seconds or as a timedelta. One that fails is logged, and
       `exponential` is asked.
+    - `give_up_after`: seconds after which a job that keeps saying *later* is a dead letter.
     - `timeout`: seconds that one run may take; None is the receiver's.
     - `delay`, `ttl`, `debounce`: from the put to the first run, to the last moment at which it may begin, and between
       two runs with the same arguments. With `debounce_always_delay` the first one waits too.
@@ -73,6 +74,7 @@ class Policy:
     error_classes: tuple[type[BaseException], ...] = (Exception,)
     max_attempts: int | None = None
     backoff: Callable[[int], float | timedelta] = exponential
+    give_up_after: float = GIVE_UP_AFTER
     timeout: float | None = None
     delay: Seconds = 0.0
     ttl: Seconds = 0.0
@@ -129,8 +131,8 @@ class Policy:
             return outcome
         if self.max_attempts is not None and attempts + 1 >= self.max_attempts:
             return _given_up(outcome, f"after {self.max_attempts} attempts")
-        if received and now - received > GIVE_UP_AFTER:
-            return _given_up(outcome, f"after {round(GIVE_UP_AFTER / 86400)} days")
+        if received and now - received > self.give_up_after:
+            return _given_up(outcome, f"after {_in_words(self.give_up_after)}")
         return outcome if outcome.at is not None else self._later(outcome, outcome.reason, attempts, now)
 
     def _judge_crash(self, error: BaseException, attempts: int, now: float) -> Later | Dead:
@@ -157,6 +159,14 @@ class Policy:
 
 
 DEFAULT = Policy()
+
+
+def _in_words(span: float) -> str:
+    """A span of time, as people say it: 5 days, 12 hours, 90 seconds."""
+    for size, word in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if span >= 2 * size:
+            return f"{round(span / size)} {word}"
+    return f"{round(span)} seconds"
 
 
 def _given_up(outcome: Later, when: str) -> Dead:

@@ -18,6 +18,10 @@ Rules:
 6. A password goes only through TLS or to this machine itself, unless `clear_login` says that the network is trusted.
 7. What a program writes does not go to who wrote a message that no program may answer (`MailRequest.may_be_answered`):
    two of them would go on for ever.
+8. What is signed is signed at the last moment, over the bytes that leave. Who is suppressed gets nothing, and counts as
+   refused for good; whose address does not exist, as a server says at RCPT (5.1.x), is suppressed from then on.
+9. A message that is handed to a queue keeps its session beside it: whether its sender had logged in, and what he wants
+   to be told. Whoever gives it another sender (`From=`) has made it his own, and it keeps nothing.
 """
 
 from __future__ import annotations
@@ -28,15 +32,19 @@ import logging
 import smtplib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from email.message import Message
 from ssl import CERT_NONE, PROTOCOL_TLS_CLIENT, SSLCertVerificationError, SSLContext, create_default_context
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from lamsonq import mail
+from lamsonq import clock, mail
 from lamsonq.address import canonical
 from lamsonq.connection import Client, HandshakeError, Pool, Server, own_name
-from lamsonq.errors import Dead, Failure, Later, SettingsError, SMTPError, Undelivered
+from lamsonq.envelope import UNASKED, Notify
+from lamsonq.errors import Dead, Failure, Later, QueueError, Receipt, SettingsError, SMTPError, Undelivered
 from lamsonq.mx import MailServers
+from lamsonq.signing import DKIM, signed
+from lamsonq.suppression import Suppressions
 from lamsonq.transaction import Stale, Transaction, for_the_wire, one_line
 
 if TYPE_CHECKING:
@@ -53,6 +61,13 @@ LOG = logging.getLogger()
 Deliverable = mail.MailRequest | mail.MailResponse | Message | bytes | str
 
 
+class Sent(NamedTuple):
+    """What became of a message for each recipient: who did not get it, and who has got it."""
+
+    failures: list[Failure]
+    receipts: list[Receipt]
+
+
 class Relay:
     """Gives messages to the mail server at `host`:`port`; with `deliver=`, to that callable instead.
 
@@ -64,6 +79,9 @@ class Relay:
     system's authorities, or against the `SSLContext` that is given in place of True. `clear_login` lets username and
     password go without TLS to another machine. `debug` above 0 prints the session to stderr, but for the login.
     `timeout` is in seconds, for connecting and for each reply.
+
+    `sign` are the keys for DKIM signatures (see lamsonq.signing), `suppressions` the addresses that get nothing (see
+    lamsonq.suppression).
 
     Raises TypeError for `ssl` together with `starttls` or LMTP, and SettingsError for what else cannot work.
 
@@ -85,6 +103,8 @@ class Relay:
         timeout: float = 30.0,
         resolver: dns.resolver.Resolver | None = None,
         clear_login: bool = False,
+        sign: DKIM | Iterable[DKIM] = (),
+        suppressions: Suppressions | None = None,
     ) -> None:
         self.hostname = host or ""
         self.port = port
@@ -95,6 +115,8 @@ class Relay:
         self.debug = debug
         self.lmtp = lmtp or self.hostname.startswith("/")
         self.timeout = timeout
+        self.sign = (sign,) if isinstance(sign, DKIM) else tuple(sign)
+        self.suppressions = suppressions
         self._hand_over = deliver
         self._pool = Pool()
         self._check_host()
@@ -150,20 +172,28 @@ class Relay:
         An answer that rule 7 forbids is dropped, and logged. Raises Undelivered, which names everyone who did not get
         it, and Dead for a message without recipients.
         """
+        failures, receipts = self.transfer(message, To, From)
+        if failures:
+            raise Undelivered(failures, receipts)
+
+    def transfer(self, message: Deliverable, To: str | Iterable[str] | None = None, From: str | None = None) -> Sent:
+        """As `deliver`, and tells of each recipient what became of the message. Raises Dead.
+
+        Of what is handed to a callable it tells nothing.
+        """
         sender, recipients, data = _envelope(message, To, From)
         original = _not_to_be_answered(message)
         if original is not None:
             recipients = _others(original, recipients)
             if not recipients:
-                return
+                return Sent([], [])
         if not recipients:
             raise Dead("the message has no recipient: nothing in To, Cc or Bcc is an address")
+        kept = message.envelope if isinstance(message, mail.MailRequest) and From is None else None
         if self._hand_over is not None:
-            self._hand_over(_request(sender, recipients, data))
-            return
-        failures = self._send(sender, recipients, for_the_wire(data))
-        if failures:
-            raise Undelivered(failures)
+            self._hand_over(_request(sender, recipients, data, kept))
+            return Sent([], [])
+        return self._send(sender, recipients, for_the_wire(data), kept.notify if kept else UNASKED)
 
     def send(self, To: str, From: str, Subject: str, Body: str) -> None:
         """Build a plain message and deliver it."""
@@ -207,19 +237,39 @@ class Relay:
         """Say goodbye on the connections that wait. The relay can be used again afterwards."""
         self._pool.close()
 
-    def _send(self, sender: str, recipients: Sequence[str], data: bytes) -> list[Failure]:
-        """One message to everybody; what failed, per recipient."""
+    def _send(self, sender: str, recipients: Sequence[str], data: bytes, notify: Notify) -> Sent:
+        """One message to everybody."""
         if sender and not mail.is_path_address(sender):
-            return [Failure(to, None, Dead(f"not an address to send from: {sender!r}")) for to in recipients]
+            return Sent([Failure(to, None, Dead(f"not an address to send from: {sender!r}")) for to in recipients], [])
         good = [to for to in recipients if mail.is_path_address(to)]
         failures = [Failure(to, None, Dead(f"not an address: {to!r}")) for to in recipients if to not in good]
+        if self.suppressions is not None:
+            suppressed = self.suppressions.among(good)
+            failures += [
+                Failure(to, None, SMTPError(550, f"5.1.1 suppressed: {why}")) for to, why in suppressed.items()
+            ]
+            good = [to for to in good if to not in suppressed]
+        receipts: list[Receipt] = []
+        data = signed(data, self.sign) if good and self.sign else data
         for servers, group in self._routes(good):
-            transaction = Transaction(sender, group, data, self.timeout, self.lmtp)
+            transaction = Transaction(sender, group, data, self.timeout, self.lmtp, notify=notify)
             if self._finder is not None:
                 transaction.spelled = self._finder.spelled
             self._transfer(servers, transaction)
             failures += transaction.failures
-        return failures
+            receipts += transaction.receipts
+            self._suppress(transaction.unknown)
+        return Sent(failures, receipts)
+
+    def _suppress(self, unknown: dict[str, str]) -> None:
+        """Rule 8. What cannot be kept is learned again with the next message."""
+        if self.suppressions is None:
+            return
+        try:
+            for recipient, reply in unknown.items():
+                self.suppressions.add(recipient, reply)
+        except QueueError as error:
+            LOG.error("%s", error)
 
     def _routes(self, recipients: Sequence[str]) -> Iterator[tuple[Iterable[Server], list[str]]]:
         """The recipients of one transaction each, and the servers that may take it."""
@@ -358,8 +408,11 @@ def _addresses(text: str) -> list[str]:
     return [text] if mail.is_path_address(text) else (mail.addresses_in(text) or [text])
 
 
-def _request(sender: str, recipients: Sequence[str], data: bytes) -> mail.MailRequest:
-    envelope = mail.Envelope(sender, tuple(recipients), None, time.time())
+def _request(sender: str, recipients: Sequence[str], data: bytes, kept: mail.Envelope | None) -> mail.MailRequest:
+    """The message for a queue, by rule 9; it is there since now."""
+    envelope = mail.Envelope(sender, tuple(recipients), None, clock.now())
+    if kept is not None:
+        envelope = replace(kept, mail_from=sender, rcpt_tos=tuple(recipients), received=clock.now())
     return mail.MailRequest(None, sender, list(recipients), data, envelope=envelope)
 
 

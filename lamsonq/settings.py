@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from ssl import SSLContext, SSLError, create_default_context
 from types import ModuleType
-from typing import Annotated, Any, Literal, TypedDict, TypeVar, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypedDict, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 import tomli
@@ -35,6 +35,7 @@ from lamsonq.errors import Refusal, SettingsError, UsageError, reason_of
 from lamsonq.limits import Limits
 from lamsonq.logins import Logins
 from lamsonq.modules import load
+from lamsonq.signing import DKIM
 from lamsonq.space import MIN_FREE
 from lamsonq.tls import TLS
 
@@ -86,6 +87,7 @@ class RelayConfig(TypedDict):
     lmtp: bool
     clear_login: bool
     timeout: float
+    sign: list[DKIM]
 
 
 class ReceiverTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -180,6 +182,14 @@ def _check_network(name: str, text: str) -> None:
         raise SettingsError(f"receiver.{name}: {error}; a network is written as 10.0.0.0/8") from error
 
 
+class DKIMTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """`[relay.dkim]`, or several `[[relay.dkim]]`: a key that signs what leaves (see lamsonq.signing)."""
+
+    domain: str
+    selector: str
+    key_file: str
+
+
 class RelayTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """`[relay]`: the server that takes what we send; an empty `host`: the mail servers of each recipient's domain.
 
@@ -197,9 +207,10 @@ class RelayTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     lmtp: bool = False
     clear_login: bool = False
     timeout: Seconds = 30.0
+    dkim: list[DKIMTable] = msgspec.field(default_factory=list)
 
     def config(self) -> RelayConfig:
-        """Raises SettingsError when `password_file` or `ca_file` cannot be read."""
+        """Raises SettingsError when `password_file`, `ca_file` or a key cannot be used."""
         trusting = self._private_authority()
         return RelayConfig(
             host=self.host,
@@ -211,6 +222,7 @@ class RelayTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
             lmtp=self.lmtp,
             clear_login=self.clear_login,
             timeout=self.timeout,
+            sign=[DKIM(key.domain, key.selector, key.key_file) for key in self.dkim],
         )
 
     def _private_authority(self) -> SSLContext | None:
@@ -309,11 +321,19 @@ class _Check:
             if key not in kinds:
                 raise self.unknown((*keys, key), kinds)
             values[key] = self.value(kinds[key], value, (*keys, key))
-        return kind(**values)
+        try:
+            return kind(**values)
+        except TypeError:
+            missing = next(f.name for f in msgspec.structs.fields(kind) if f.required and f.name not in values)
+            raise SettingsError(f"{self.origin(keys)}: {'.'.join(keys)}: {missing} is missing") from None
 
     def value(self, kind: Any, value: object, keys: tuple[str, ...]) -> object:
         if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
             return self.record(kind, value, keys)
+        record = next(iter(get_args(kind)), None)
+        if isinstance(record, type) and issubclass(record, msgspec.Struct):  # a list of tables, or one table
+            tables = value if isinstance(value, list) else [value]
+            return [self.record(record, table, (*keys, str(number))) for number, table in enumerate(tables)]
         from_environment = keys in self.origins
         if from_environment and get_origin(kind) is list:
             value = [item.strip() for item in str(value).split(",") if item.strip()]

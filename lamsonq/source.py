@@ -7,6 +7,7 @@ Rules:
 2. A failure stays in this queue, bound to the function that failed: delayed, or dead with its traceback.
 3. What cannot be settled, because the store cannot be written, is given back as soon as it can.
 4. A job that comes too late is not run.
+5. Where a relay takes the messages, lamsonq.outbound says what becomes of a failure, and who is told.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from lamsonq.attempt import Call, Spawn
 from lamsonq.errors import Dead, Failure, Later, LeaseLost, QueueError, SettingsError, Undelivered, reason_of
 from lamsonq.jobs import DONE, EXPIRED, KEPT, Done, Expired, Job, Limit, Outcome, Put, derived_key
 from lamsonq.mail import MailRequest
+from lamsonq.outbound import Outbox, outbox_of
+from lamsonq.policy import DEFAULT
 from lamsonq.queue import Queue, message_of
 from lamsonq.routing import CONVERSATION, RoutingBase, unplanned
 
@@ -55,7 +58,8 @@ class Source:
         keep_dead: float | None = None,
     ) -> None:
         self.queue = queue
-        self.deliver = deliver
+        self.outbox = outbox_of(deliver)
+        self.deliver = deliver if self.outbox is None else self.outbox.deliver_from(queue.backend)
         self.router = router
         self.bound = bound
         self.weight = weight
@@ -118,8 +122,11 @@ class Source:
             message.From,
             message.route_to,
         )
+        if self.outbox is not None and (parts := self.outbox.parts(job)):
+            spawn(lambda: self._settle_parted(job, parts))
+            return None, message
         if self.deliver is not None:
-            return Call(self.deliver, message.To), message
+            return Call(self.deliver, message.To, policy=self.outbox.policy if self.outbox else DEFAULT), message
         if job.target is not None:
             return self.router.bound(job, message), message
         calls = self.router.plan(message)
@@ -134,7 +141,11 @@ class Source:
 
     def _expire(self, job: Job) -> None:
         late = Dead("it came too late: its time to live was over")
-        self._settle_job(job, late if self.archive is not None else EXPIRED)
+        reports = self.outbox.expired(self.queue.backend, job) if self.outbox is not None else []
+        self._settle_job(job, late if self.archive is not None else EXPIRED, reports)
+
+    def _settle_parted(self, job: Job, parts: Sequence[Job]) -> None:
+        self._store(job, DONE, [Put(self.queue.backend, part) for part in parts])
 
     def _split(self, job: Job, calls: list[Call], left: list[MailRequest]) -> None:
         """Replace a job by one for each call of its plan (rule 1), and one for each part that nothing takes."""
@@ -164,6 +175,9 @@ class Source:
             self._settle_job(job, outcome, puts)
             return
         LOG.error("Job %s of %s failed: %s", job.key, self.queue.dir, reason_of(outcome))
+        if self.outbox is not None and call is not None:
+            self._settle_outbound(self.outbox, job, outcome)
+            return
         store = self.queue.backend
         refused = outcome.__cause__ if call is not None and call.name is None else None
         if isinstance(refused, Undelivered) and refused.failures:
@@ -186,6 +200,18 @@ class Source:
         self._store(job, DONE, [*puts, *parts])
         for part, failure in zip(kept, failures, strict=True):
             events.tell_settled(part, failure.outcome())
+
+    def _settle_outbound(self, outbox: Outbox, job: Job, outcome: Later | Dead) -> None:
+        """Rule 5: what goes on in parts, and the report to the sender, in one settle."""
+        ended = outbox.settlement(self.queue.backend, job, outcome)
+        if ended.outcome is not None:
+            self._settle_job(job, ended.outcome, ended.reports)
+            return
+        kept = self._store(job, DONE, [*ended.parts, *ended.reports])
+        events.tell_puts(ended.reports, kept[len(ended.parts) :])
+        for part in ended.parts:
+            if part.outcome is not None:
+                events.tell_settled(part.job, part.outcome)
 
     def _settle_job(self, job: Job, outcome: Outcome, puts: Sequence[Put] = ()) -> None:
         """Settle, and say so."""

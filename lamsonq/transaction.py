@@ -14,6 +14,8 @@ Rules:
 4. Until the final dot is sent, another server may be asked for those who were put off; from then on nobody may,
    because the message may have arrived (RFC 1047).
 5. All from MAIL to the final dot has one deadline, so that a server that is always just in time holds nobody for long.
+6. What the sender wants to be told goes on to a server that offers DSN (RFC 3461 section 5.2.1), which answers for it
+   from then on. Only what has that RFC's grammar goes out.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from lamsonq.connection import Client
-from lamsonq.errors import Failure, Later, SMTPError
+from lamsonq.envelope import UNASKED, Notify
+from lamsonq.errors import Failure, Later, Receipt, SMTPError
 
 FINAL_REPLY_FACTOR = 4
 """The reply to a whole message may take this many time-outs: giving up early makes duplicates (RFC 1047)."""
@@ -36,6 +39,14 @@ SENDING_FACTOR = 20
 _CHUNK = 1 << 16
 _HEADER_END = re.compile(rb"(?:\A|\n)\r?\n")
 _LONE_DOT = re.compile(rb"(?:\A|[\r\n])\.(?:[\r\n]|\Z)")
+
+# RFC 3461 sections 4.1 to 4.4: what these parameters may hold.
+_XTEXT = r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})+"
+_ret = re.compile("FULL|HDRS", re.IGNORECASE)
+_envid = re.compile(rf"(?=.{{1,100}}\Z){_XTEXT}")
+_notify = re.compile("NEVER|(?:SUCCESS|FAILURE|DELAY)(?:,(?:SUCCESS|FAILURE|DELAY))*", re.IGNORECASE)
+_orcpt = re.compile(rf"(?=.{{1,500}}\Z)[A-Za-z0-9-]+;{_XTEXT}")
+_unknown_status = re.compile(r"5\.1\.(?:1|2|3|6|10)\b")
 
 
 class Stale(Exception):
@@ -49,10 +60,12 @@ def _as_it_is(address: str) -> str:
 @dataclass(slots=True)
 class Transaction:
     """A message (`data` as `for_the_wire` makes it) on its way to its recipients; `timeout` in seconds for a
-    reply. `lmtp` expects a reply for each recipient; `spelled` gives an address as it goes over the wire.
+    reply. `lmtp` expects a reply for each recipient; `spelled` gives an address as it goes over the wire. `notify` is
+    what the sender wants to be told.
 
-    `pending` are the recipients whose fate is open, `failures` those that were refused; who is in neither has
-    got the message. `clean` says that the server needs no RSET afterwards, `handed_over` that the final dot was sent.
+    `pending` are the recipients whose fate is open, `failures` those that were refused, `receipts` those who have got
+    the message. `unknown` are the ones among the failures whose address does not exist, as the server said at RCPT (RFC
+    3463, 5.1.x). `clean` says that the server needs no RSET afterwards, `handed_over` that the final dot was sent.
     """
 
     sender: str
@@ -61,9 +74,14 @@ class Transaction:
     timeout: float
     lmtp: bool = False
     spelled: Callable[[str], str] = _as_it_is
+    notify: Notify = UNASKED
     failures: list[Failure] = field(default_factory=list)
+    receipts: list[Receipt] = field(default_factory=list)
+    unknown: dict[str, str] = field(default_factory=dict)
     clean: bool = False
     handed_over: bool = False
+    _server: str = ""
+    _reports: bool = False
 
     def run(self, client: Client, *, kept: bool) -> None:
         """Hand the message over. Raises Stale when a kept connection was dead from the start, and OSError or
@@ -76,6 +94,8 @@ class Transaction:
             client.until = None
 
     def _run(self, client: Client, kept: bool) -> None:
+        self._server = client.server.name
+        self._reports = client.has_extn("dsn")
         utf8 = client.has_extn("smtputf8")
         if not utf8:
             self._refuse_non_ascii()
@@ -83,15 +103,17 @@ class Transaction:
             client.command_encoding = "utf-8" if utf8 else "ascii"
             self._mail(client, kept)
         for recipient in list(self.pending):
-            code, text = client.docmd("RCPT", f"TO:<{self.spelled(recipient)}>")
+            code, text = client.docmd("RCPT", f"TO:<{self.spelled(recipient)}>{self._wishes(recipient)}")
             if code not in (250, 251):
-                self._refuse([recipient], _refusal_of_recipient(code, text))
+                self._refuse([recipient], error := _refusal_of_recipient(code, text), self._server)
+                if 500 <= code < 600 and isinstance(error, SMTPError) and _unknown_status.match(error.message):
+                    self.unknown[recipient] = str(error)
         if self.pending:
             self._content(client)
 
-    def refuse_pending(self, error: Exception) -> None:
-        """Nobody else gets it, for this reason."""
-        self._refuse(list(self.pending), error)
+    def refuse_pending(self, error: Exception, server: str = "") -> None:
+        """Nobody else gets it, for this reason; `server` is who said so."""
+        self._refuse(list(self.pending), error, server)
 
     def reopen(self) -> bool:
         """Take up again those who were put off, for another server; False when there are none, or rule 4 forbids it."""
@@ -102,8 +124,8 @@ class Transaction:
         self.pending += [failure.recipient for failure in put_off]
         return bool(self.pending)
 
-    def _refuse(self, recipients: Sequence[str], error: Exception) -> None:
-        self.failures += [Failure(recipient, None, error) for recipient in recipients]
+    def _refuse(self, recipients: Sequence[str], error: Exception, server: str = "") -> None:
+        self.failures += [Failure(recipient, None, error, server=server) for recipient in recipients]
         self.pending = [to for to in self.pending if to not in recipients]
 
     def _refuse_non_ascii(self) -> None:
@@ -124,7 +146,7 @@ class Transaction:
         if kept and code == 421:
             raise Stale
         if code != 250:
-            self.refuse_pending(_refusal(code, text))
+            self.refuse_pending(_refusal(code, text), self._server)
 
     def _options(self, client: Client) -> str:
         options = f" SIZE={len(self.data)}" if client.has_extn("size") else ""
@@ -134,12 +156,22 @@ class Transaction:
             options += " BODY=8BITMIME"
         if not all(self.spelled(address).isascii() for address in (self.sender, *self.pending)):
             options += " SMTPUTF8"
+        if self._reports and _ret.fullmatch(self.notify.ret):
+            options += f" RET={self.notify.ret}"
+        if self._reports and _envid.fullmatch(self.notify.envid):
+            options += f" ENVID={self.notify.envid}"
         return options
+
+    def _wishes(self, recipient: str) -> str:
+        """The parameters of RCPT that rule 6 asks for."""
+        notify, orcpt = self.notify.notify.get(recipient, ""), self.notify.orcpt.get(recipient, "")
+        options = f" NOTIFY={notify}" if self._reports and _notify.fullmatch(notify) else ""
+        return f"{options} ORCPT={orcpt}" if self._reports and _orcpt.fullmatch(orcpt) else options
 
     def _content(self, client: Client) -> None:
         code, text = client.docmd("DATA")
         if code != 354:
-            return self.refuse_pending(_refusal(code, text))
+            return self.refuse_pending(_refusal(code, text), self._server)
         wire = _with_dots_doubled(self.data) + b".\r\n"
         for start in range(0, len(wire), _CHUNK):  # the socket's time-out is for one send, not for 30 MB
             last = start + _CHUNK >= len(wire)
@@ -160,8 +192,9 @@ class Transaction:
         self.clean = 200 <= code < 300
         if self.clean:
             self.pending = [to for to in self.pending if to not in recipients]
+            self.receipts += [Receipt(to, self._server, self.lmtp, self._reports) for to in recipients]
         else:
-            self._refuse(recipients, _refusal(code, text))
+            self._refuse(recipients, _refusal(code, text), self._server)
 
     def _final_reply(self, client: Client) -> tuple[int, bytes]:
         return client.getreply(self.timeout * FINAL_REPLY_FACTOR)

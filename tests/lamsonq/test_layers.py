@@ -11,10 +11,11 @@ LAYERS = [
     "errors space address headers mime plaintext statuscodes tally verdicts limits tls logins identity systemd clock"
     " schedule arguments names spf dmarc",
     "jobs reports policy marks events",
-    "envelope trace mail bounce bouncetext dsn response modules table settings state about logs",
+    "envelope trace mail bounce bouncetext dsn notification response lists verp suppression signing",
+    "modules table settings state about logs",
     "wire sockets connection mx transaction pidfile signatures authentication",
     "backends attempt queue relay view deferred conformance databases",
-    "routing confirm scanners spam html",
+    "routing outbound confirm scanners spam html",
     "source session worker commit fsck survey",
     "smtp lmtp ingress handlers",
     "server",
