@@ -117,6 +117,54 @@ def test_queues_that_compete_get_threads_by_their_weights(mail: Mail) -> None:
     assert 0.65 < share < 0.85
 
 
+@pytest.mark.parametrize("one_shot", [True, False])
+@pytest.mark.parametrize("seconds", [0, 0.002])
+def test_a_single_thread_is_shared_by_the_weights_from_the_first_job_on(
+    mail: Mail, one_shot: bool, seconds: float
+) -> None:
+    heavy, light = queue(), queue()
+    begun: list[str] = []
+
+    def work(message: MailRequest) -> None:
+        begun.append(str(message.Peer))
+        time.sleep(seconds)
+
+    for one in (light, heavy):
+        for _ in range(60):
+            one.push(mail())
+    receiver = QueueReceiver({light: 1, heavy: 3}, workers=1, deliver=work)
+    thread = threading.Thread(target=receiver.start, args=(one_shot,), daemon=True)
+    thread.start()
+    until(lambda: len(begun) == 120)
+    receiver.stop()
+    thread.join(5)
+    assert 28 <= begun[:40].count(heavy.dir) <= 32
+    assert set(begun[80:]) == {light.dir}
+
+
+def test_a_queue_whose_store_is_slow_holds_no_thread_back(mail: Mail, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, quick = queue(), queue()
+    seen: list[object] = []
+    go = threading.Event()
+    reserve = slow.backend.reserve
+
+    def reserve_slowly(*args: Any, **kwargs: Any) -> list[Job]:
+        go.wait(10)
+        return reserve(*args, **kwargs)
+
+    monkeypatch.setattr(slow.backend, "reserve", reserve_slowly)
+    for one in (slow, quick):
+        for _ in range(50):
+            one.push(mail())
+    receiver = QueueReceiver({slow: 100, quick: 1}, workers=2, deliver=seen.append)
+    thread = run(receiver)
+    until(lambda: len(seen) == 50)
+    go.set()
+    until(lambda: len(seen) == 100)
+    receiver.stop()
+    thread.join(5)
+
+
 def test_a_queue_with_nothing_to_do_holds_no_thread_back(mail: Mail) -> None:
     idle, busy = queue(), queue()
     seen: list[object] = []
