@@ -140,7 +140,7 @@ class BackendConformance:
 
     def test_a_text_of_a_class_of_its_own_is_kept_as_its_text(self, stores: Stores) -> None:
         queue, other = stores.open(), stores.open("other")
-        texts = {name: Word(name) for name in ("sender", "target", "unique", "peer")}
+        texts: dict[str, Any] = {name: Word(name) for name in ("sender", "target", "unique", "peer")}
         key = push(queue, recipients=(Word("b@example.org"),), metadata={Word("shop"): Word("7")}, **texts)
         job = take(queue)
         assert (job.sender, job.target, job.unique, job.peer) == ("sender", "target", "unique", "peer")
