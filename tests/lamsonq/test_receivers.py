@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -95,6 +96,64 @@ def test_a_queue_that_cannot_be_used_while_a_receiver_sleeps_does_not_end_it(
     receiver.stop()
     thread.join(5)
     assert "database is locked; trying on" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["gone", "file"])
+@pytest.mark.parametrize("sub", ["", "new"])
+def test_a_maildir_that_breaks_ends_no_receiver_and_is_taken_up_again_when_it_is_repaired(
+    mail: Mail, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, sub: str
+) -> None:
+    monkeypatch.setattr(worker, "TROUBLE_PAUSE", 0.02)
+    broken, fine = Queue(str(tmp_path / "broken")), queue()
+    seen: list[object] = []
+    receiver = QueueReceiver([broken, fine], deliver=lambda message: seen.append(message.Peer), sleep=0.1)
+    thread = run(receiver)
+    broken.push(mail())
+    until(lambda: seen == [broken.dir])
+    folder, away = tmp_path / "broken" / sub, tmp_path / "away"
+    folder.rename(away)
+    if kind == "file":
+        folder.write_text("in its place")
+    fine.push(mail())
+    until(lambda: seen == [broken.dir, fine.dir])
+    if kind == "file":
+        folder.unlink()
+    Queue(str(tmp_path / "broken")).push(mail())
+    until(lambda: seen == [broken.dir, fine.dir, broken.dir])
+    assert thread.is_alive()
+    receiver.stop()
+    thread.join(5)
+
+
+def test_a_maildir_whose_folder_was_removed_is_whole_again_when_it_is_bound(tmp_path: Path) -> None:
+    posts = Queue(str(tmp_path / "posts"))
+    receiver = QueueReceiver(posts, deliver=lambda _: None)
+    receiver.bind()
+    new = tmp_path / "posts" / "new"
+    new.rmdir()
+    new.write_text("in its place")
+    with pytest.raises(QueueError, match="not a directory; something in its path is a file"):
+        receiver.bind()
+    new.unlink()
+    receiver.bind()
+    assert new.is_dir()
+
+
+def test_a_queue_that_cannot_be_used_is_told_when_a_one_shot_run_has_worked_the_others_off(
+    mail: Mail, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken, fine = queue(), queue()
+    seen: list[object] = []
+
+    def refuse(*_: Any, **__: Any) -> list[Job]:
+        raise QueueError("cannot write broken")
+
+    monkeypatch.setattr(broken.backend, "reserve", refuse)
+    for _ in range(3):
+        fine.push(mail())
+    with pytest.raises(QueueError, match="cannot write broken"):
+        QueueReceiver([broken, fine], deliver=seen.append).start(one_shot=True)
+    assert len(seen) == 3
 
 
 def test_queues_that_compete_get_threads_by_their_weights(mail: Mail) -> None:
