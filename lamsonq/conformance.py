@@ -27,6 +27,15 @@ WINDOW = 60.0
 _T = TypeVar("_T")
 
 
+class Word(str):
+    """A text of a class of its own, as enums, templates and web frameworks have them."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return f"<{str.__str__(self)}>"
+
+
 class Clock:
     """A clock that stands still until it is told."""
 
@@ -128,6 +137,18 @@ class BackendConformance:
         job = take(stores.open())
         assert (job.key, job.body, job.deliveries, job.due) == (key, BODY, 0, None)
         assert {name: getattr(job, name) for name in fields} == fields
+
+    def test_a_text_of_a_class_of_its_own_is_kept_as_its_text(self, stores: Stores) -> None:
+        queue, other = stores.open(), stores.open("other")
+        texts: dict[str, Any] = {name: Word(name) for name in ("sender", "target", "unique", "peer")}
+        key = push(queue, recipients=(Word("b@example.org"),), metadata={Word("shop"): Word("7")}, **texts)
+        job = take(queue)
+        assert (job.sender, job.target, job.unique, job.peer) == ("sender", "target", "unique", "peer")
+        assert (job.recipients, job.metadata) == (("b@example.org",), {"shop": "7"})
+        told = (job.sender, job.target, job.unique, job.peer, *job.recipients, *job.metadata, *job.metadata.values())
+        assert {type(text) for text in told} == {str}
+        queue.settle(job, DONE, [Put(other, Job(key=key, body=b"", sender=Word("x")), Dead(Word("of its own")))])
+        assert "of its own" in other.report(key)
 
     def test_the_null_sender_is_not_the_same_as_no_sender(self, stores: Stores) -> None:
         queue = stores.open()

@@ -28,8 +28,8 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 from lamsonq.clock import CORRECTION
 from lamsonq.errors import Dead, Later
@@ -182,6 +182,36 @@ class Put:
     outcome: Later | Dead | Done | None = None
     gate: Gate | None = None
     report: str = ""
+
+    def __post_init__(self) -> None:
+        plain = _plain(self.job)
+        if plain is not self.job:
+            object.__setattr__(self, "job", plain)
+
+
+def _plain(job: Job) -> Job:
+    """The job with all its texts as they are kept: one that is of a class of its own, as an enum's or a template's, is
+    its text, in every store."""
+    one = (job.key, job.sender, job.peer, job.target, job.unique)
+    texts = (*one, *job.recipients, *job.metadata, *job.metadata.values())
+    if not any(isinstance(text, str) and type(text) is not str for text in texts):
+        return job
+    key, sender, peer, target, unique = map(_text, one)
+    return replace(
+        job,
+        key=key,
+        sender=sender,
+        peer=peer,
+        target=target,
+        unique=unique,
+        recipients=tuple(map(_text, job.recipients)),
+        metadata={_text(name): _text(value) for name, value in job.metadata.items()},
+    )
+
+
+def _text(value: Any) -> Any:
+    # not str(value): an enum's name, or whatever that class says
+    return str.__str__(value) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True, slots=True)

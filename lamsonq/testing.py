@@ -254,7 +254,7 @@ def drain(
     watched = _Watched(receiver.queue, deliver, router)
     receiver.sources = [watched]
     count = 0
-    while receiver.run_once():
+    while receiver.run_once(here=True):
         count += 1
         if watched.errors and raising:
             raise watched.errors[0]

@@ -4,7 +4,8 @@ Rules:
 
 1. One thread per queue fetches, and all feed the same `workers` threads. Nothing is claimed that cannot start, except a
    few jobs that wait for their turn in a conversation.
-2. Where several queues have something to do, they get threads in proportion to their weights.
+2. Where several queues have something to do, they get threads in proportion to their weights: a queue has until a look
+   at it finds nothing, and not only in the moments in which its fetcher asks for a thread.
 3. A function that does not return in time is settled without it, and this process asks to be replaced.
 4. There is no scheduler: whoever works a queue puts the periodic jobs of that queue, each moment once (jobs.Tick).
 5. TERM: first the claims no longer count as deliveries, so that a KILL which follows harms no job; then what runs is
@@ -43,6 +44,9 @@ IN_LINE = 100
 
 AWAITING = 1000
 """How many `async def` functions may be under way."""
+
+RIVAL_PATIENCE = 0.05
+"""Seconds that a free thread is kept for a queue whose turn it is and whose fetcher is just taking a job."""
 
 LOOK_EVERY = 5.0
 """Seconds between two looks for periodic functions that have been imported meanwhile."""
@@ -151,6 +155,7 @@ class QueueReceiver:
         self._granted = 0
         self._taken = 0
         self._asking: list[Source] = []
+        self._hungry: set[Source] = set(self.sources)
         self._credit: dict[Source, float] = dict.fromkeys(self.sources, 0.0)
         self._idle: dict[Source, int] = dict.fromkeys(self.sources, 0)
         self._running: dict[Attempt, tuple[Source, Job]] = {}
@@ -198,28 +203,60 @@ class QueueReceiver:
             events.tell("stop", None)
             self._drained.set()
 
-    def run_once(self) -> bool:
-        """Take one job and see it through, in this thread; False when none is ready. For loops of one's own.
+    def run_once(self, *, here: bool = False) -> bool:
+        """Take one job and see it through; False when none is ready. For loops of one's own.
 
-        A message that asks for several calls is only split into them; the next calls run those.
+        Its function runs in a thread of its own, as under `start`, so that it can be given up when its time is over;
+        with `here` it runs in this thread, and a sync one takes the time that it takes. A message that asks for several
+        calls is only split into them; the next calls run those.
         """
         self._put_periodic()
         for source in self.sources:
             jobs = source.reserve(1)
-            steps: SimpleQueue[Callable[[], None]] = SimpleQueue()
             for job in jobs:
-                attempt = self._begin(source, job, steps.put)
-                while attempt in self._running or not steps.empty():
-                    with contextlib.suppress(LeaseLost, Owed):  # dealt with where it was raised
-                        try:
-                            steps.get(timeout=0.2)()
-                        except Empty:
-                            self._give_up_the_late()
+                (self._see_through_here if here else self._see_through)(source, job)
             source.give_back_owed()
             if jobs:
                 return True
         events.tell("empty", None)
         return False
+
+    def _see_through(self, source: Source, job: Job) -> None:
+        under_way = 0
+
+        def spawn(function: Callable[[], None]) -> None:
+            nonlocal under_way
+
+            def step() -> None:
+                nonlocal under_way
+                self._in_thread(source, function)
+                with self._changed:
+                    under_way -= 1
+                    self._changed.notify_all()
+
+            with self._changed:
+                self._busy += 1
+                under_way += 1
+            # A daemon: what hangs is not to keep the process.
+            threading.Thread(target=step, name="lamsonq-queue", daemon=True).start()
+
+        attempt = self._begin(source, job, spawn)
+        while True:
+            self._give_up_the_late()
+            with self._changed:
+                if attempt not in self._running and (not under_way or (attempt is not None and attempt.given_up)):
+                    return
+                self._changed.wait(0.2)
+
+    def _see_through_here(self, source: Source, job: Job) -> None:
+        steps: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        attempt = self._begin(source, job, steps.put)
+        while attempt in self._running or not steps.empty():
+            with contextlib.suppress(LeaseLost, Owed):  # dealt with where it was raised
+                try:
+                    steps.get(timeout=0.2)()
+                except Empty:
+                    self._give_up_the_late()
 
     def stop(self, grace: float = 30.0) -> None:
         """Take no more; finish what runs, and after `grace` seconds give the rest back uncounted. Returns at once."""
@@ -278,7 +315,7 @@ class QueueReceiver:
             jobs = self._reserve(source, free)
             for job in jobs:
                 self._submit(source, pool, job)
-            self._grant_back(free)
+            self._grant_back(source, free, found=bool(jobs))
             if jobs:
                 idle_since, self._idle[source] = None, 0
                 continue
@@ -296,25 +333,39 @@ class QueueReceiver:
                 self._wait(source, self._patience(chief))
 
     def _work_off(self, pool: ThreadPoolExecutor) -> None:
-        """Until all queues are empty and nothing is under way."""
+        """Until all queues are empty and nothing is under way. Raises the QueueError of one that could not be used,
+        when the others are."""
+        broken: dict[Source, QueueError] = {}
         while not self._stopping.is_set():
-            self._look_after()
             quiet, found = self._quiet(), False
-            for source in self.sources:
+            self._hungry.update(source for source in self.sources if source not in broken)
+            while self._hungry and not self._stopping.is_set():
+                self._look_after()
+                source = self._first_of(self._rivals())
                 source.give_back_owed()
                 free = self._ask(source)
-                jobs = source.reserve(free) if free else []
+                found = found or not free
+                if not free:
+                    break
+                jobs: list[Job] = []
+                try:
+                    jobs = source.reserve(free)
+                except QueueError as error:
+                    LOG.error("%s; the other queues are worked off", error)
+                    broken[source] = error
                 for job in jobs:
                     self._submit(source, pool, job)
-                self._grant_back(free)
-                found = found or bool(jobs) or not free
+                self._grant_back(source, free, found=bool(jobs))
+                found = found or bool(jobs)
             if quiet and not found:
-                return
+                break
             if not found:
                 with self._changed:
                     if self._busy or self._running:
                         self._changed.wait(0.1)
         self._drain()
+        for refusal in broken.values():
+            raise refusal
 
     def _look_after(self) -> None:
         self._give_up_the_late()
@@ -372,16 +423,39 @@ class QueueReceiver:
         with self._changed:
             self._asking.append(source)
             try:
-                its_turn = self._changed.wait_for(lambda: self._stopping.is_set() or self._is_next(source), timeout=1.0)
-                if not its_turn or self._stopping.is_set():
+                if not self._wait_for_turn(source):
                     return 0
-                granted = 1 if len(self._asking) > 1 else self._free()
+                granted = 1 if len(self._rivals()) > 1 else self._free()
                 self._pay(source)
                 self._granted += granted
                 return granted
             finally:
                 self._asking.remove(source)
                 self._changed.notify_all()
+
+    def _wait_for_turn(self, source: Source) -> bool:
+        until = time.monotonic() + 1.0
+        away_since: float | None = None
+        while not self._stopping.is_set():
+            now, wait = time.monotonic(), until
+            if self._free() <= 0:
+                away_since = None
+            elif (first := self._first_of(self._rivals())) is source:
+                return True
+            elif first not in self._asking:
+                away_since = away_since or now
+                wait = away_since + RIVAL_PATIENCE
+                if now >= wait:  # its store is slow: nobody waits for that
+                    self._hungry.discard(first)
+                    continue
+            if now >= until:
+                return False
+            self._changed.wait(wait - now)
+        return False
+
+    def _rivals(self) -> list[Source]:
+        """Who has something to do, or may have."""
+        return [source for source in self.sources if source in self._hungry or source in self._asking]
 
     def _free(self) -> int:
         awaiting = sum(attempt.awaits for attempt in self._running)
@@ -394,19 +468,25 @@ class QueueReceiver:
             left,
         )
 
-    def _is_next(self, source: Source) -> bool:
-        """Smooth weighted round robin: of those who ask, the one with most credit."""
-        return self._free() > 0 and source is max(self._asking, key=lambda asking: self._credit[asking] + asking.weight)
+    def _first_of(self, rivals: Iterable[Source]) -> Source:
+        """Smooth weighted round robin: the one with most credit."""
+        return max(rivals, key=lambda rival: self._credit[rival] + rival.weight)
 
     def _pay(self, source: Source) -> None:
-        if len(self._asking) > 1:
-            for asking in self._asking:
-                self._credit[asking] += asking.weight
-            self._credit[source] -= sum(asking.weight for asking in self._asking)
+        rivals = self._rivals()
+        for rival in rivals:
+            self._credit[rival] += rival.weight
+        self._credit[source] -= sum(rival.weight for rival in rivals)
 
-    def _grant_back(self, granted: int) -> None:
+    def _grant_back(self, source: Source, granted: int, *, found: bool) -> None:
+        """The jobs have begun; a queue that had none is owed nothing, and owes nothing."""
         with self._changed:
             self._granted -= granted
+            if found:
+                self._hungry.add(source)
+            else:
+                self._hungry.discard(source)
+                self._credit[source] = 0.0
             self._changed.notify_all()
 
     def _submit(self, source: Source, pool: ThreadPoolExecutor, job: Job) -> None:

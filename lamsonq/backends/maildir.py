@@ -435,7 +435,7 @@ class Maildir(Desk):
         """Raises QueueError, also when the queue could not be written."""
         with self._writing():
             claimed = self.folders.at("claimed")
-            self.folders.make(again=not os.path.isdir(claimed))
+            self.folders.make(again=not self.folders.whole())
             if not os.access(self.folders.at(READY), os.W_OK):
                 read_only = os.statvfs(self.folders.path).f_flag & os.ST_RDONLY
                 code = errno.EROFS if read_only else errno.EACCES

@@ -61,6 +61,7 @@ _ADVICE = {
     errno.EIO: "check the disk; nothing was kept",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENFILE: "raise the limit of open files (fs.file-max)",
+    errno.ENOENT: "somebody has removed a folder of it, or put a file in its place; a missing one is made again",
     errno.ENOTDIR: "something in its path is a file; move it away or set another queue directory",
 }
 
@@ -97,6 +98,10 @@ class Folders:
             with contextlib.suppress(PermissionError):  # a parent that is not ours to read was there before
                 sync_folder(folder)
         self._made = True
+
+    def whole(self) -> bool:
+        """Whether all folders are there; somebody may have removed one, or put a file in its place."""
+        return all(os.path.isdir(self.at(folder)) for folder in FOLDERS)
 
     def free(self, folder: str, name: Name) -> str:
         """A path in this folder for this name that is not taken."""

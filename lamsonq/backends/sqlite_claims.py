@@ -27,12 +27,14 @@ LOOKS = 500
 
 _HEAD = """
 select exists (select 1 from lamsonq_queues where name = ?1 and paused),
-       exists (select 1 from jobs where queue = ?1 and state = 'delayed' and due <= ?2),
+       exists (select 1 from jobs where queue = ?1 and state = 'delayed' and due <= ?2)
+           or exists (select 1 from jobs where queue = ?1 and state = 'delayed' and due is null),
        exists (select 1 from jobs where queue = ?1 and state = 'ready' and deliveries > 0)
 """
 _DUE = """
 update jobs set state = 'ready', due = null, since = ?2 where id in
     (select id from jobs where queue = ?1 and state = 'delayed' and due <= ?2 order by due, key limit ?3)
+    or id in (select id from jobs where queue = ?1 and state = 'delayed' and due is null limit ?3)
 """
 _TOO_EARLY = "update jobs set state = 'delayed', since = ? where id = ?"
 _CLAIM = f"""

@@ -27,6 +27,8 @@ def told(name: str, error: sqlite3.Error | OSError, data: object = None) -> Queu
         return queue_error(name, error, data)
     code = getattr(error, "sqlite_errorcode", None)
     advice = _ADVICE.get((code or 0) & 0xFF, "nothing was kept")
+    if str(error).startswith(("no such table", "no such column")):
+        advice = "somebody has changed lamsonq's tables in it: restore them, or move the file away; nothing was kept"
     refusal = QueueError(f"cannot use {name}: {error}; {advice}", data)
     refusal.__cause__ = error
     return refusal

@@ -20,8 +20,9 @@ from lamsonq.jobs import STATES, Job
 _FRESH = "state = 'ready' and deliveries = 0"
 _SUSPECT = "state = 'ready' and deliveries > 0"
 _DUE = "state = 'delayed' and due <= :now"
+_UNDATED = "state = 'delayed' and due is null"  # another program has put it: nobody said that it is to wait
 _WHERE = {
-    "ready": (_FRESH, _SUSPECT, "state = 'parked'", _DUE),
+    "ready": (_FRESH, _SUSPECT, "state = 'parked'", _DUE, _UNDATED),
     "delayed": ("state = 'delayed' and due > :now",),
     "reserved": ("state = 'reserved'",),
     "dead": ("state = 'dead'",),
@@ -71,7 +72,7 @@ class Kept:
         return damaged_of(row, b"", trouble)
 
     def state(self, key: str) -> str | None:
-        query = "select state, due <= :now from jobs where queue = :queue and key = :key"
+        query = "select state, due is null or due <= :now from jobs where queue = :queue and key = :key"
         for state, due in self._rows(query, key=bound(key)):
             return "ready" if state == "parked" or (state == "delayed" and due) else str(state)
         return None

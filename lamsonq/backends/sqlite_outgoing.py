@@ -57,7 +57,7 @@ def _encoded(put: Put) -> bytes:
     record = _Record(VERSION, {**job, "metadata": dict(put.job.metadata)}, report=put.report)
     if isinstance(put.outcome, Later | Dead):
         record.outcome = type(put.outcome).__name__
-        record.reason, record.details = put.outcome.reason, report_of(put.outcome).partition("\n")[2].strip("\n")
+        record.reason, record.details = str(put.outcome), report_of(put.outcome).partition("\n")[2].strip("\n")
     if isinstance(put.outcome, Later):
         record.at, record.counted = put.outcome.at, put.outcome.counted
     if isinstance(put.outcome, Done):

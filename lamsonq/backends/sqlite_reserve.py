@@ -123,8 +123,9 @@ class Reserving(Kept):
         if not self._suspect:
             parts.append("state = 'ready' and deliveries > 0")
         exists = (f"exists (select 1 from jobs where queue = :queue and {part})" for part in parts)
-        due = "exists (select 1 from jobs where queue = :queue and state = 'delayed' and due <= :now)"
-        [[found]] = self._rows(f"select {' or '.join(exists)} or {due}")
+        due = "exists (select 1 from jobs where queue = :queue and state = 'delayed' and {})"
+        dues = (due.format(when) for when in ("due <= :now", "due is null"))
+        [[found]] = self._rows(f"select {' or '.join([*exists, *dues])}")
         return bool(found)
 
     def _take(self, n: int, only: Collection[str] | None) -> list[Job]:

@@ -52,7 +52,7 @@ create table jobs (
     state      text    not null default 'ready'
                check (state in ('ready', 'delayed', 'parked', 'reserved', 'dead', 'done')),
     priority   integer not null default 0 check (priority between 0 and 4294967295),
-    deliveries integer not null default 0,   -- claims that were never settled
+    deliveries integer not null default 0 check (deliveries >= 0),   -- claims that were never settled
     attempts   integer not null default 0,   -- failures
     received   real    not null default ({_NOW}),
     since      real    not null default ({_NOW}),

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,6 +98,64 @@ def test_a_queue_that_cannot_be_used_while_a_receiver_sleeps_does_not_end_it(
     assert "database is locked; trying on" in caplog.text
 
 
+@pytest.mark.parametrize("kind", ["gone", "file"])
+@pytest.mark.parametrize("sub", ["", "new"])
+def test_a_maildir_that_breaks_ends_no_receiver_and_is_taken_up_again_when_it_is_repaired(
+    mail: Mail, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, sub: str
+) -> None:
+    monkeypatch.setattr(worker, "TROUBLE_PAUSE", 0.02)
+    broken, fine = Queue(str(tmp_path / "broken")), queue()
+    seen: list[object] = []
+    receiver = QueueReceiver([broken, fine], deliver=lambda message: seen.append(message.Peer), sleep=0.1)
+    thread = run(receiver)
+    broken.push(mail())
+    until(lambda: seen == [broken.dir])
+    folder, away = tmp_path / "broken" / sub, tmp_path / "away"
+    folder.rename(away)
+    if kind == "file":
+        folder.write_text("in its place")
+    fine.push(mail())
+    until(lambda: seen == [broken.dir, fine.dir])
+    if kind == "file":
+        folder.unlink()
+    Queue(str(tmp_path / "broken")).push(mail())
+    until(lambda: seen == [broken.dir, fine.dir, broken.dir])
+    assert thread.is_alive()
+    receiver.stop()
+    thread.join(5)
+
+
+def test_a_maildir_whose_folder_was_removed_is_whole_again_when_it_is_bound(tmp_path: Path) -> None:
+    posts = Queue(str(tmp_path / "posts"))
+    receiver = QueueReceiver(posts, deliver=lambda _: None)
+    receiver.bind()
+    new = tmp_path / "posts" / "new"
+    new.rmdir()
+    new.write_text("in its place")
+    with pytest.raises(QueueError, match="not a directory; something in its path is a file"):
+        receiver.bind()
+    new.unlink()
+    receiver.bind()
+    assert new.is_dir()
+
+
+def test_a_queue_that_cannot_be_used_is_told_when_a_one_shot_run_has_worked_the_others_off(
+    mail: Mail, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken, fine = queue(), queue()
+    seen: list[object] = []
+
+    def refuse(*_: Any, **__: Any) -> list[Job]:
+        raise QueueError("cannot write broken")
+
+    monkeypatch.setattr(broken.backend, "reserve", refuse)
+    for _ in range(3):
+        fine.push(mail())
+    with pytest.raises(QueueError, match="cannot write broken"):
+        QueueReceiver([broken, fine], deliver=seen.append).start(one_shot=True)
+    assert len(seen) == 3
+
+
 def test_queues_that_compete_get_threads_by_their_weights(mail: Mail) -> None:
     heavy, light = queue(), queue()
     begun: list[str] = []
@@ -115,6 +174,54 @@ def test_queues_that_compete_get_threads_by_their_weights(mail: Mail) -> None:
     thread.join(5)
     share = begun[40:240].count(heavy.dir) / 200
     assert 0.65 < share < 0.85
+
+
+@pytest.mark.parametrize("one_shot", [True, False])
+@pytest.mark.parametrize("seconds", [0, 0.002])
+def test_a_single_thread_is_shared_by_the_weights_from_the_first_job_on(
+    mail: Mail, one_shot: bool, seconds: float
+) -> None:
+    heavy, light = queue(), queue()
+    begun: list[str] = []
+
+    def work(message: MailRequest) -> None:
+        begun.append(str(message.Peer))
+        time.sleep(seconds)
+
+    for one in (light, heavy):
+        for _ in range(60):
+            one.push(mail())
+    receiver = QueueReceiver({light: 1, heavy: 3}, workers=1, deliver=work)
+    thread = threading.Thread(target=receiver.start, args=(one_shot,), daemon=True)
+    thread.start()
+    until(lambda: len(begun) == 120)
+    receiver.stop()
+    thread.join(5)
+    assert 28 <= begun[:40].count(heavy.dir) <= 32
+    assert set(begun[80:]) == {light.dir}
+
+
+def test_a_queue_whose_store_is_slow_holds_no_thread_back(mail: Mail, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, quick = queue(), queue()
+    seen: list[object] = []
+    go = threading.Event()
+    reserve = slow.backend.reserve
+
+    def reserve_slowly(*args: Any, **kwargs: Any) -> list[Job]:
+        go.wait(10)
+        return reserve(*args, **kwargs)
+
+    monkeypatch.setattr(slow.backend, "reserve", reserve_slowly)
+    for one in (slow, quick):
+        for _ in range(50):
+            one.push(mail())
+    receiver = QueueReceiver({slow: 100, quick: 1}, workers=2, deliver=seen.append)
+    thread = run(receiver)
+    until(lambda: len(seen) == 50)
+    go.set()
+    until(lambda: len(seen) == 100)
+    receiver.stop()
+    thread.join(5)
 
 
 def test_a_queue_with_nothing_to_do_holds_no_thread_back(mail: Mail) -> None:

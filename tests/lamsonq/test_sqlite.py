@@ -157,6 +157,31 @@ def test_what_another_program_puts_for_later_waits(queue: SQLite, tmp_path: Path
     assert take(queue).body == b"x"
 
 
+def test_what_another_program_puts_as_delayed_without_a_moment_is_ready(queue: SQLite, tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "q.db")) as other:
+        other.execute("insert into jobs (queue, state, body) values ('posts', 'delayed', 'x')")
+        other.commit()
+    [key] = queue.keys()
+    assert (counted(queue), queue.state(key)) == ({"ready": 1}, "ready")
+    assert drain(queue) == [b"x"]
+
+
+def test_a_count_of_deliveries_below_zero_is_refused_where_it_is_put(queue: SQLite, tmp_path: Path) -> None:
+    queue.counts()
+    other = sqlite3.connect(tmp_path / "q.db")
+    with contextlib.closing(other), pytest.raises(sqlite3.IntegrityError, match="deliveries >= 0"):
+        other.execute("insert into jobs (queue, deliveries, body) values ('posts', -1, 'x')")
+
+
+def test_a_table_that_somebody_has_dropped_is_told_with_what_to_do(queue: SQLite, tmp_path: Path) -> None:
+    queue.counts()
+    with contextlib.closing(sqlite3.connect(tmp_path / "q.db")) as other:
+        other.execute("drop table jobs")
+        other.commit()
+    with pytest.raises(QueueError, match=r"no such table: jobs; .* restore them, or move the file away"):
+        queue.reserve(1)
+
+
 def test_a_row_that_is_no_job_becomes_a_dead_letter_and_stops_nothing(queue: SQLite, tmp_path: Path) -> None:
     with contextlib.closing(sqlite3.connect(tmp_path / "q.db")) as other:
         for column, value in [("metadata", "{"), ("metadata", "[]"), ("recipients", '{"a": 1}')]:

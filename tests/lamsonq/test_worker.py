@@ -624,6 +624,52 @@ def test_run_once_serves_a_loop_of_ones_own(router: RoutingBase, module: Module,
     assert calls_of(name) == [1]
 
 
+def test_run_once_gives_up_a_function_whose_time_is_over(router: RoutingBase, module: Module, mail: Mail) -> None:
+    name = module(
+        """
+        import threading
+        GO = threading.Event()
+        @route('desk@example.com')
+        @stateless
+        def START(message): GO.wait(20)
+        """
+    )
+    router.load([name])
+    posts = Queue("memory:run-once-hangs")
+    posts.push(mail())
+    receiver = QueueReceiver(posts, router=router, timeout=0.1)
+    begun = time.monotonic()
+    assert receiver.run_once()
+    assert time.monotonic() - begun < 5
+    sys.modules[name].GO.set()
+    assert receiver.stuck
+    ((target, report),) = dead(posts)
+    assert target == f"{name}.START"
+    assert "did not return within 0.1 seconds" in report
+    posts.push(mail())  # and goes on
+    assert receiver.run_once()
+    assert not receiver.run_once()
+
+
+def test_run_once_here_runs_the_function_in_the_thread_of_its_caller(
+    router: RoutingBase, module: Module, mail: Mail
+) -> None:
+    source = """
+        import threading
+        @route('desk@example.com')
+        @stateless
+        def START(message): CALLS.append(threading.get_ident())
+    """
+    name = module(source)
+    router.load([name])
+    posts = Queue("memory:run-once-here")
+    receiver = QueueReceiver(posts, router=router)
+    for here in (True, False):
+        posts.push(mail())
+        assert receiver.run_once(here=here)
+    assert [ident == threading.get_ident() for ident in calls_of(name)] == [True, False]
+
+
 def test_an_idle_receiver_wakes_at_once_and_stops_at_once(
     router: RoutingBase, module: Module, mail: Mail, posts: Queue, caplog: pytest.LogCaptureFixture
 ) -> None:
