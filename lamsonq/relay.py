@@ -190,9 +190,12 @@ class Relay:
         if not recipients:
             raise Dead("the message has no recipient: nothing in To, Cc or Bcc is an address")
         kept = message.envelope if isinstance(message, mail.MailRequest) and From is None else None
+        trace = message.envelope.trace if isinstance(message, mail.MailRequest) else ""
         if self._hand_over is not None:
-            self._hand_over(_request(sender, recipients, data, kept))
+            self._hand_over(_request(sender, recipients, data, kept, trace))
             return Sent([], [])
+        # RFC 5321 section 4.4: who passes a message on tells whom it has it from; so a circle is found out.
+        data = trace.encode("utf-8", "replace") + data
         return self._send(sender, recipients, for_the_wire(data), kept.notify if kept else UNASKED)
 
     def send(self, To: str, From: str, Subject: str, Body: str) -> None:
@@ -408,9 +411,11 @@ def _addresses(text: str) -> list[str]:
     return [text] if mail.is_path_address(text) else (mail.addresses_in(text) or [text])
 
 
-def _request(sender: str, recipients: Sequence[str], data: bytes, kept: mail.Envelope | None) -> mail.MailRequest:
+def _request(
+    sender: str, recipients: Sequence[str], data: bytes, kept: mail.Envelope | None, trace: str
+) -> mail.MailRequest:
     """The message for a queue, by rule 9; it is there since now."""
-    envelope = mail.Envelope(sender, tuple(recipients), None, clock.now())
+    envelope = mail.Envelope(sender, tuple(recipients), None, clock.now(), trace=trace)
     if kept is not None:
         envelope = replace(kept, mail_from=sender, rcpt_tos=tuple(recipients), received=clock.now())
     return mail.MailRequest(None, sender, list(recipients), data, envelope=envelope)

@@ -72,6 +72,17 @@ def test_a_request_leaves_with_its_envelope_and_not_with_its_headers(server: Ser
     assert server.said("RCPT") == ["RCPT TO:<Member@z.test>"]
 
 
+def test_a_request_leaves_with_the_trace_fields_of_the_receiver_that_took_it(server: Server, relay: Relay) -> None:
+    envelope = Envelope("a@x.test", ("b@y.test",), "peer", 1.0, trace="Received: from c by us;\r\n now\r\n")
+    relay.deliver(MailRequest("peer", "a@x.test", ("b@y.test",), b"Subject: hi\r\n\r\nhi\r\n", envelope=envelope))
+    passed_on: list[MailRequest] = []
+    Relay(deliver=passed_on.append).deliver(
+        MailRequest("peer", "a@x.test", ("b@y.test",), b"Subject: hi\r\n\r\nhi\r\n", envelope=envelope)
+    )
+    relay.deliver(passed_on[0])
+    assert server.messages == [b"Received: from c by us;\r\n now\r\nSubject: hi\r\n\r\nhi\r\n"] * 2
+
+
 def test_an_addressed_request_goes_to_its_one_recipient(server: Server, relay: Relay) -> None:
     relay.deliver(received("a@x.test", "b@y.test", "c@y.test").addressed("c@y.test"))
     assert server.said("RCPT") == ["RCPT TO:<c@y.test>"]
