@@ -364,10 +364,11 @@ class SMTPReceiver:
     def make_room(self) -> None:
         """Send away who has been silent for the longest time: many who only wait do not keep out one who sends."""
         now = time.monotonic()
-        if now < self._look_for_room or not self._sessions:
+        if now < self._look_for_room:
             return
-        idlest = max(self._sessions, key=lambda session: session.idle_for)
-        if idlest.idle_for > GIVE_WAY_AFTER:
+        placed = (session for session in self._sessions if session.has_place)
+        idlest = max(placed, key=lambda session: session.idle_for, default=None)
+        if idlest is not None and idlest.idle_for > GIVE_WAY_AFTER:
             idlest.give_way(_GIVE_WAY)
         else:
             self._look_for_room = now + 0.1  # looking costs, and a flood of connections must not
@@ -384,10 +385,13 @@ class SMTPReceiver:
     async def asks(self, check: Check, dialogue: Dialogue) -> str | None:
         try:
             async with asyncio.timeout(CHECK_TIMEOUT):
+                answer: object
                 if inspect.iscoroutinefunction(check):
-                    await check(dialogue)
+                    answer = check(dialogue)
                 else:
-                    await self._loop.run_in_executor(self._checks, check, dialogue)
+                    answer = await self._loop.run_in_executor(self._checks, check, dialogue)
+                if inspect.isawaitable(answer):  # also of an object whose __call__ is async
+                    await answer
         except SMTPError as refusal:
             return f"{refusal.code} {refusal.message}" if 400 <= refusal.code < 600 else trouble(refusal)
         except Exception as error:  # a check that fails is no reason to lose mail: the client comes again
@@ -405,6 +409,9 @@ class SMTPReceiver:
     def full(self, size: int) -> bool:
         return self.space.lacks(size)
 
+    def _handled(self, octets: int) -> None:
+        self.traffic.memory -= octets
+
     def trouble(self, error: BaseException) -> str:
         return trouble(error)
 
@@ -418,6 +425,8 @@ class SMTPReceiver:
         task = self._loop.create_task(committing, context=context)
         self._commits.add(task)
         task.add_done_callback(self._commits.discard)
+        self.traffic.memory += len(content)  # it stays in memory when its client goes, too
+        task.add_done_callback(lambda _: self._handled(len(content)))
         for group, reply in zip(groups, replies, strict=True):
             reply.add_done_callback(partial(_log_refusal, envelope, group), context=context)
         return replies

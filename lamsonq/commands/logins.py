@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TextIO
+import sys
 
 import click
 
@@ -43,7 +43,6 @@ def logins(action: str | None, name: str | None, file: str) -> None:
 
 
 def _password() -> str:
-    stream: TextIO = click.get_text_stream("stdin")
-    if stream.isatty():
+    if sys.stdin.isatty():
         return str(click.prompt("Password", hide_input=True, confirmation_prompt=True, err=True))
-    return stream.readline().rstrip("\r\n")
+    return sys.stdin.readline().rstrip("\r\n")
