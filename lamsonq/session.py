@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, cast
 
 from aiosmtpd import smtp
-from aiosmtpd.proxy_protocol import get_proxy
+from aiosmtpd.proxy_protocol import V2_CMD, get_proxy
 
 from lamsonq import mail
 from lamsonq.address import canonical
@@ -227,9 +227,10 @@ class Session(Wire):
             self._close()
             return
         address = ""
-        if said.src_addr is not None and said.src_port is not None:  # LOCAL and UNKNOWN: the proxy itself
+        named = said.src_addr is not None and said.src_port is not None
+        if named and said.command != V2_CMD.LOCAL:  # LOCAL, as UNKNOWN: the proxy speaks for itself
             address = str(said.src_addr)
-            self.peer = (address, int(said.src_port))
+            self.peer = (address, int(said.src_port or 0))
         elif isinstance(self.peer, tuple):
             address = self.peer[0]
         self._stop_feeding()

@@ -36,6 +36,8 @@ def logins(action: str | None, name: str | None, file: str) -> None:
             kept.add(file, name or "", _password())
         elif not kept.remove(file, name or ""):
             raise Refusal(f"{file}: nobody is called {name}")
+    except UnicodeDecodeError as error:
+        raise Refusal(f"cannot use {file}: it is not UTF-8") from error
     except ValueError as error:
         raise UsageError(f"logins: {error}") from error
     except OSError as error:
