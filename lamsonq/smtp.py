@@ -209,7 +209,7 @@ class SMTPReceiver:
     def start(self) -> None:
         """Listen, in threads of its own; returns when it does. Raises what `bind` raises."""
         self.bind()
-        self.traffic = Traffic(self.limits.shared_by(self.processes), self.trusted)
+        self.traffic = Traffic(self.limits, self.trusted, self.processes)
         _allow_files(self.traffic.limits.connections)
         mail_log = logging.getLogger("mail.log")
         if mail_log.level == logging.NOTSET:
