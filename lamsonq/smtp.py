@@ -115,6 +115,8 @@ class SMTPReceiver:
     ) -> None:
         if workers < 1:
             raise ValueError(f"workers={workers}: an {self.protocol}Receiver needs at least one")
+        if isinstance(hosts, str):
+            raise ValueError(f"hosts={hosts!r}: a list of domains is wanted, hosts=[{hosts!r}]")
         self.host = host
         self.port = port
         self.socket = socket or None
@@ -396,6 +398,11 @@ class SMTPReceiver:
             return f"{refusal.code} {refusal.message}" if 400 <= refusal.code < 600 else trouble(refusal)
         except Exception as error:  # a check that fails is no reason to lose mail: the client comes again
             return trouble(error)
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():  # the session ends
+                raise
+            return trouble(error)  # something of the check's own was cancelled
         return None
 
     async def logs_in(self, name: str, password: str) -> bool | None:

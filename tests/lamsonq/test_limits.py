@@ -42,7 +42,7 @@ def test_a_minute_begins_with_the_first_act_and_ends_sixty_seconds_later() -> No
     [("messages_per_minute", Client.message), ("recipients_per_minute", Client.recipient)],
 )
 def test_acts_of_all_connections_of_a_client_count_together(name: str, act: Callable[[Client, float], bool]) -> None:
-    traffic = Traffic(Limits(**{name: 3}))  # type: ignore[arg-type]
+    traffic = Traffic(Limits(**{name: 3}))
     first, second = (traffic.enter("192.0.2.1", 0.0) for _ in range(2))
     assert [act(each, 1.0) for each in (first, second, first, second)] == [True, True, True, False]
     assert act(traffic.enter("192.0.2.2", 0.0), 1.0)
@@ -272,7 +272,7 @@ def test_memory_for_messages_that_come_and_that_are_handled(serve: Serve) -> Non
         second.begin("a@y.test")
         second.say("DATA")
         assert second.say(large * 3 + b".") == "452 4.3.1 Too many messages at the moment, try again later"
-        assert second.mail(data=b"x\r\n") if gate.set() else True
+        gate.set()
         assert first.reply().startswith("250")
         assert second.mail(data=large * 3).startswith("250")
         assert waits_until(lambda: receiver.traffic.memory == 0)
