@@ -6,7 +6,8 @@ Rules:
    this machine itself (loopback and unix sockets): what a program of our own sends is never put off by a number that
    nobody chose.
 2. Who is over a limit is told so with a 4xx or 421 reply, so that an honest client comes again and loses nothing.
-3. An IPv4 client is its address; an IPv6 client is its /64, which one host has at its will (RFC 7934 section 4).
+3. An IPv4 client is its address, also where it is written as an IPv6 one (RFC 4291 section 2.5.5.2); an IPv6 client is
+   its /64, which one host has at its will (RFC 7934 section 4). Who has no limits is counted by his own address.
 4. A minute is a window of sixty seconds that begins with a client's first act. Counting costs the same for one client
    and for a million: of those who have no connection, at most CLIENTS_MAX are remembered.
 5. With N processes of one boot each one has an Nth of every limit.
@@ -21,6 +22,8 @@ from dataclasses import dataclass, fields, replace
 
 CLIENTS_MAX = 100_000
 MINUTE = 60.0
+_TRIES = 8
+"""How many of those who were here first are looked at, for one to forget."""
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -131,10 +134,14 @@ class Client:
 
 
 class Traffic:
-    """Who is connected, and how much each client has sent lately. `now` is a monotonic clock's, in seconds."""
+    """Who is connected, and how much each client has sent lately, in one of so many processes of a boot.
 
-    def __init__(self, limits: Limits, trusted: Sequence[Network] = ()) -> None:
-        self.limits = limits
+    `now` is a monotonic clock's, in seconds.
+    """
+
+    def __init__(self, limits: Limits, trusted: Sequence[Network] = (), processes: int = 1) -> None:
+        self.limits = limits.shared_by(processes)
+        self._strangers = STRANGERS.shared_by(processes)
         self.trusted = tuple(trusted)
         self.open = 0
         self.memory = 0
@@ -163,21 +170,24 @@ class Traffic:
         return not self.limits.memory or self.memory + octets <= self.limits.memory
 
     def _client(self, address: str, now: float) -> Client:
-        group = _group(address)
-        client = self._clients.pop(group, None) or Client(group, self._may(address), began=now)
+        free = not address or (bool(self.trusted) and within(address, self.trusted))
+        group = f"free {address}" if free or within(address, _LOOPBACK) else _group(address)
+        client = self._clients.pop(group, None) or Client(group, self._may(address, free), began=now)
         self._clients[group] = client  # at the end, as who was here last
-        if len(self._clients) > CLIENTS_MAX:
+        for _ in range(_TRIES):
+            if len(self._clients) <= CLIENTS_MAX:
+                break
             _, oldest = self._clients.popitem(last=False)
             if oldest.open:
                 self._clients[oldest.group] = oldest
         return client
 
-    def _may(self, address: str) -> Limits:
+    def _may(self, address: str, free: bool) -> Limits:
         """The limits for this address: rule 1."""
         chosen = self.limits
-        if not address or (self.trusted and within(address, self.trusted)):
+        if free:
             return replace(chosen, **dict.fromkeys(_OF_A_CLIENT, 0))
-        ours = _UNLIMITED if within(address, _LOOPBACK) else STRANGERS
+        ours = _UNLIMITED if within(address, _LOOPBACK) else self._strangers
         missing = {name: getattr(ours, name) for name in _OF_A_CLIENT if getattr(chosen, name) is None}
         return replace(chosen, **missing)
 
@@ -197,4 +207,7 @@ _LOOPBACK = (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128"
 
 def _group(client: str) -> str:
     """Rule 3."""
-    return ":".join(ipaddress.ip_address(client.partition("%")[0]).exploded.split(":")[:4]) if ":" in client else client
+    if ":" not in client:
+        return client
+    address = ipaddress.IPv6Address(client.partition("%")[0])
+    return str(address.ipv4_mapped or ":".join(address.exploded.split(":")[:4]))

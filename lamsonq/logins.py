@@ -26,6 +26,8 @@ LOG = logging.getLogger()
 
 _COST = (16384, 8, 1)
 """N, r and p of scrypt for new passwords: 16 MB and some 40 ms (RFC 7914 section 2)."""
+_OCTETS = 32
+"""Octets of a hash."""
 _MEMORY_MAX = 128 * 1024 * 1024
 
 Record = tuple[int, int, int, bytes, bytes]
@@ -82,6 +84,8 @@ def _parsed(path: str, text: str) -> list[tuple[str, Record]]:
                 raise ValueError
             hashlib.scrypt(b"", salt=b"", n=cost[0], r=cost[1], p=cost[2], maxmem=_MEMORY_MAX, dklen=1)
             record = (*cost, base64.b64decode(salt, validate=True), base64.b64decode(digest, validate=True))
+            if len(record[-1]) != _OCTETS:
+                raise ValueError
         except ValueError as error:
             raise SettingsError(
                 f"receiver.logins_file: {path}:{number}: this is no login; `lamsonq logins add NAME` writes one"
@@ -92,7 +96,7 @@ def _parsed(path: str, text: str) -> list[tuple[str, Record]]:
 
 def add(path: str, name: str, password: str) -> None:
     """Add a name to the file, or give it a new password. Raises ValueError, and OSError as it comes."""
-    if not name or any(character in name for character in "\r\n\0:") or name.startswith("#") or name != name.strip():
+    if not name or ":" in name or not name.isprintable() or name.startswith("#") or name != name.strip():
         raise ValueError(f"{name!r} is no name to log in with: it holds a colon or a line end, or nothing")
     if not password:
         raise ValueError("the password is empty")
@@ -147,4 +151,4 @@ def _prepared(text: str) -> str:
 
 def _hash(password: str, n: int, r: int, p: int, salt: bytes) -> bytes:
     octets = _prepared(password).encode("utf-8", "surrogateescape")
-    return hashlib.scrypt(octets, salt=salt, n=n, r=r, p=p, maxmem=_MEMORY_MAX, dklen=32)
+    return hashlib.scrypt(octets, salt=salt, n=n, r=r, p=p, maxmem=_MEMORY_MAX, dklen=_OCTETS)

@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol, cast
 
 from aiosmtpd import smtp
-from aiosmtpd.proxy_protocol import get_proxy
+from aiosmtpd.proxy_protocol import V2_CMD, get_proxy
 
 from lamsonq import mail
 from lamsonq.address import canonical
@@ -134,7 +134,10 @@ class Server(Protocol):
     def commit(
         self, envelope: Envelope, content: bytes, groups: Sequence[tuple[str, ...]]
     ) -> Sequence[asyncio.Future[str]]:
-        """Begin to keep or handle a message; the replies, one for each group of its recipients, in this order."""
+        """Begin to keep or handle a message; the replies, one for each group of its recipients, in this order.
+
+        The traffic's memory counts it until it is done with.
+        """
 
     def trouble(self, error: BaseException) -> str:
         """Log an error that the client must not see; the reply."""
@@ -187,7 +190,8 @@ class Session(Wire):
         self._failed_logins = 0
         self._messages = 0
         self._reserved = 0
-        self._chunks: list[bytes] | None = None
+        self._chunks: bytearray | None = None
+        """What the BDATs of this transaction have brought; None before the first."""
         self._last_piece = False
         self._no_room = False
         self._notify = Notify()
@@ -216,16 +220,18 @@ class Session(Wire):
         try:
             async with asyncio.timeout(PROXY_TIMEOUT):
                 said = await get_proxy(self._reader)
-        except (TimeoutError, asyncio.IncompleteReadError, ValueError):
+        except Exception as error:  # aiosmtpd's parser raises what it happens to stumble over
+            LOG.debug("No PROXY header from Peer: %r: %r", self.peer, error)
             said = None
         if not said:
             LOG.warning("%s is among receiver.proxies and does not speak the PROXY protocol: closed", self.peer)
             self._close()
             return
         address = ""
-        if said.src_addr is not None and said.src_port is not None:  # LOCAL and UNKNOWN: the proxy itself
+        named = said.src_addr is not None and said.src_port is not None
+        if named and said.command != V2_CMD.LOCAL:  # LOCAL, as UNKNOWN: the proxy speaks for itself
             address = str(said.src_addr)
-            self.peer = (address, int(said.src_port))
+            self.peer = (address, int(said.src_port or 0))
         elif isinstance(self.peer, tuple):
             address = self.peer[0]
         self._stop_feeding()
@@ -266,6 +272,8 @@ class Session(Wire):
         self.say(f"220 {self.hostname} {self.__ident__}")
 
     def connection_lost(self, error: Exception | None) -> None:
+        if self.transport is None:
+            return
         self.server.closed(self)
         self._release()
         self._leave()
@@ -283,13 +291,22 @@ class Session(Wire):
 
     @property
     def idle_for(self) -> float:
-        """Seconds since the client's last sign of life; 0.0 while a transaction is under way."""
-        under_way = self._work is not None or (self.envelope is not None and self.envelope.mail_from is not None)
-        return 0.0 if under_way else self.loop.time() - self._heard
+        """Seconds since the client's last sign of life; 0.0 while a transaction is under way.
+
+        Who is in the middle of a handshake or a login is waited for like everybody else."""
+        we_work = self._work is not None and not self._feeding and not self._shaking
+        return 0.0 if we_work or self._under_way else self.loop.time() - self._heard
+
+    @property
+    def has_place(self) -> bool:
+        """Whether it counts among the connections that are open."""
+        return self._client is not None
 
     def dismiss(self, reply: str) -> None:
         """Say why, in place of every reply that is owed, and close, if it is still open; from the event loop."""
-        if self._is_open:
+        if self._shaking and isinstance(self.transport, asyncio.Transport):
+            self.transport.abort()  # in clear nothing more is said
+        elif self._is_open:
             self._flush()
             for _ in range(max(1, self.owed)):
                 self.say(reply)
@@ -412,8 +429,6 @@ class Session(Wire):
             await self.encrypt(self.server.certificate(), ahead)
         except OSError as error:  # ssl.SSLError and TimeoutError are some
             LOG.info("No TLS with Peer: %r: %s", self.peer, error.strerror or error)
-            if isinstance(self.transport, asyncio.Transport):
-                self.transport.abort()
             return False
         self._forget()
         self._state.peer = self.peer
@@ -445,8 +460,8 @@ class Session(Wire):
         method = self.auth_PLAIN if mechanism == "PLAIN" else self.auth_LOGIN
         try:
             given = await method(self, [mechanism, *words[1:]])
-        except ValueError:  # a line without an end, or too long
-            self.say("500 5.5.6 Line too long")
+        except ValueError:
+            self.dismiss("500 5.5.6 Line too long")  # where it ends, and a command begins, nobody knows
             return
         self._stop_feeding()
         if not given.success:  # what was wrong with it has been said
@@ -689,14 +704,12 @@ class Session(Wire):
         if not self._state.host_name or not self.envelope.rcpt_tos:
             self.say("503 5.5.1 Need RCPT command")
             return None
-        chunks = self._chunks if self._chunks is not None else []
+        chunks = self._chunks if self._chunks is not None else bytearray()
         self._chunks = chunks
-        if piece is not None:
-            chunks.append(piece)
-        size = sum(map(len, chunks))
-        too_much = piece is None or size > self.server.size_limit
+        chunks += piece or b""
+        too_much = piece is None or len(chunks) > self.server.size_limit
         if self._last_piece:
-            return self._take_whole(None if too_much else b"".join(chunks))
+            return self._take_whole(None if too_much else bytes(chunks))
         if too_much:  # one reply, whoever would be answered for at the end; the pieces behind it come to no transaction
             self.say(self._fault_of(None) or "")
             self._forget()
@@ -709,7 +722,7 @@ class Session(Wire):
         assert self.envelope is not None
         if not self.envelope.rcpt_tos:
             return False  # BDAT without a transaction
-        octets += sum(map(len, self._chunks or ()))
+        octets += len(self._chunks or b"")
         if octets > self.server.size_limit + 8:
             self._release()
             return False
@@ -778,7 +791,9 @@ class Session(Wire):
             notify=self._notify,
             protocol=self._word(),
         )
-        for reply in self.server.commit(envelope, content, groups):
+        replies = self.server.commit(envelope, content, groups)
+        self._release()  # the receiver counts it now
+        for reply in replies:
             await self._pay(await reply)
 
     def say(self, reply: str) -> None:
@@ -857,7 +872,7 @@ def _wishes(notify: Notify, address: str, options: Sequence[str]) -> Notify:
             wanted[address] = ",".join(words)
         elif name == "ORCPT":
             kind, separator, path = (value or "").partition(";")
-            if not (kind and separator and path) or len(value or "") > 500 or not _is_xtext(path):
+            if not separator or not _ATOM.fullmatch(kind) or len(value or "") > 500 or not _is_xtext(path):
                 raise ValueError("501 5.5.4 ORCPT is a type and an address in xtext")
             original[address] = value or ""
         else:
@@ -865,6 +880,7 @@ def _wishes(notify: Notify, address: str, options: Sequence[str]) -> Notify:
     return Notify(notify.ret, notify.envid, wanted, original)
 
 
+_ATOM = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+")
 _XTEXT = re.compile(r"(?:[!-*,-<>-~]|\+[0-9A-F]{2}|[^\x00-\x7f])+")
 
 

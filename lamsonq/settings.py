@@ -45,6 +45,7 @@ Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Bytes = Annotated[int, msgspec.Meta(ge=0)]
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
+SecondsOrNone = Annotated[float, msgspec.Meta(ge=0)]
 
 
 class QueueConfig(TypedDict):
@@ -167,8 +168,8 @@ class LimitsTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     messages_per_connection: Bytes | None = None
     recipients: Bytes | None = None
     memory: Bytes | None = None
-    command_timeout: Seconds | None = None
-    data_timeout: Seconds | None = None
+    command_timeout: SecondsOrNone | None = None
+    data_timeout: SecondsOrNone | None = None
     bad_commands: Bytes | None = None
 
     def limits(self) -> Limits:

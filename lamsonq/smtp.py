@@ -122,6 +122,8 @@ class SMTPReceiver:
     ) -> None:
         if workers < 1:
             raise ValueError(f"workers={workers}: an {self.protocol}Receiver needs at least one")
+        if isinstance(hosts, str):
+            raise ValueError(f"hosts={hosts!r}: a list of domains is wanted, hosts=[{hosts!r}]")
         self.host = host
         self.port = port
         self.socket = socket or None
@@ -218,7 +220,7 @@ class SMTPReceiver:
     def start(self) -> None:
         """Listen, in threads of its own; returns when it does. Raises what `bind` raises."""
         self.bind()
-        self.traffic = Traffic(self.limits.shared_by(self.processes), self.trusted)
+        self.traffic = Traffic(self.limits, self.trusted, self.processes)
         _allow_files(self.traffic.limits.connections)
         mail_log = logging.getLogger("mail.log")
         if mail_log.level == logging.NOTSET:
@@ -375,10 +377,11 @@ class SMTPReceiver:
     def make_room(self) -> None:
         """Send away who has been silent for the longest time: many who only wait do not keep out one who sends."""
         now = time.monotonic()
-        if now < self._look_for_room or not self._sessions:
+        if now < self._look_for_room:
             return
-        idlest = max(self._sessions, key=lambda session: session.idle_for)
-        if idlest.idle_for > GIVE_WAY_AFTER:
+        placed = (session for session in self._sessions if session.has_place)
+        idlest = max(placed, key=lambda session: session.idle_for, default=None)
+        if idlest is not None and idlest.idle_for > GIVE_WAY_AFTER:
             idlest.give_way(_GIVE_WAY)
         else:
             self._look_for_room = now + 0.1  # looking costs, and a flood of connections must not
@@ -395,14 +398,22 @@ class SMTPReceiver:
     async def asks(self, check: Check, dialogue: Dialogue) -> str | None:
         try:
             async with asyncio.timeout(CHECK_TIMEOUT):
+                answer: object
                 if inspect.iscoroutinefunction(check):
-                    await check(dialogue)
+                    answer = check(dialogue)
                 else:
-                    await self._loop.run_in_executor(self._checks, check, dialogue)
+                    answer = await self._loop.run_in_executor(self._checks, check, dialogue)
+                if inspect.isawaitable(answer):  # also of an object whose __call__ is async
+                    await answer
         except SMTPError as refusal:
             return f"{refusal.code} {refusal.message}" if 400 <= refusal.code < 600 else trouble(refusal)
         except Exception as error:  # a check that fails is no reason to lose mail: the client comes again
             return trouble(error)
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():  # the session ends
+                raise
+            return trouble(error)  # something of the check's own was cancelled
         return None
 
     async def logs_in(self, name: str, password: str) -> bool | None:
@@ -415,6 +426,9 @@ class SMTPReceiver:
 
     def full(self, size: int) -> bool:
         return self.space.lacks(size)
+
+    def _handled(self, octets: int) -> None:
+        self.traffic.memory -= octets
 
     def trouble(self, error: BaseException) -> str:
         return trouble(error)
@@ -440,6 +454,8 @@ class SMTPReceiver:
         task = self._loop.create_task(committing, context=context)
         self._commits.add(task)
         task.add_done_callback(self._commits.discard)
+        self.traffic.memory += len(content)  # it stays in memory when its client goes, too
+        task.add_done_callback(lambda _: self._handled(len(content)))
         for group, reply in zip(groups, replies, strict=True):
             reply.add_done_callback(partial(_log_refusal, envelope, group), context=context)
         return replies

@@ -10,7 +10,8 @@ Rules:
 3. Memory is bounded: a command by COMMAND_MAX, what is sent ahead by AHEAD_MAX, a message by the limit of its reader. A
    client that does not read its replies is not read from.
 4. Time is bounded: a command has to arrive whole within `command_timeout`; a message may pause for `data_timeout`, and
-   has to keep up RATE_MIN besides. While we work there is no clock for the client.
+   has to keep up RATE_MIN besides. While we work there is no clock for the client. A connection that is closed is
+   gone after CLOSE_TIMEOUT, also when the client reads nothing.
 5. What is sent ahead of a TLS handshake is dropped unread (RFC 3207 section 6).
 
 Of aiosmtpd stay the session, the envelope, the hooks, STARTTLS's and AUTH's rules and its commands; its read loop does
@@ -51,6 +52,9 @@ REPLY_MAX = 480
 HANDSHAKE_TIMEOUT = 30.0
 """Seconds for a TLS handshake."""
 
+CLOSE_TIMEOUT = 10.0
+"""Seconds in which a client has to read the last of its replies: then the connection is cut."""
+
 MAIL_LOG = logging.getLogger("mail.log")
 """aiosmtpd's logger: every line of every dialogue, at INFO."""
 
@@ -87,6 +91,8 @@ class Wire(smtp.SMTP):
         self._work: asyncio.Task[None] | None = None
         self._feeding = False
         """Whether the command that runs reads by itself, from `_reader`."""
+        self._shaking = False
+        """Whether a TLS handshake is under way: nothing may be written then."""
         self._skipping = False
         self._ended = False
         self._blocked = False
@@ -138,6 +144,8 @@ class Wire(smtp.SMTP):
         return not self._is_encrypted  # a TLS session ends in both directions at once
 
     def connection_lost(self, error: Exception | None) -> None:
+        if self.transport is None:
+            return
         if self._work is not None:
             self._work.cancel()
         self._held.clear()
@@ -255,9 +263,11 @@ class Wire(smtp.SMTP):
         return f"500 Error: ({type(error).__name__}) {error}"
 
     def _close(self) -> None:
-        self._flush()
-        if self.transport is not None:
+        if self._is_open:
+            self._flush()
+            assert self.transport is not None
             self.transport.close()
+            self._reset_timeout(CLOSE_TIMEOUT)
 
     @property
     def _peer(self) -> object:
@@ -424,18 +434,17 @@ class Wire(smtp.SMTP):
         """The handshake. `ahead` is what has come of it already. Raises OSError when there is none in time."""
         plain = self.transport
         assert isinstance(plain, asyncio.Transport)
+        plain.pause_reading()  # at once: nothing of the handshake may come here; it goes on reading by itself
         self._held.clear()
-        handshake = self.loop.start_tls(plain, self, context, server_side=True, ssl_handshake_timeout=HANDSHAKE_TIMEOUT)
-        if ahead:
-            begun = self.loop.create_task(handshake)
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)  # now the TLS protocol knows its transport
-            _feed(plain.get_protocol(), ahead)
-            encrypted = await begun
-        else:
-            encrypted = await handshake
-        if encrypted is None:
-            raise ConnectionResetError("the client has gone")
+        self._shaking = True
+        try:
+            encrypted = await self._shake_hands(plain, context, ahead)
+        except OSError:
+            plain.abort()
+            self.loop.call_soon(self.connection_lost, None)  # asyncio does not tell it of every end of a handshake
+            raise
+        finally:
+            self._shaking = False
         self._original_transport = plain
         self._tls_protocol = encrypted.get_extra_info("ssl_object")
         self.transport = encrypted
@@ -444,6 +453,18 @@ class Wire(smtp.SMTP):
         self.session = self._create_session()  # RFC 3207 section 4.2: what was said before does not count
         self.session.peer = None if before is None else before.peer
         self.session.ssl = {"ssl_object": self._tls_protocol}
+
+    async def _shake_hands(self, plain: asyncio.Transport, context: ssl.SSLContext, ahead: bytes) -> asyncio.Transport:
+        handshake = self.loop.start_tls(plain, self, context, server_side=True, ssl_handshake_timeout=HANDSHAKE_TIMEOUT)
+        begun = self.loop.create_task(handshake)
+        if ahead:
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # now the TLS protocol knows its transport
+            _feed(plain.get_protocol(), ahead)
+        encrypted = await begun
+        if encrypted is None:
+            raise ConnectionResetError("the client has gone")
+        return encrypted
 
     def _set_rset_state(self) -> None:
         self.envelope = self._create_envelope()
@@ -483,8 +504,12 @@ class Wire(smtp.SMTP):
             return
         if self.loop.time() >= self._deadline:
             self._hold_clock()
-            self._timeout_cb()
-        self._look_again()
+            if self._is_open:
+                self._timeout_cb()
+            elif isinstance(self.transport, asyncio.Transport):
+                self.transport.abort()
+        if self.transport is not None:
+            self._look_again()
 
 
 def reply_line(reply: str) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from getpass import getpass
 
 import click
 
@@ -37,6 +36,8 @@ def logins(action: str | None, name: str | None, file: str) -> None:
             kept.add(file, name or "", _password())
         elif not kept.remove(file, name or ""):
             raise Refusal(f"{file}: nobody is called {name}")
+    except UnicodeDecodeError as error:
+        raise Refusal(f"cannot use {file}: it is not UTF-8") from error
     except ValueError as error:
         raise UsageError(f"logins: {error}") from error
     except OSError as error:
@@ -45,8 +46,5 @@ def logins(action: str | None, name: str | None, file: str) -> None:
 
 def _password() -> str:
     if sys.stdin.isatty():
-        first, second = getpass("Password: "), getpass("Once more: ")
-        if first != second:
-            raise UsageError("logins add: these were two different passwords")
-        return first
+        return str(click.prompt("Password", hide_input=True, confirmation_prompt=True, err=True))
     return sys.stdin.readline().rstrip("\r\n")

@@ -2,16 +2,20 @@
 
 import itertools
 import socket
+import ssl
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import trustme
 
 from lamsonq.mail import MailRequest
 from lamsonq.marks import MODULES
 from lamsonq.routing import RoutingBase
+from lamsonq.smtp import SMTPReceiver
 
 _numbers = itertools.count(1)
 
@@ -75,3 +79,51 @@ def free_port() -> Callable[[], int]:
             return port
 
     return find
+
+
+@pytest.fixture
+def serve(router: RoutingBase, here: Path) -> Iterator[Callable[..., SMTPReceiver]]:
+    """`serve(...)` starts a receiver on a free port of the loopback; its `deliver` fills `serve.taken` unless told
+    otherwise."""
+    started: list[SMTPReceiver] = []
+
+    def begin(kind: type[SMTPReceiver] = SMTPReceiver, **options: Any) -> SMTPReceiver:
+        options.setdefault("deliver", taken.append)
+        receiver = kind("127.0.0.1", 0, router=router, hostname="mx.test", **options)
+        receiver.start()
+        started.append(receiver)
+        return receiver
+
+    taken: list[MailRequest] = []
+    begin.taken = taken  # type: ignore[attr-defined]
+    yield begin
+    for receiver in started:
+        receiver.stop(0)
+    for receiver in started:
+        receiver.join()
+
+
+@pytest.fixture(scope="session")
+def authority() -> trustme.CA:
+    """Who signs the certificates of the tests."""
+    return trustme.CA()
+
+
+@pytest.fixture(scope="session")
+def trusting(authority: trustme.CA) -> ssl.SSLContext:
+    """A client's context that trusts this authority and no other."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    authority.configure_trust(context)
+    return context
+
+
+@pytest.fixture
+def certificate(authority: trustme.CA, tmp_path: Path) -> Callable[..., str]:
+    """`certificate()` writes a certificate for 127.0.0.1 with its key to a file; its path."""
+
+    def write(name: str = "127.0.0.1", ca: trustme.CA = authority, file: str = "mx.pem") -> str:
+        path = tmp_path / file
+        ca.issue_cert(name).private_key_and_cert_chain_pem.write_to_path(str(path))
+        return str(path)
+
+    return write
