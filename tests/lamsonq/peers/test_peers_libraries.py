@@ -82,7 +82,7 @@ def test_aiosmtplib_comes_through_tls_and_logs_in(guarded: SMTPReceiver, papers:
     options = {"use_tls": True} if guarded.tls_implicit else {"start_tls": True}
 
     async def send() -> None:
-        client = aiosmtplib.SMTP("localhost", guarded.port, tls_context=papers.trusting(), **options)
+        client = aiosmtplib.SMTP(hostname="localhost", port=guarded.port, tls_context=papers.trusting(), **options)
         async with client:
             await client.login(NAME, PASSWORD)
             for number in range(3):
@@ -99,7 +99,7 @@ def test_aiosmtplib_is_told_of_a_wrong_password_and_may_try_again(
     options = {"use_tls": True} if guarded.tls_implicit else {"start_tls": True}
 
     async def send() -> None:
-        client = aiosmtplib.SMTP("localhost", guarded.port, tls_context=papers.trusting(), **options)
+        client = aiosmtplib.SMTP(hostname="localhost", port=guarded.port, tls_context=papers.trusting(), **options)
         async with client:
             with pytest.raises(aiosmtplib.SMTPAuthenticationError):
                 await client.auth_plain(NAME, "guessed")
@@ -117,7 +117,7 @@ def test_many_clients_of_aiosmtplib_at_once(papers: Papers, handled: Handled, se
 
     async def send(number: int) -> None:
         async with aiosmtplib.SMTP(
-            "localhost", receiver.port, tls_context=papers.trusting(), start_tls=number % 2 == 0
+            hostname="localhost", port=receiver.port, tls_context=papers.trusting(), start_tls=number % 2 == 0
         ) as client:
             for each in range(5):
                 await client.sendmail("ann@x.test", "bob@y.test", mail_named(f"n{number}x{each}"))
