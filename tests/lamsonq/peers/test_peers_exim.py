@@ -60,7 +60,8 @@ def test_a_message_in_pieces_arrives_byte_for_byte(
 ) -> None:
     exim = Exim(folder, receiver.port, protocol)
     exim.send(mail_named("pieces"), "bob@y.test")
-    (message,) = handled.messages or exim.log()
+    assert handled.messages, exim.log()
+    (message,) = handled.messages
     assert as_sent(message.Data) == mail_named("pieces")
     assert (message.From, message.To) == ("ann@x.test", "bob@y.test")
     assert sent_by_bdat(exim) == 1, exim.log()
@@ -73,7 +74,8 @@ def test_a_large_message_comes_in_many_pieces(
     large = mail_named("large") + (b"." * 63 + b"\r\n") * (octets // 65)
     exim = Exim(folder, receiver.port, protocol)
     exim.send(large, "bob@y.test")
-    (message,) = handled.messages or exim.log()
+    assert handled.messages, exim.log()
+    (message,) = handled.messages
     assert as_sent(message.Data) == large
     assert sent_by_bdat(exim) == 1, exim.log()
 
@@ -103,7 +105,8 @@ def test_exim_verifies_our_certificate_and_logs_in(
     exim = Exim(folder, receiver.port, protocol, NAME, PASSWORD, SAFE.format(authority=papers.authority))
     exim.send(mail_named("safe"), "bob@y.test")
     assert handled.messages, exim.log()
-    (message,) = handled.messages or exim.log()
+    assert handled.messages, exim.log()
+    (message,) = handled.messages
     assert as_sent(message.Data) == mail_named("safe")
     assert message.envelope.login == NAME
     assert message.envelope.tls

@@ -78,15 +78,25 @@ def test_smtplib_hears_over_lmtp_what_became_of_the_first_recipient(
     assert [message.To for message in handled.messages] == ["eve@y.test"]
 
 
-def test_aiosmtplib_comes_through_tls_and_logs_in(guarded: SMTPReceiver, papers: Papers, handled: Handled) -> None:
-    options = {"use_tls": True} if guarded.tls_implicit else {"start_tls": True}
+def over_tls(to: SMTPReceiver, papers: Papers) -> aiosmtplib.SMTP:
+    return aiosmtplib.SMTP(
+        hostname="localhost",
+        port=to.port,
+        tls_context=papers.trusting(),
+        use_tls=to.tls_implicit,
+        start_tls=not to.tls_implicit,
+    )
 
+
+def test_aiosmtplib_comes_through_tls_and_logs_in(guarded: SMTPReceiver, papers: Papers, handled: Handled) -> None:
     async def send() -> None:
-        client = aiosmtplib.SMTP(hostname="localhost", port=guarded.port, tls_context=papers.trusting(), **options)
+        client = over_tls(guarded, papers)
         async with client:
             await client.login(NAME, PASSWORD)
             for number in range(3):
-                await client.sendmail("ann@x.test", "bob@y.test", mail_named(f"n{number}"), ["BODY=8BITMIME"])
+                await client.sendmail(
+                    "ann@x.test", "bob@y.test", mail_named(f"n{number}"), mail_options=["BODY=8BITMIME"]
+                )
 
     asyncio.run(send())
     assert [message.Data for message in handled.messages] == [mail_named(f"n{number}") for number in range(3)]
@@ -96,15 +106,13 @@ def test_aiosmtplib_comes_through_tls_and_logs_in(guarded: SMTPReceiver, papers:
 def test_aiosmtplib_is_told_of_a_wrong_password_and_may_try_again(
     guarded: SMTPReceiver, papers: Papers, handled: Handled
 ) -> None:
-    options = {"use_tls": True} if guarded.tls_implicit else {"start_tls": True}
-
     async def send() -> None:
-        client = aiosmtplib.SMTP(hostname="localhost", port=guarded.port, tls_context=papers.trusting(), **options)
+        client = over_tls(guarded, papers)
         async with client:
             with pytest.raises(aiosmtplib.SMTPAuthenticationError):
-                await client.auth_plain(NAME, "guessed")
+                await client.login(NAME, "guessed")
             await client.auth_login(NAME, PASSWORD)
-            await client.sendmail("ann@x.test", "bob@y.test", mail_named("second"), ["BODY=8BITMIME"])
+            await client.sendmail("ann@x.test", "bob@y.test", mail_named("second"), mail_options=["BODY=8BITMIME"])
 
     asyncio.run(send())
     assert len(handled.messages) == 1
