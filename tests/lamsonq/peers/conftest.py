@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import socket
+import ssl
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import trustme
 
+from lamsonq import logins
 from lamsonq.backends.maildir import Maildir
 from lamsonq.jobs import Job
 from lamsonq.mail import MailRequest
 from lamsonq.queue import Queue
 from lamsonq.routing import RoutingBase
 from lamsonq.server import QueueReceiver, Receiver
+from lamsonq.tls import TLS
 
 from .programs import open_folder, until
 
@@ -114,6 +119,41 @@ def run_folder() -> Iterator[Path]:
 def posts(run_folder: Path) -> Queue:
     run_folder.mkdir()
     return Queue(run_folder / "posts")
+
+
+NAME, PASSWORD = "ann", "geheim & lang"
+"""Who may log in."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Papers:
+    """A certificate for 127.0.0.1, localhost and mail.y.test, what trusts it, and a file with one login."""
+
+    certificate: str
+    key: str
+    authority: str
+    logins: str
+
+    def tls(self, **when: bool) -> TLS:
+        return TLS(self.certificate, self.key, **when)
+
+    def trusting(self) -> ssl.SSLContext:
+        return ssl.create_default_context(cafile=self.authority)
+
+
+@pytest.fixture(scope="session")
+def papers() -> Iterator[Papers]:
+    """In a folder that other users may look into."""
+    authority = trustme.CA()
+    mine = authority.issue_cert("127.0.0.1", "localhost", "mail.y.test")
+    with open_folder() as folder:
+        files = Papers(*(str(folder / name) for name in ("certificate.pem", "key.pem", "authority.pem", "logins")))
+        for number, blob in enumerate(mine.cert_chain_pems):
+            blob.write_to_path(files.certificate, append=number > 0)
+        mine.private_key_pem.write_to_path(files.key)
+        authority.cert_pem.write_to_path(files.authority)
+        logins.add(files.logins, NAME, PASSWORD)
+        yield files
 
 
 def free_port_of() -> int:

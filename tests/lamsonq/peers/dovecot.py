@@ -43,6 +43,11 @@ service imap-login {{
 service anvil {{
   chroot =
 }}
+service auth {{
+  unix_listener {folder}/auth.sock {{
+    mode = 0666
+  }}
+}}
 service lmtp {{
   inet_listener lmtp {{
     port = {lmtp}
@@ -66,6 +71,8 @@ class Dovecot:
         need("imap"), need("lmtp")
         self.folder, self.imap, self.lmtp = folder, imap, lmtp
         self.socket = str(folder / "lmtp.sock")
+        self.auth = str(folder / "auth.sock")
+        """Where a Postfix asks about passwords."""
         owner = pwd.getpwnam(OWNER)
         lines = [
             f"{user}:{{PLAIN}}{PASSWORD}:{owner.pw_uid}:{owner.pw_gid}::{folder}::userdb_mail=maildir:{path}\n"
