@@ -234,11 +234,13 @@ class Outbox:
 
     def _reports(self, store: Backend, job: Job, fates: Sequence[Fate]) -> list[Put]:
         """One report of all that the sender wants to be told, or none."""
+        if not fates or not self.reports:
+            return []
         envelope = _envelope(job)
         wanted = [
             fate for fate in fates if _WISHES[fate.action] in _words(envelope.notify.notify.get(fate.recipient, ""))
         ]
-        if not wanted or not self.reports:
+        if not wanted:
             return []
         if why := self.silence(job):
             LOG.info("Nobody is told about job %s: %s.", job.key, why)

@@ -22,6 +22,7 @@ from lamsonq.commands.queues import queue
 from lamsonq.commands.routes import routes
 from lamsonq.commands.send import send
 from lamsonq.commands.sendmail import sendmail
+from lamsonq.commands.suppress import suppress
 
 COMMANDS = (
     project.gen,
@@ -37,6 +38,7 @@ COMMANDS = (
     sendmail,
     blast,
     cleanse,
+    suppress,
     fsck,
     project.demo,
     project.completion,
