@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 from flufl.bounce import all_failures
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lamsonq.envelope import Notify, session_of
 from lamsonq.errors import SettingsError
@@ -627,3 +629,27 @@ def test_message_of_a_report_is_from_the_null_sender(outbox: Queue, server: Serv
     message = message_of(job, "outbox")
     assert message.From == ""
     assert not message.may_be_answered
+
+
+@given(
+    said=st.text(max_size=200),
+    server=st.text(max_size=50),
+    original=st.text(max_size=50),
+    data=st.binary(max_size=300),
+    full=st.booleans(),
+)
+def test_a_report_of_anything_has_three_parts_and_only_our_fields(
+    said: str, server: str, original: str, data: bytes, full: bool
+) -> None:
+    wire = told(Fate("ann@y.test", FAILED, "5.0.0", said, server, original), data=data, full=full)
+    assert b"\n" not in wire.replace(b"\r\n", b"")
+    assert b"\r" not in wire.replace(b"\r\n", b"")
+    report = MailRequest(None, "", ["joe@x.test"], wire)
+    assert report.is_bounce()
+    assert report.bounce is not None
+    assert [(r.final, r.action) for r in report.bounce.recipients] == [("ann@y.test", "failed")]
+    parsed = email.message_from_bytes(wire, policy=email.policy.compat32)
+    parts = parsed.get_payload()
+    assert isinstance(parts, list)
+    assert len(parts) == 3
+    assert parsed.keys()[:3] == ["From", "To", "Subject"]
