@@ -160,6 +160,8 @@ def _text(fates: Sequence[Fate], reporting: str) -> str:
             by = f"{_line(fate.server, 255)} said: " if fate.server and not fate.server.startswith("/") else ""
             said = _line(fate.diagnostic, DIAGNOSTIC_MAX // 4) if fate.diagnostic else ""
             lines.append(f"    <{_line(fate.recipient, 330)}>{f': {by}{said}' if said else ''}")
+        if action == FAILED and any(fate.status.startswith("4") for fate in told):
+            lines += ["", "It was tried for as long as we try; this was the last time."]
         until = max((fate.retry_until for fate in told if fate.retry_until is not None), default=None)
         if until is not None:
             lines += ["", f"It is tried until {_date(until)}."]

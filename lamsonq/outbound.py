@@ -96,7 +96,8 @@ class Outbox:
     `retry` is when mail is tried again, `give_up_after` and `warn_after` are seconds since it was put (`warn_after` 0:
     never). `reports=False` sends no reports. `ours` are the domains that the application writes from: with it, other
     senders get no reports for what it wrote. `author` is the address of the reports' From; None is MAILER-DAEMON at
-    this host's name. `per_domain` is rule 6, None for no such limit. Raises SettingsError.
+    this host's name. `per_domain` is rule 6, None for no such limit; `timeout` is how many seconds
+    an attempt may take. Raises SettingsError.
     """
 
     def __init__(
@@ -110,13 +111,16 @@ class Outbox:
         ours: Iterable[str] | None = None,
         author: str | None = None,
         per_domain: int | None = PER_DOMAIN,
+        timeout: float = TIMEOUT,
     ) -> None:
+        if not relay.sends:
+            raise SettingsError("Outbox: this relay fills a queue; give the one that sends what is in it")
         if author is not None and not is_path_address(author):
             raise SettingsError(f"Outbox: author={author!r} is no address")
         if isinstance(ours, str):
             raise SettingsError(f"Outbox: ours={ours!r}: a list of domains")
         self.relay = relay
-        self.policy = Policy(backoff=Backoff(steps_of(retry)), give_up_after=give_up_after, timeout=TIMEOUT)
+        self.policy = Policy(backoff=Backoff(steps_of(retry)), give_up_after=give_up_after, timeout=timeout)
         self.warn_after = warn_after
         self.reports = reports
         self.ours = None if ours is None else frozenset(domain.lower() for domain in ours)
@@ -170,7 +174,8 @@ class Outbox:
         again = _together(later)
         if again is not None and self._warns(job) and now < (at := job.received + self.warn_after):
             again.at = min(again.at or at, at)  # one try more, so that the warning is in time
-        if len(failures) == len(job.recipients or ("",)) and not warned and not (later and dead):
+        whole = not receipts and len(failures) >= len(job.recipients)  # one that names nobody names them in its header
+        if whole and not warned and not (later and dead):
             if again is not None:
                 return Settlement(again, [], reports)
             if len(dead) == 1:
@@ -234,11 +239,13 @@ class Outbox:
 
     def _reports(self, store: Backend, job: Job, fates: Sequence[Fate]) -> list[Put]:
         """One report of all that the sender wants to be told, or none."""
+        if not fates or not self.reports:
+            return []
         envelope = _envelope(job)
         wanted = [
             fate for fate in fates if _WISHES[fate.action] in _words(envelope.notify.notify.get(fate.recipient, ""))
         ]
-        if not wanted or not self.reports:
+        if not wanted:
             return []
         if why := self.silence(job):
             LOG.info("Nobody is told about job %s: %s.", job.key, why)

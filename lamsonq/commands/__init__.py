@@ -23,6 +23,7 @@ from lamsonq.commands.queues import queue
 from lamsonq.commands.routes import routes
 from lamsonq.commands.send import send
 from lamsonq.commands.sendmail import sendmail
+from lamsonq.commands.suppress import suppress
 
 COMMANDS = (
     project.gen,
@@ -38,6 +39,7 @@ COMMANDS = (
     sendmail,
     blast,
     cleanse,
+    suppress,
     fsck,
     logins,
     project.demo,

@@ -7,6 +7,7 @@ import email.policy
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from email.message import EmailMessage
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import pytest
 from flufl.bounce import all_failures
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lamsonq.envelope import Notify, session_of
 from lamsonq.errors import SettingsError
@@ -152,6 +155,37 @@ def test_who_has_got_it_does_not_get_it_again_and_who_waits_is_tried_together(
     assert [line[9:12] for line in server.said("RCPT")] == ["ann", "ben", "cat", "ben", "cat"]
     assert len(server.messages) == 2
     assert sum(outbox.backend.counts().values()) == 0
+
+
+def test_of_a_file_without_an_envelope_only_those_who_failed_are_tried_again(
+    here: Path, server: Server, relay: Relay, time_now: FrozenClock
+) -> None:
+    outbox = Queue("run/outbox")
+    outbox.push(b"From: joe@ours.test\r\nTo: ann@y.test, ben@y.test\r\n\r\nx\r\n")
+    server.answers = {"RCPT TO:<BEN": [BUSY, UNKNOWN]}
+    work(worker(outbox, relay))
+    assert [job.recipients for job in jobs(outbox, "delayed")] == [("ben@y.test",)]
+    time_now.tick(70)
+    work(worker(outbox, relay))
+    assert [line[9:12] for line in server.said("RCPT")] == ["ann", "ben", "ben"]
+    assert reports(server) == [], "nobody has recorded a sender"
+
+
+def test_an_attempt_that_hangs_is_tried_again(outbox: Queue, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
+    push(outbox)
+    hanging = threading.Event()
+    monkeypatch.setattr(relay, "transfer", lambda _message: hanging.wait(20))
+    receiver = QueueReceiver(outbox, deliver=Outbox(relay, timeout=0.1).deliver)
+    thread = threading.Thread(target=receiver.start)
+    thread.start()
+    thread.join(20)  # it asks to be replaced
+    hanging.set()
+    assert len(jobs(outbox, "delayed")) == 1
+
+
+def test_an_outbox_needs_a_relay_that_sends() -> None:
+    with pytest.raises(SettingsError, match="fills a queue"):
+        Outbox(Relay(deliver=print))
 
 
 def test_a_relay_that_crashes_loses_nothing(
@@ -595,3 +629,27 @@ def test_message_of_a_report_is_from_the_null_sender(outbox: Queue, server: Serv
     message = message_of(job, "outbox")
     assert message.From == ""
     assert not message.may_be_answered
+
+
+@given(
+    said=st.text(max_size=200),
+    server=st.text(max_size=50),
+    original=st.text(max_size=50),
+    data=st.binary(max_size=300),
+    full=st.booleans(),
+)
+def test_a_report_of_anything_has_three_parts_and_only_our_fields(
+    said: str, server: str, original: str, data: bytes, full: bool
+) -> None:
+    wire = told(Fate("ann@y.test", FAILED, "5.0.0", said, server, original), data=data, full=full)
+    assert b"\n" not in wire.replace(b"\r\n", b"")
+    assert b"\r" not in wire.replace(b"\r\n", b"")
+    report = MailRequest(None, "", ["joe@x.test"], wire)
+    assert report.is_bounce()
+    assert report.bounce is not None
+    assert [(r.final, r.action) for r in report.bounce.recipients] == [("ann@y.test", "failed")]
+    parsed = email.message_from_bytes(wire, policy=email.policy.compat32)
+    parts = parsed.get_payload()
+    assert isinstance(parts, list)
+    assert len(parts) == 3
+    assert parsed.keys()[:3] == ["From", "To", "Subject"]

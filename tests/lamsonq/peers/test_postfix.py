@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from lamsonq import fsck
+from lamsonq.envelope import Notify
 from lamsonq.errors import SMTPError
-from lamsonq.mail import MailRequest
+from lamsonq.mail import Envelope, MailRequest
 from lamsonq.queue import Queue
 from lamsonq.routing import RoutingBase
 from lamsonq.server import LMTPReceiver, QueueReceiver, Receiver, Relay, SMTPReceiver
@@ -215,7 +216,10 @@ def test_a_relay_sends_through_postfix(one_postfix: Front, posts: Queue, handled
 def test_whom_postfix_refuses_is_a_dead_letter_and_the_others_get_the_message(
     one_postfix: Front, posts: Queue, handled: Handled, serve: Serve
 ) -> None:
+    """And the sender gets a report, through Postfix too."""
     serve(SMTPReceiver("127.0.0.1", one_postfix.ports["beyond"], deliver=handled, router=RoutingBase()))
+    told = Handled()
+    serve(SMTPReceiver("127.0.0.1", one_postfix.ports["bounces"], deliver=told, router=RoutingBase()))
     relay = Relay("127.0.0.1", one_postfix.postfix.port)
     serve(QueueReceiver(posts, deliver=relay.deliver))
     posts.push(MailRequest(None, "ann@x.test", ["gone@z.test", "bob@z.test"], mail_named("half")))
@@ -229,3 +233,28 @@ def test_whom_postfix_refuses_is_a_dead_letter_and_the_others_get_the_message(
     assert dead.recipients == ("gone@z.test",)
     assert "No longer here" in posts.backend.report(key)
     assert message.envelope.rcpt_tos == ("bob@z.test",)
+    (report,) = told.wait(1)
+    assert (report.From, report.To, report.is_bounce()) == ("", "ann@x.test", True)
+    assert report.bounce is not None
+    assert [(r.address, str(r.status)) for r in report.bounce.recipients] == [("gone@z.test", "5.1.1")]
+
+
+def test_postfix_takes_over_what_the_sender_wants_to_be_told(
+    one_postfix: Front, posts: Queue, handled: Handled, serve: Serve
+) -> None:
+    """It offers DSN, so the report of the success is its own, with the sender's words."""
+    serve(SMTPReceiver("127.0.0.1", one_postfix.ports["beyond"], deliver=handled, router=RoutingBase()))
+    told = Handled()
+    serve(SMTPReceiver("127.0.0.1", one_postfix.ports["bounces"], deliver=told, router=RoutingBase()))
+    relay = Relay("127.0.0.1", one_postfix.postfix.port)
+    serve(QueueReceiver(posts, deliver=relay.deliver))
+    wishes = Notify("HDRS", "our+2Bid", {"bob@z.test": "SUCCESS"}, {"bob@z.test": "rfc822;old+2Bbob@z.test"})
+    envelope = Envelope("ann@x.test", ("bob@z.test",), notify=wishes)
+    posts.push(MailRequest(None, "ann@x.test", ["bob@z.test"], mail_named("asked"), envelope=envelope))
+    (report,) = told.wait(1)
+    one_postfix.wait_until_empty()
+    relay.close()
+    assert b"Original-Envelope-Id: our+id\r\n" in report.Data
+    assert b"Original-Recipient: rfc822;old+bob@z.test\r\n" in report.Data
+    assert b"Reporting-MTA: dns; front.test\r\n" in report.Data
+    assert len(told.messages) == 1
