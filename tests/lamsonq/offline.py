@@ -107,7 +107,7 @@ async def talk(session: smtp.SMTP, pieces: list[bytes], turns: int = 3) -> Trans
         session.data_received(piece)
         for _ in range(turns):
             await asyncio.sleep(0)
-    for _ in range(40):
+    for _ in range(40 + sum(map(len, pieces))):  # aiosmtpd reads line by line, with turns between
         await asyncio.sleep(0)
     assert session._handler_coroutine is not None
     session._handler_coroutine.cancel()
