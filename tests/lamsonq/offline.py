@@ -65,7 +65,7 @@ class Taker:
     async def handle_DATA(self, _server: object, _session: object, envelope: smtp.Envelope) -> str:
         assert isinstance(envelope.content, bytes)
         sender = "" if envelope.mail_from == "<>" else envelope.mail_from or ""
-        self.taken.append((sender, envelope.rcpt_tos, envelope.content))
+        self.taken.append((sender, list(dict.fromkeys(envelope.rcpt_tos)), envelope.content))  # ours: each once
         return "250 ok"
 
     def opened(self, session: Session) -> None: ...
