@@ -67,7 +67,7 @@ def conversation(chance: random.Random) -> bytes:
 
 
 async def both(octets: bytes, places: list[int]) -> list[tuple[list[bytes], object]]:
-    found = []
+    found: list[tuple[list[bytes], object]] = []
     for session in (theirs, ours):
         taker = Taker()
         transport = await talk(session(taker), cut(octets, places))
