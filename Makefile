@@ -23,9 +23,16 @@ bench: $(READY)  ## measure, and print the figures
 	$(BIN)/python tests/bench/latency.py
 	$(BIN)/python tests/bench/queues.py
 
+FUZZ_SECONDS ?= 600
+
+fuzz: $(READY)   ## look for what breaks sessions and messages, FUZZ_SECONDS=600 in all
+	$(BIN)/pip install --quiet --disable-pip-version-check -c .github/constraints.txt -e '.[fuzz]'
+	$(BIN)/python tests/fuzz/run.py session $$(($(FUZZ_SECONDS) / 2))
+	$(BIN)/python tests/fuzz/run.py mail $$(($(FUZZ_SECONDS) / 2))
+
 $(READY): pyproject.toml .github/constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c .github/constraints.txt -e '.[dev]'
 	@touch $@
 
-.PHONY: help demo test check bench
+.PHONY: help demo test check bench fuzz

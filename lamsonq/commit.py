@@ -38,6 +38,9 @@ LOG = logging.getLogger()
 
 _T = TypeVar("_T")
 
+HANDLED = "Ok: handled as"
+"""What the reply says when nothing had to be kept."""
+
 Group = tuple[str, ...]
 """The recipients that one reply answers for, as routes see them: all of a message's, or one."""
 
@@ -342,7 +345,7 @@ def _bound(message: mail.MailRequest, call: Call, key: str) -> Job:
 
 def _accepted(keys: Sequence[str]) -> str:
     """The reply names the id under which the message stands in the log and, if it was kept, in a queue."""
-    return f"250 2.0.0 Ok: queued as {keys[0]}" if keys else f"250 2.0.0 Ok: handled as {about.current().id}"
+    return f"250 2.0.0 Ok: queued as {keys[0]}" if keys else f"250 2.0.0 {HANDLED} {about.current().id}"
 
 
 def _common_refusal(failures: Sequence[tuple[Call, Later | Dead]], calls: int) -> str | None:

@@ -53,6 +53,7 @@ class ReceiverOptions(TypedDict, total=False):
     on_rcpt: Check | None
     verify: bool | Verifier
     authserv_id: str | None
+    reports: Callable[[mail.MailRequest], object] | None
 
 
 class LMTPSession(Session):

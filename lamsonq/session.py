@@ -107,6 +107,9 @@ class Server(Protocol):
     @property
     def has_logins(self) -> bool: ...
 
+    @property
+    def offers_dsn(self) -> bool: ...
+
     def opened(self, session: Session) -> None:
         """A client has connected."""
 
@@ -155,9 +158,8 @@ class Session(Wire):
         "PIPELINING",
         "ENHANCEDSTATUSCODES",
         "CHUNKING",
-        "DSN",
     )
-    """What is offered besides SIZE, STARTTLS and AUTH."""
+    """What is offered besides SIZE, DSN, STARTTLS and AUTH."""
 
     greeting: ClassVar[str] = "EHLO"
     """The command that a session begins with."""
@@ -386,6 +388,8 @@ class Session(Wire):
 
     def _offers(self) -> list[str]:
         offers = [self.hostname, f"SIZE {self.server.size_limit}", *self.extensions]
+        if self.server.offers_dsn:
+            offers.append("DSN")
         if self.server.certificate is not None and not self._is_encrypted:
             offers.append("STARTTLS")
         if self.server.has_logins and self._is_encrypted:

@@ -27,7 +27,7 @@ import resource
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from socket import gethostname
@@ -35,10 +35,12 @@ from socket import socket as Socket
 from ssl import SSLContext
 
 from lamsonq import mail
+from lamsonq.address import canonical
 from lamsonq.authentication import Verifier, authentication_results, without_forged
-from lamsonq.commit import LOG, Committer, trouble
+from lamsonq.commit import HANDLED, LOG, Committer, trouble
 from lamsonq.errors import QueueError, SettingsError, SMTPError
 from lamsonq.limits import Limits, Network, Traffic, within
+from lamsonq.notification import DELIVERED, Fate, notification
 from lamsonq.queue import Queue
 from lamsonq.routing import Router, RoutingBase
 from lamsonq.session import Check, Dialogue, Session
@@ -82,7 +84,8 @@ class SMTPReceiver:
     of their own. Those of `proxies` tell by the PROXY protocol whom they connect for. `refuse_bare` refuses a message
     with a bare CR or LF, which otherwise is carried as it is. `on_connect`, `on_mail` and `on_rcpt` are checks of your
     own: they get a `Dialogue`, and raise SMTPError to refuse. With `verify` SPF, DKIM, DMARC and ARC are looked at
-    before a handler runs (`message.auth`), in the name of `authserv_id` (None: `hostname`).
+    before a handler runs (`message.auth`), in the name of `authserv_id` (None: `hostname`). `reports` takes the report
+    that a message was delivered, where its sender asks for one (RFC 3461): only with it DSN is offered.
 
     Raises ValueError for arguments that cannot be.
 
@@ -119,6 +122,7 @@ class SMTPReceiver:
         on_rcpt: Check | None = None,
         verify: bool | Verifier = False,
         authserv_id: str | None = None,
+        reports: Callable[[mail.MailRequest], object] | None = None,
     ) -> None:
         if workers < 1:
             raise ValueError(f"workers={workers}: an {self.protocol}Receiver needs at least one")
@@ -148,6 +152,7 @@ class SMTPReceiver:
         self.on_rcpt = on_rcpt
         self.authserv_id = authserv_id or self.hostname
         self.verifier = Verifier(self.hostname) if verify is True else verify or None
+        self.reports = reports
         self.processes = 1
         """How many of these the boot runs: each has its share of the limits."""
         self.draining = False
@@ -374,6 +379,11 @@ class SMTPReceiver:
     def has_logins(self) -> bool:
         return self.logins is not None
 
+    @property
+    def offers_dsn(self) -> bool:
+        """RFC 3461: who offers this answers for the reports. Without it, the mail system before us does."""
+        return self.reports is not None
+
     def make_room(self) -> None:
         """Send away who has been silent for the longest time: many who only wait do not keep out one who sends."""
         now = time.monotonic()
@@ -433,6 +443,22 @@ class SMTPReceiver:
     def trouble(self, error: BaseException) -> str:
         return trouble(error)
 
+    def _report(
+        self, envelope: mail.Envelope, content: bytes, group: tuple[str, ...], reply: asyncio.Future[str]
+    ) -> None:
+        """Tell a sender who asked for it that these recipients have the message (RFC 3461 section 4.1).
+
+        Not for what is only kept, or not answered 250; a null sender gets none.
+        """
+        if reply.cancelled() or HANDLED not in reply.result() or not envelope.mail_from or self.reports is None:
+            return
+        wanted = [path for path, words in envelope.notify.notify.items() if "SUCCESS" in words.split(",")]
+        delivered = [path for path in wanted if canonical(path) in group]
+        if delivered:
+            report = _success(envelope, content, delivered, self.hostname)
+            told = self._checks.submit(self.reports, report)
+            told.add_done_callback(_log_unreported)
+
     async def _inspected(self, envelope: mail.Envelope, content: bytes, id: str) -> tuple[mail.Envelope, bytes]:
         """The envelope with our trace fields and verdicts (RFC 5321 section 4.4, RFC 8601)."""
         trace = received_field(envelope, self.hostname, id, envelope.protocol or self.protocol)
@@ -458,7 +484,27 @@ class SMTPReceiver:
         task.add_done_callback(lambda _: self._handled(len(content)))
         for group, reply in zip(groups, replies, strict=True):
             reply.add_done_callback(partial(_log_refusal, envelope, group), context=context)
+            if self.reports is not None and self.deliver is None and envelope.notify.notify:
+                reply.add_done_callback(partial(self._report, envelope, content, group), context=context)
         return replies
+
+
+def _success(envelope: mail.Envelope, content: bytes, delivered: Sequence[str], hostname: str) -> mail.MailRequest:
+    """The report of a delivery (RFC 3461 section 6.2), from the null sender."""
+    sender, now = envelope.mail_from or "", time.time()
+    fates = [Fate(path, DELIVERED, "2.1.5", original=envelope.notify.orcpt.get(path, "")) for path in delivered]
+    author = f"postmaster@{hostname}"
+    body = notification(
+        content,
+        sender,
+        fates,
+        author=author,
+        reporting=hostname,
+        arrived=envelope.received,
+        now=now,
+        envid=envelope.notify.envid,
+    )
+    return mail.MailRequest("lamsonq", "", [sender], body)
 
 
 def _checked(envelope: mail.Envelope, content: bytes, verifier: Verifier, authserv_id: str) -> tuple[Auth, bytes]:
@@ -467,6 +513,11 @@ def _checked(envelope: mail.Envelope, content: bytes, verifier: Verifier, authse
         verdict = Verdict("auth", "pass", properties={"smtp.auth": envelope.login})
         return Auth((verdict,)), without_forged(content, authserv_id)
     return verifier.verify(envelope, content), without_forged(content, authserv_id)
+
+
+def _log_unreported(told: Future[object]) -> None:
+    if not told.cancelled() and told.exception() is not None:
+        LOG.error("The report of a delivery could not be sent", exc_info=told.exception())
 
 
 def _log_refusal(envelope: mail.Envelope, group: tuple[str, ...], reply: asyncio.Future[str]) -> None:

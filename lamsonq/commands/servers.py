@@ -304,7 +304,14 @@ def _receiver_of(settings: Any, boot: str) -> Receiver:
     receiver: Receiver | None = getattr(settings, "receiver", None)
     if receiver is None:
         raise UsageError(f"{boot} sets no settings.receiver: there is nothing to start")
+    _let_it_report(receiver, getattr(settings, "relay", None))
     return receiver
+
+
+def _let_it_report(receiver: Receiver, relay: Any) -> None:
+    """A receiver that handles mail itself reports deliveries (RFC 3461), where the boot has a relay for that."""
+    if getattr(receiver, "reports", relay) is None and getattr(receiver, "deliver", relay) is None:
+        receiver.reports = getattr(relay, "deliver", None)  # type: ignore[attr-defined]
 
 
 def _check_states(receiver: Receiver, workers: int) -> None:

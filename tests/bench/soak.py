@@ -16,6 +16,11 @@ What must hold, or this ends with 1:
 4. Afterwards every queue is empty and whole, the log names no error, and no process is left.
 
 The disk that it takes is bounded: the clients wait while the queue is long.
+
+With -mixed the clients differ: they speak SMTP, some through TLS, and LMTP with a server of its own, and send every
+third message by BDAT. Hostile ones are among them all the time: slow ones, talkers of junk, who reset the connection in
+the middle of a message and who send too much. And children of all servers are killed: what these had claimed is worked
+once more, and every reply that was said still counts.
 """
 
 from __future__ import annotations
@@ -26,17 +31,25 @@ import os
 import random
 import signal
 import socket
+import ssl
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+
+import trustme
 
 QUARTERS = ("start", "1/4", "1/2", "3/4", "end")
 SERVERS = {"smtp": "config.boot", "queue": "config.queue"}
+MIXED = SERVERS | {"lmtp": "config.lmtp"}
+HOSTILE = 4
+"""Hostile clients of a mixed run, of one kind each."""
+
 BACKLOG = 2000
 """So many messages may wait in the queue before the clients pause."""
 
@@ -107,12 +120,15 @@ BEHIND = (
 class Project:
     """A generated project and its two servers."""
 
-    def __init__(self, folder: Path, workers: int) -> None:
+    def __init__(self, folder: Path, workers: int, *, mixed: bool = False) -> None:
         self.folder = folder / "soak"
         self.workers = workers
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port: int = probe.getsockname()[1]
+        self.servers = MIXED if mixed else SERVERS
+        self.port, self.lmtp_port = _free_port(), _free_port()
         self.environment = os.environ | {"LAMSONQ_RECEIVER__PORT": str(self.port)}
+        if mixed:
+            self.environment["LAMSONQ_RECEIVER__CERTIFICATE_FILE"] = str(_certificate(folder))
+            self.environment["LAMSONQ_RECEIVER__SIZE_LIMIT"] = "100000"
         self.lamsonq("gen", str(self.folder), cwd=folder)
         self._write("app/handlers/desk.py", DESK)
         self._write("app/handlers/index.py", INDEX)
@@ -122,6 +138,8 @@ class Project:
             assert front in boot, f"config/boot.py has no {front}"
             boot = boot.replace(front, behind)
         self._write("config/queue.py", boot)
+        if mixed:
+            self._write("config/lmtp.py", self._read("config/boot.py").replace("SMTPReceiver", "LMTPReceiver"))
         self._write("config/logging.toml", self._read("config/logging.toml").replace('"DEBUG"', '"INFO"'))
 
     def _read(self, name: str) -> str:
@@ -142,7 +160,9 @@ class Project:
     def run(self, word: str, server: str) -> None:
         """Start or restart a server."""
         workers = ("-workers", str(self.workers))
-        self.lamsonq(word, "-boot", SERVERS[server], "-pid", f"run/{server}.pid", *workers)
+        port = self.lmtp_port if server == "lmtp" else self.port
+        self.environment["LAMSONQ_RECEIVER__PORT"] = str(port)
+        self.lamsonq(word, "-boot", self.servers[server], "-pid", f"run/{server}.pid", *workers)
 
     def parent(self, server: str) -> int:
         """Its process id, 0 when it does not run."""
@@ -150,6 +170,13 @@ class Project:
             return int(self._read(f"run/{server}.pid"))
         except (OSError, ValueError):
             return 0
+
+    def kill(self, server: str) -> None:
+        """Kill a child of a server, and wait until another one has taken its place."""
+        parent = self.parent(server)
+        old = children(parent)
+        os.kill(random.choice(old), signal.SIGKILL)
+        until(lambda: len(set(children(parent)) - set(old)) == 1, f"another child of {server}")
 
     def reload(self, server: str) -> None:
         """Send HUP, and wait until other children have taken over."""
@@ -186,6 +213,18 @@ class Project:
         """MB on disk."""
         found = (os.path.join(folder, name) for folder, _, names in os.walk(self.folder) for name in names)
         return sum(_size(path) for path in found) / 1e6
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _certificate(folder: Path) -> Path:
+    path = folder / "certificate.pem"
+    trustme.CA().issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(path)
+    return path
 
 
 def entries(folder: Path) -> list[str]:
@@ -300,43 +339,62 @@ class Ledger:
 class Client(threading.Thread):
     """Sends one message after the other on one connection, and on a new one when that is gone."""
 
-    def __init__(self, port: int, number: int, ledger: Ledger) -> None:
+    def __init__(
+        self, port: int, number: int, ledger: Ledger, *, lmtp: bool = False, tls: bool = False, bdat: bool = False
+    ) -> None:
         super().__init__(daemon=True, name=f"client {number}")
         self.port = port
+        self.lmtp, self.tls, self.bdat = lmtp, tls, bdat
+        self.pending: int | None = None
         self.number = number
         self.ledger = ledger
 
     def run(self) -> None:
-        pending: int | None = self.ledger.take()
-        while pending is not None:
+        self.pending = self.ledger.take()
+        while self.pending is not None:
             try:
                 with socket.create_connection(("127.0.0.1", self.port), 60) as connection:
-                    pending = self._talk(connection, pending)
+                    self._talk(connection)
             except OSError as error:
                 self.ledger.trouble(error)
                 time.sleep(0.02)
 
-    def _talk(self, connection: socket.socket, pending: int | None) -> int | None:
-        """Send until nothing is left; the message that was not taken when the server says goodbye."""
+    def _talk(self, connection: socket.socket) -> None:
+        """Send until nothing is left, or the server says goodbye; `pending` is then the message that was not taken."""
         replies = connection.makefile("rb")
         if _reply(replies.readline) != 220:
-            return pending
-        connection.sendall(b"EHLO soak.test\r\n")
-        _reply(replies.readline)
-        while pending is not None:
-            sent = self._send(connection, replies.readline, pending)
+            return
+        greeting = b"LHLO soak.test\r\n" if self.lmtp else b"EHLO soak.test\r\n"
+        connection.sendall(greeting)
+        if _reply(replies.readline) != 250:
+            return
+        if self.tls:
+            connection.sendall(b"STARTTLS\r\n")
+            if _reply(replies.readline) != 220:
+                return
+            connection = _UNVERIFIED.wrap_socket(connection)
+            replies = connection.makefile("rb")
+            connection.sendall(greeting)
+            _reply(replies.readline)
+        while self.pending is not None:
+            sent = self._send(connection, replies.readline, self.pending)
             if sent is None:
-                return pending
+                return
             if sent:
-                pending = self.ledger.take()
+                self.pending = self.ledger.take()
         connection.sendall(b"QUIT\r\n")
-        return None
 
     def _send(self, connection: socket.socket, readline: Callable[[], bytes], number: int) -> bool | None:
         """Whether it was taken; None when there is a need for a new connection."""
         identity = f"<{number}@soak.test>"
         sender, recipient = f"c{self.number}.{number % 50}@soak.test", ("desk", "log")[number % 2]
-        connection.sendall(f"MAIL FROM:<{sender}>\r\nRCPT TO:<{recipient}@test.com>\r\nDATA\r\n".encode())
+        text = f"Message-ID: {identity}\r\nSubject: {number}\r\n\r\n" + "some text\r\n" * random.randint(5, 250)
+        envelope = f"MAIL FROM:<{sender}>\r\nRCPT TO:<{recipient}@test.com>\r\n"
+        if self.bdat and number % 3 == 0:
+            half = len(text) // 2
+            pieces = f"BDAT {half}\r\n{text[:half]}", f"BDAT {len(text) - half} LAST\r\n{text[half:]}"
+            return self._finish(connection, readline, identity, envelope + pieces[0] + pieces[1], 3)
+        connection.sendall(f"{envelope}DATA\r\n".encode())
         codes = []
         for _ in range(3):
             codes.append(_reply(readline))
@@ -345,17 +403,82 @@ class Client(threading.Thread):
         if codes != [250, 250, 354]:
             connection.sendall(b".\r\n" if codes[-1] == 354 else b"RSET\r\n")
             return None if _reply(readline) in (0, 421) else False
-        text = f"Message-ID: {identity}\r\nSubject: {number}\r\n\r\n" + "some text\r\n" * random.randint(5, 250)
+        return self._finish(connection, readline, identity, f"{text}.\r\n", 0)
+
+    def _finish(
+        self, connection: socket.socket, readline: Callable[[], bytes], identity: str, octets: str, before: int
+    ) -> bool | None:
+        """Send the rest of a message; its own reply comes behind `before` others."""
         code = 0
         try:
-            connection.sendall(f"{text}.\r\n".encode())
-            code = _reply(readline)
+            connection.sendall(octets.encode())
+            for _ in range(before + 1):
+                code = 0
+                code = _reply(readline)
+                if code in (0, 421):
+                    break
         finally:
             if not code:
                 self.ledger.cut_off.add(identity)
         if code == 250:
             self.ledger.accept(identity)
         return None if code in (0, 421) else code == 250
+
+
+def _unverified() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
+_UNVERIFIED = _unverified()
+
+
+class Hostile(threading.Thread):
+    """A client that means harm, over and over, until it is told to stop. Its messages are never whole."""
+
+    def __init__(self, ports: tuple[int, int], number: int) -> None:
+        super().__init__(daemon=True, name=f"hostile {number}")
+        self.ports = ports
+        self.number = number
+        self.visits = 0
+        self.stopping = threading.Event()
+
+    def run(self) -> None:
+        acts = (self._slowly, self._junk, self._reset, self._too_much)
+        while not self.stopping.wait(0.02):
+            try:
+                with socket.create_connection(("127.0.0.1", random.choice(self.ports)), 5) as connection:
+                    acts[self.number % len(acts)](connection)
+            except OSError:
+                pass  # it is thrown out, or a server is just being restarted
+            self.visits += 1
+
+    def _begin(self, connection: socket.socket) -> None:
+        lines = b"EHLO evil\r\nLHLO evil\r\nMAIL FROM:<e@soak.test>\r\nRCPT TO:<desk@test.com>\r\nDATA\r\n"
+        connection.sendall(lines)
+
+    def _slowly(self, connection: socket.socket) -> None:
+        self._begin(connection)
+        for _ in range(20):
+            connection.sendall(b"X")
+            if self.stopping.wait(0.1):
+                return
+
+    def _junk(self, connection: socket.socket) -> None:
+        connection.sendall(random.randbytes(random.choice((10, 5000, 300_000))))
+        connection.recv(1000)
+
+    def _reset(self, connection: socket.socket) -> None:
+        self._begin(connection)
+        connection.sendall(b"text\r\n" * random.randint(1, 5000))
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    def _too_much(self, connection: socket.socket) -> None:
+        self._begin(connection)
+        connection.sendall(b"text\r\n" * 50_000 + b".\r\nQUIT\r\n")
+        while connection.recv(1000):
+            pass
 
 
 def _reply(readline: Callable[[], bytes]) -> int:
@@ -390,7 +513,7 @@ class Sampler(threading.Thread):
         self.ledger = ledger
         self.every = every
         self.samples: dict[str, list[Sample]] = {
-            f"{server} {who}": [] for server in SERVERS for who in ("parent", "child")
+            f"{server} {who}": [] for server in project.servers for who in ("parent", "child")
         }
         self.longest = 0
         self.stopping = threading.Event()
@@ -410,7 +533,7 @@ class Sampler(threading.Thread):
             self.ledger.pause(waiting > BACKLOG)
 
     def _roles(self) -> Iterator[tuple[str, int]]:
-        for server in SERVERS:
+        for server in self.project.servers:
             if parent := self.project.parent(server):
                 yield f"{server} parent", parent
                 yield from ((f"{server} child", child) for child in children(parent))
@@ -443,28 +566,45 @@ class Soak:
     """One run: `messages` (or more, as long as it is interrupted) by `clients` connections; `restarts` and `reloads` of
     either server in its middle."""
 
-    def __init__(self, folder: Path, messages: int, workers: int, clients: int, restarts: int, reloads: int) -> None:
-        self.project = Project(folder, workers)
+    def __init__(
+        self, folder: Path, messages: int, workers: int, clients: int, restarts: int, reloads: int, kills: int = -1
+    ) -> None:
+        mixed = kills >= 0
+        self.project = Project(folder, workers, mixed=mixed)
         self.ledger = Ledger(folder, messages)
         self.sampler = Sampler(self.project, self.ledger, max(0.05, min(1.0, messages / 60_000)))
-        self.clients = [Client(self.project.port, number, self.ledger) for number in range(clients)]
-        self.interruptions = _mixed(restarts, reloads)
+        self.clients = [self._client(number, mixed) for number in range(clients)]
+        ports = (self.project.port, self.project.lmtp_port)
+        self.hostile = [Hostile(ports, number) for number in range(HOSTILE if mixed else 0)]
+        self.kills = max(0, kills) * len(self.project.servers)
+        self.interruptions = _mixed(restarts, reloads, max(0, kills), self.project.servers)
         self.seconds = 0.0
         self.failures: list[str] = []
         self.notes: list[str] = []
 
+    def _client(self, number: int, mixed: bool) -> Client:
+        if not mixed:
+            return Client(self.project.port, number, self.ledger)
+        lmtp = number % 4 == 3
+        port = self.project.lmtp_port if lmtp else self.project.port
+        return Client(port, number, self.ledger, lmtp=lmtp, tls=number % 2 == 1, bdat=True)
+
     def run(self) -> None:
-        for server in SERVERS:
+        for server in self.project.servers:
             self.project.run("start", server)
         self._check(len(self.project.processes()) >= 4, "the servers' processes cannot be told by their folder")
         try:
             begun = time.monotonic()
             self.sampler.start()
-            for client in self.clients:
+            for client in [*self.clients, *self.hostile]:
                 client.start()
             self._interrupt()
             until(lambda: not any(client.is_alive() for client in self.clients), "the end of the clients", LONG)
             self.seconds = time.monotonic() - begun
+            for hostile in self.hostile:
+                hostile.stopping.set()
+            for hostile in self.hostile:
+                hostile.join()
             until(lambda: self.project.waiting() == 0, "the queue empty", LONG)
             self.sampler.stopping.set()
             self.sampler.join()
@@ -479,6 +619,8 @@ class Soak:
             self._wait_for(share)
             if what == "reload":
                 self.project.reload(server)
+            elif what == "kill":
+                self.project.kill(server)
             else:
                 self.ledger.restarting = True
                 self.project.run("restart", server)
@@ -515,6 +657,8 @@ class Soak:
         lost, strange = accepted.keys() - handled.keys(), handled.keys() - accepted.keys()
         repeated = {identity for identity, count in handled.items() if count > 1}
         unexplained = repeated - self.ledger.cut_off
+        if len(unexplained) <= WORKERS * self.kills:  # what a worker had claimed that was killed
+            unexplained = set()
         self._check(len(accepted) == self.ledger.total, f"{len(accepted)} of {self.ledger.total} were accepted")
         self._check(not lost, f"lost: {len(lost)}, {sorted(lost)[:5]}")
         self._check(not strange, f"handled and never sent: {sorted(strange)[:5]}")
@@ -526,6 +670,8 @@ class Soak:
 
     def _judge_connections(self) -> None:
         self._check(not self.ledger.refused, f"refused while nothing restarted: {self.ledger.refused[:5]}")
+        if self.hostile:
+            self.notes.append(f"hostile visits: {[hostile.visits for hostile in self.hostile]}")
         self.notes.append(f"what clients met: {dict(self.ledger.troubles) or 'nothing'}")
 
     def _judge_growth(self, role: str) -> None:
@@ -547,12 +693,16 @@ class Soak:
         room = before.rss * GROWTH + GROWTH_MB
         self._check(after.rss <= room, f"{role}: {before.rss:.1f} MB became {after.rss:.1f} {when}")
         more_fds, more_threads = after.fds - before.fds, after.threads - before.threads
-        self._check(more_fds <= len(self.clients) + 4, f"{role}: {more_fds} more descriptors {when}")
+        self._check(
+            more_fds <= len(self.clients) + len(self.hostile) + 4, f"{role}: {more_fds} more descriptors {when}"
+        )
         self._check(more_threads <= WORKERS, f"{role}: {more_threads} more threads {when}")
 
     def _judge_what_is_left(self) -> None:
         self._check(not self.project.processes(), f"processes are left: {self.project.processes()}")
         troubles = self.project.troubles()
+        if self.kills:
+            troubles = [line for line in troubles if "was killed by signal 9" not in line]
         self._check(not troubles, f"{len(troubles)} errors in the logs: {troubles[:3]}")
         report = self.project.lamsonq(
             "fsck", "run", "-accepted", str(self.ledger.path), "-handled", "handled", codes=(0, 1)
@@ -589,11 +739,11 @@ class Soak:
         return "\n".join([head, self.table(), *self.notes, *verdict])
 
 
-def _mixed(restarts: int, reloads: int) -> list[tuple[str, str]]:
-    """Restarts and reloads in turn, each of one server after the other."""
-    counts = {"restart": restarts, "reload": reloads}
+def _mixed(restarts: int, reloads: int, kills: int, servers: Iterable[str]) -> list[tuple[str, str]]:
+    """Restarts, reloads and kills in turn, each of one server after the other."""
+    counts = {"restart": restarts, "reload": reloads, "kill": kills}
     spread = sorted(((number + 0.5) / count, kind) for kind, count in counts.items() for number in range(count))
-    return [(kind, server) for _, kind in spread for server in SERVERS]
+    return [(kind, server) for _, kind in spread for server in servers]
 
 
 def main() -> int:
@@ -603,9 +753,14 @@ def main() -> int:
     parser.add_argument("-clients", "--clients", type=int, default=8)
     parser.add_argument("-restarts", "--restarts", type=int, default=10, help="of either server")
     parser.add_argument("-reloads", "--reloads", type=int, default=10, help="of either server")
+    parser.add_argument(
+        "-mixed", "--mixed", action="store_true", help="with TLS, LMTP, BDAT, hostile clients and kills"
+    )
+    parser.add_argument("-kills", "--kills", type=int, default=10, help="of a child of each server, with -mixed")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="lamsonq-soak-") as folder:
-        soak = Soak(Path(folder), given.messages, given.workers, given.clients, given.restarts, given.reloads)
+        interruptions = given.restarts, given.reloads, given.kills if given.mixed else -1
+        soak = Soak(Path(folder), given.messages, given.workers, given.clients, *interruptions)
         soak.run()
         print(soak)
     return 1 if soak.failures else 0

@@ -54,7 +54,7 @@ class Taker:
     on_connect: Any = None
     on_mail: Any = None
     on_rcpt: Any = None
-    tls_required = tls_implicit = login_required = has_logins = False
+    offers_dsn = tls_required = tls_implicit = login_required = has_logins = False
     carries_bare = True
 
     def __init__(self, limits: Limits | None = None, *, carries_bare: bool = True) -> None:

@@ -241,6 +241,7 @@ def test_the_page_shows_an_application_that_works(
 ) -> None:
     monkeypatch.setitem(os.environ, "INGRESS_TOKEN", TOKEN)
     page = PAGE.read_text()
+    monkeypatch.setattr("lamsonq.ingress.Router.table", RoutingBase().table)  # as in a process of its own
     names: dict[str, Any] = {}
     exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], names)
     post = _Posts(names["application"])

@@ -300,8 +300,7 @@ def test_the_greeting_names_no_version_and_ehlo_what_is_offered(start: Start) ->
     with Client(start(deliver=lambda _: None, hostname="mx.test", size_limit=1000), greet=False) as client:
         assert client.greeting == "220 mx.test ESMTP lamsonq"
         assert client.say("EHLO me") == (
-            "250-mx.test|250-SIZE 1000|250-8BITMIME|250-SMTPUTF8|250-PIPELINING"
-            "|250-ENHANCEDSTATUSCODES|250-CHUNKING|250 DSN"
+            "250-mx.test|250-SIZE 1000|250-8BITMIME|250-SMTPUTF8|250-PIPELINING|250-ENHANCEDSTATUSCODES|250 CHUNKING"
         )
         assert client.say("EHLO") == "501 5.5.4 Syntax: EHLO hostname"
         assert client.say("VRFY root").startswith("252")
@@ -363,6 +362,33 @@ def test_a_recipient_that_is_refused_is_a_line(start: Start, handlers: Any, capl
         f"Refused recipient from Peer: {peer}, From: '', to To 'no address':"
         " '553 5.1.3 Bad recipient address: that is no address (RFC 5321 section 4.1.2)'",
     ]
+
+
+def test_dsn_is_offered_where_deliveries_can_be_reported_and_a_success_is(start: Start, handlers: Any) -> None:
+    handlers(NOTES)
+    reports: list[MailRequest] = []
+    with Client(start()) as client:
+        assert "DSN" not in client.say("EHLO me")
+    with Client(start(reports=reports.append)) as client:
+        assert client.say("EHLO me").endswith("250 DSN")
+        assert client.say("MAIL FROM:<Ann@x.test> ENVID=QQ314 RET=HDRS").startswith("250")
+        assert client.say("RCPT TO:<one@y.test> NOTIFY=SUCCESS,FAILURE ORCPT=rfc822;old@y.test").startswith("250")
+        assert client.say("RCPT TO:<two@y.test> NOTIFY=NEVER").startswith("250")
+        client.say("DATA")
+        client.send(MESSAGE + b".\r\n")
+        assert client.reply().startswith("250")
+        assert client.say("MAIL FROM:<>").startswith("250")
+        assert client.say("RCPT TO:<one@y.test> NOTIFY=SUCCESS").startswith("250")
+        client.say("DATA")
+        client.send(MESSAGE + b".\r\n")
+        assert client.reply().startswith("250")
+    assert waits_until(lambda: len(reports) == 1)
+    (report,) = reports
+    assert (report.From, report.route_to) == ("", ["ann@x.test"])
+    assert b"Original-Envelope-Id: QQ314" in report.Data
+    assert b"Original-Recipient: rfc822;old@y.test" in report.Data
+    assert b"Action: delivered" in report.Data
+    assert b"two@y.test" not in report.Data
 
 
 @pytest.mark.parametrize("text", ["no\r\n250 ok", "no\n250 ok", "no\x00\x1b[2J", "n\u00f6\u2028", "x" * 5000])
@@ -903,7 +929,7 @@ class _Taker:
     on_connect: Any = None
     on_mail: Any = None
     on_rcpt: Any = None
-    tls_required = tls_implicit = login_required = has_logins = False
+    offers_dsn = tls_required = tls_implicit = login_required = has_logins = False
     carries_bare = True
     traffic = Traffic(Limits())
 
