@@ -386,7 +386,7 @@ def test_dsn_is_offered_where_deliveries_can_be_reported_and_a_success_is(start:
     (report,) = reports
     assert (report.From, report.route_to) == ("", ["ann@x.test"])
     assert b"Original-Envelope-Id: QQ314" in report.Data
-    assert b"Original-Recipient: rfc822;old@y.test" in report.Data
+    assert re.search(rb"Original-Recipient: rfc822; ?old@y\.test", report.Data)
     assert b"Action: delivered" in report.Data
     assert b"two@y.test" not in report.Data
 
