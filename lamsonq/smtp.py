@@ -85,7 +85,7 @@ class SMTPReceiver:
     with a bare CR or LF, which otherwise is carried as it is. `on_connect`, `on_mail` and `on_rcpt` are checks of your
     own: they get a `Dialogue`, and raise SMTPError to refuse. With `verify` SPF, DKIM, DMARC and ARC are looked at
     before a handler runs (`message.auth`), in the name of `authserv_id` (None: `hostname`). `reports` takes the report
-    that a message was delivered, where its sender asks for one (RFC 3461): only with it DSN is offered.
+    that a message was delivered, where its sender asks for one (RFC 3461): with it, or with `deliver`, DSN is offered.
 
     Raises ValueError for arguments that cannot be.
 
@@ -381,8 +381,11 @@ class SMTPReceiver:
 
     @property
     def offers_dsn(self) -> bool:
-        """RFC 3461: who offers this answers for the reports. Without it, the mail system before us does."""
-        return self.reports is not None
+        """RFC 3461: who offers this answers for the reports. Without it, the mail system before us does.
+
+        `deliver=` gets the sender's wishes with the message, and with them the duty: an outbound queue fulfils it.
+        """
+        return self.reports is not None or self.deliver is not None
 
     def make_room(self) -> None:
         """Send away who has been silent for the longest time: many who only wait do not keep out one who sends."""

@@ -198,7 +198,7 @@ def test_many_messages_through_postfix_are_all_handled_once(
 @pytest.mark.slow
 def test_a_relay_sends_through_postfix(one_postfix: Front, posts: Queue, handled: Handled, serve: Serve) -> None:
     """Our outbox -> our relay -> Postfix -> another lamsonq, with envelope and bytes."""
-    serve(SMTPReceiver("127.0.0.1", one_postfix.ports["beyond"], deliver=handled, router=RoutingBase()))
+    serve(_WithoutReports("127.0.0.1", one_postfix.ports["beyond"], deliver=handled, router=RoutingBase()))
     relay = Relay("127.0.0.1", one_postfix.postfix.port)
     serve(QueueReceiver(posts, deliver=relay.deliver))
     names = [f"out{number}" for number in range(20)]
@@ -237,6 +237,12 @@ def test_whom_postfix_refuses_is_a_dead_letter_and_the_others_get_the_message(
     assert (report.From, report.To, report.is_bounce()) == ("", "ann@x.test", True)
     assert report.bounce is not None
     assert [(r.address, str(r.status)) for r in report.bounce.recipients] == [("gone@z.test", "5.1.1")]
+
+
+class _WithoutReports(SMTPReceiver):
+    """A server that does not offer DSN: the one before it has to report."""
+
+    offers_dsn = False
 
 
 def test_postfix_takes_over_what_the_sender_wants_to_be_told(
