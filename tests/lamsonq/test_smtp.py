@@ -300,7 +300,8 @@ def test_the_greeting_names_no_version_and_ehlo_what_is_offered(start: Start) ->
     with Client(start(deliver=lambda _: None, hostname="mx.test", size_limit=1000), greet=False) as client:
         assert client.greeting == "220 mx.test ESMTP lamsonq"
         assert client.say("EHLO me") == (
-            "250-mx.test|250-SIZE 1000|250-8BITMIME|250-SMTPUTF8|250-PIPELINING|250-ENHANCEDSTATUSCODES|250-CHUNKING|250 DSN"
+            "250-mx.test|250-SIZE 1000|250-8BITMIME|250-SMTPUTF8|250-PIPELINING|250-ENHANCEDSTATUSCODES"
+            "|250-CHUNKING|250 DSN"
         )
         assert client.say("EHLO") == "501 5.5.4 Syntax: EHLO hostname"
         assert client.say("VRFY root").startswith("252")

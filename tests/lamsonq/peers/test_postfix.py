@@ -198,7 +198,7 @@ def test_many_messages_through_postfix_are_all_handled_once(
 @pytest.mark.slow
 def test_a_relay_sends_through_postfix(one_postfix: Front, posts: Queue, handled: Handled, serve: Serve) -> None:
     """Our outbox -> our relay -> Postfix -> another lamsonq, with envelope and bytes."""
-    serve(_WithoutReports("127.0.0.1", one_postfix.ports["beyond"], deliver=handled, router=RoutingBase()))
+    serve(SMTPReceiver("127.0.0.1", one_postfix.ports["beyond"], deliver=handled, router=RoutingBase()))
     relay = Relay("127.0.0.1", one_postfix.postfix.port)
     serve(QueueReceiver(posts, deliver=relay.deliver))
     names = [f"out{number}" for number in range(20)]
@@ -249,7 +249,7 @@ def test_postfix_takes_over_what_the_sender_wants_to_be_told(
     one_postfix: Front, posts: Queue, handled: Handled, serve: Serve
 ) -> None:
     """It offers DSN, so the report of the success is its own, with the sender's words."""
-    serve(SMTPReceiver("127.0.0.1", one_postfix.ports["beyond"], deliver=handled, router=RoutingBase()))
+    serve(_WithoutReports("127.0.0.1", one_postfix.ports["beyond"], deliver=handled, router=RoutingBase()))
     told = Handled()
     serve(SMTPReceiver("127.0.0.1", one_postfix.ports["bounces"], deliver=told, router=RoutingBase()))
     relay = Relay("127.0.0.1", one_postfix.postfix.port)
