@@ -227,7 +227,7 @@ def test_a_client_that_reads_no_replies_is_not_read_from(serve: Serve, command: 
         except TimeoutError:
             pass
         [session] = receiver._sessions
-        assert session._blocked
+        assert waits_until(lambda: session._blocked)
         assert isinstance(session.transport, asyncio.Transport)
         assert session.transport.get_write_buffer_size() < 1_000_000
         assert len(session._held) < 4 * wire.AHEAD_MAX
