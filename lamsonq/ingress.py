@@ -44,6 +44,8 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 RECIPIENTS_MAX = 1000
+FIELDS_MAX = 2000
+"""Fields of a query beyond which it is not taken apart."""
 TOKEN_MIN = 16
 """Characters of a token: shorter ones can be guessed."""
 
@@ -132,8 +134,10 @@ class Ingress:
 
     def _envelope(self, query: bytes) -> tuple[str, tuple[str, ...]]:
         """The sender and the recipients that the query names (rule 1)."""
+        if query.count(b"&") > FIELDS_MAX:
+            raise _Refusal(422, f"452 4.5.3 Too many recipients: at most {RECIPIENTS_MAX}")
         try:
-            named = parse_qs(query.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=2000)
+            named = parse_qs(query.decode("ascii"), keep_blank_values=True, errors="strict")
         except ValueError as error:
             raise _Refusal(400, "the query cannot be read: ?from=...&to=..., percent-encoded UTF-8") from error
         senders, recipients = named.get("from", []), named.get("to", [])

@@ -341,7 +341,10 @@ class _Check:
         try:
             return msgspec.convert(value, kind, strict=not from_environment)
         except msgspec.ValidationError as error:
-            raise self.wrong(keys, _wanted(str(error)), value) from error
+            choice = next((get_args(one) for one in (kind, *get_args(kind)) if get_origin(one) is Literal), ())
+            # msgspec says of a word that is none of these only that it is none.
+            wanted = f"one of {', '.join(json.dumps(word) for word in choice)}" if choice else _wanted(str(error))
+            raise self.wrong(keys, wanted, value) from error
 
     def wrong(self, keys: tuple[str, ...], wanted: str, found: object) -> SettingsError:
         # A credential is never shown, not even a broken one.

@@ -103,5 +103,7 @@ def _why(error: Exception) -> str:
             "NO_START_LINE": "it holds no PEM",
             "PEM_LIB": "it holds no certificate with its key in PEM",
         }
-        return known.get(error.reason or "", error.reason or str(error))
+        # OpenSSL 3 has no reason for what its PEM library says, only the words "[SSL] PEM lib".
+        reason = error.reason or ("PEM_LIB" if "PEM lib" in str(error) else "")
+        return known.get(reason, reason or str(error))
     return error.strerror or str(error) if isinstance(error, OSError) else str(error)

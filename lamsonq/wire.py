@@ -141,7 +141,9 @@ class Wire(smtp.SMTP):
             self._reader.feed_eof()
         elif self._work is None:
             self._advance()
-        return not self._is_encrypted  # a TLS session ends in both directions at once
+        # A TLS session ends in both directions at once, and its end may come in one piece with that of the handshake,
+        # before we know that there is one: to keep it open then would be a warning of asyncio, for each such client.
+        return not (self._is_encrypted or self._shaking)
 
     def connection_lost(self, error: Exception | None) -> None:
         if self.transport is None:

@@ -125,6 +125,8 @@ def test_a_token_that_can_be_guessed_is_refused_at_boot() -> None:
         ("from=a@x.test&to=" + quote("c@y.test> SIZE=3"), 422),
         ("from=a@x.test&to=" + quote("c@y.test\r\nBcc: d@y.test"), 422),
         ("from=nobody&to=c@y.test", 422),
+        ("from=a@x.test" + "&to=c@y.test" * 1001, 422),
+        ("from=a@x.test" + "&to=c@y.test" * 3000, 422),
     ],
 )
 def test_an_envelope_that_is_none_is_refused(serve: Callable[..., _Posts], query: str, status: int) -> None:

@@ -191,6 +191,33 @@ def test_who_hangs_in_the_handshake_is_sent_away_when_the_server_ends(secure: Ca
     receiver.join()
 
 
+@pytest.mark.parametrize("implicit", [True, False])
+def test_who_goes_with_the_last_word_of_the_handshake_leaves_no_line_in_the_log(
+    secure: Callable[..., SMTPReceiver], trusting: ssl.SSLContext, caplog: pytest.LogCaptureFixture, implicit: bool
+) -> None:
+    receiver = secure(implicit=implicit)
+    with Client(receiver, greet=not implicit, wait=not implicit) as client:
+        if not implicit:
+            client.say("STARTTLS")
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        session = trusting.wrap_bio(incoming, outgoing, server_hostname="127.0.0.1")
+        with pytest.raises(ssl.SSLWantReadError):
+            session.do_handshake()
+        client.send(outgoing.read())
+        while True:
+            incoming.write(client.socket.recv(65536))
+            try:
+                session.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                continue
+        with pytest.raises(ssl.SSLWantReadError):
+            session.unwrap()
+        client.send(outgoing.read())  # Finished and close_notify in one piece
+        assert waits_until(lambda: receiver.traffic.open == 0)
+    assert "eof_received" not in caplog.text
+
+
 # -- TLS from the first byte --------------------------------------------------------------------------------------
 
 
@@ -298,6 +325,12 @@ def test_a_certificate_that_cannot_be_used_ends_the_boot(here: Path, content: st
     if content is not None:
         Path("mx.pem").write_text(content)
     with pytest.raises(SettingsError, match=f"receiver: cannot use mx.pem for TLS: .*({why})"):
+        TLS("mx.pem")
+
+
+def test_a_certificate_without_its_key_is_told_in_words(here: Path, authority: trustme.CA) -> None:
+    authority.issue_cert("127.0.0.1").cert_chain_pems[0].write_to_path("mx.pem")
+    with pytest.raises(SettingsError, match=r"cannot use mx\.pem for TLS: it holds no certificate with its key in PEM"):
         TLS("mx.pem")
 
 

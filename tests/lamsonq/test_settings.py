@@ -60,6 +60,12 @@ def test_a_value_of_the_wrong_type_is_named_with_what_was_found(toml: Path) -> N
     assert refusal() == 'config/settings.toml: receiver.port: expected an int, found the str "88x"'
 
 
+def test_a_word_that_is_none_of_the_choices_is_told_which_there_are(toml: Path) -> None:
+    toml.write_text('[receiver]\ntls = "require"\n')
+    expected = 'receiver.tls: expected one of "offered", "required", "implicit", found the str "require"'
+    assert refusal() == f"config/settings.toml: {expected}"
+
+
 def test_a_number_out_of_range_is_refused(toml: Path) -> None:
     toml.write_text("[receiver]\nport = 70000\n")
     assert refusal() == "config/settings.toml: receiver.port: expected an int <= 65535, found the int 70000"
