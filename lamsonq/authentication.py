@@ -63,7 +63,7 @@ class Verifier:
         from lamsonq.names import system_resolver
 
         self.hostname, self.timeout = hostname, timeout
-        self._resolver = resolver or system_resolver()
+        self._resolver = resolver or system_resolver("verifying mail")
 
     def verify(self, envelope: Envelope, data: bytes) -> Auth:
         """All verdicts about a message as it was received, headers and body; never raises."""

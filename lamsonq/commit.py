@@ -38,9 +38,6 @@ LOG = logging.getLogger()
 
 _T = TypeVar("_T")
 
-HANDLED = "Ok: handled as"
-"""What the reply says when nothing had to be kept."""
-
 Group = tuple[str, ...]
 """The recipients that one reply answers for, as routes see them: all of a message's, or one."""
 
@@ -57,7 +54,8 @@ class Committer:
     """Takes messages for one receiver: to `deliver` if there is one, else to the router.
 
     `pool` runs the functions, `timeout` is how many seconds one may take, `on_hang` is told when one takes longer.
-    `inspect` completes the envelope of a message with this id before anybody sees it.
+    `inspect` completes the envelope of a message with this id before anybody sees it. `on_handled` is told a message
+    and those of its recipients for whom every function has finished.
     """
 
     def __init__(
@@ -69,6 +67,7 @@ class Committer:
         timeout: float,
         on_hang: Callable[[], None],
         inspect: Inspect | None = None,
+        on_handled: Callable[[mail.MailRequest, Sequence[str]], None] | None = None,
     ) -> None:
         self.loop = loop
         self.pool = pool
@@ -77,6 +76,7 @@ class Committer:
         self.timeout = timeout
         self.on_hang = on_hang
         self.inspect = inspect
+        self.on_handled = on_handled
         self.running: set[_Run] = set()
 
     async def commit(
@@ -177,7 +177,11 @@ class Committer:
                 failures.append((run.call, outcome))
         if reply := _common_refusal(failures, len(calls)):
             return reply
-        return _accepted(await self._in_pool(self._keep, message, failures))
+        keys = await self._in_pool(self._keep, message, failures)
+        if self.on_handled is not None:
+            kept = {call.recipient for call, _ in failures}
+            self.on_handled(message, [to for to in dict.fromkeys(call.recipient for call in calls) if to not in kept])
+        return _accepted(keys)
 
     def _keep(self, message: mail.MailRequest, failures: Sequence[tuple[Call, Later | Dead]]) -> list[str]:
         """Keep each failed call as a job bound to its function; their keys. Raises what the store raises."""
@@ -345,7 +349,7 @@ def _bound(message: mail.MailRequest, call: Call, key: str) -> Job:
 
 def _accepted(keys: Sequence[str]) -> str:
     """The reply names the id under which the message stands in the log and, if it was kept, in a queue."""
-    return f"250 2.0.0 Ok: queued as {keys[0]}" if keys else f"250 2.0.0 {HANDLED} {about.current().id}"
+    return f"250 2.0.0 Ok: queued as {keys[0]}" if keys else f"250 2.0.0 Ok: handled as {about.current().id}"
 
 
 def _common_refusal(failures: Sequence[tuple[Call, Later | Dead]], calls: int) -> str | None:

@@ -90,6 +90,7 @@ class Ingress:
         self.hostname = hostname or gethostname()
         self._secret = f"Bearer {token}".encode()
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="lamsonq-ingress")
+        self._committer: Committer | None = None
         self._under_way: set[asyncio.Task[None]] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -172,10 +173,11 @@ class Ingress:
     async def _commit(self, envelope: Envelope, content: bytes) -> str:
         """What SMTP would reply; a client that goes away loses only that."""
         loop = asyncio.get_running_loop()
-        committer = Committer(loop, self._pool, self.router, self.deliver, self.timeout, _hangs, self._traced)
+        if self._committer is None:  # the loop is the server's, and there only now
+            self._committer = Committer(loop, self._pool, self.router, self.deliver, self.timeout, _hangs, self._traced)
         group = tuple(dict.fromkeys(canonical(path) for path in envelope.rcpt_tos))
         reply: asyncio.Future[str] = loop.create_future()
-        task = loop.create_task(committer.commit(envelope, content, [group], [reply]))
+        task = loop.create_task(self._committer.commit(envelope, content, [group], [reply]))
         self._under_way.add(task)
         task.add_done_callback(self._under_way.discard)
         return await asyncio.shield(reply)

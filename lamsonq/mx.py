@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from lamsonq.connection import Server, own_name
 from lamsonq.errors import Later, SettingsError, SMTPError
+from lamsonq.names import system_resolver
 
 if TYPE_CHECKING:
     import dns.name
@@ -39,9 +40,6 @@ LOOKUPS_MAX = 20
 
 SEARCH_SECONDS = 60.0
 """After so much time in the DNS no further host of a domain is looked up."""
-
-CACHE_MAX = 1000
-"""Answers that are kept for as long as the DNS allows."""
 
 _host_name = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
 
@@ -63,7 +61,7 @@ class MailServers:
             ) from error
         self.port = port
         self._codec = dns.name.IDNA_2008_Practical
-        self._resolver = resolver or _system_resolver()
+        self._resolver = resolver or system_resolver("Relay without a host")
 
     def names(self, domain: str) -> list[str]:
         """The names of the hosts that take mail for a domain, the best first. Raises Later and SMTPError."""
@@ -178,17 +176,6 @@ class MailServers:
         ip = mapped if mapped is not None else ip
         local = ip.is_loopback or ip.is_link_local
         return not (ip.is_unspecified or ip.is_multicast or (local and self.port == 25))
-
-
-def _system_resolver() -> dns.resolver.Resolver:
-    import dns.resolver
-
-    try:
-        resolver = dns.resolver.Resolver()
-    except (dns.resolver.NoResolverConfiguration, OSError) as error:
-        raise SettingsError(f"Relay without a host needs a DNS server: {error}") from error
-    resolver.cache = dns.resolver.LRUCache(CACHE_MAX)
-    return resolver
 
 
 def _is_ours(host: dns.name.Name) -> bool:

@@ -71,14 +71,15 @@ class Names:
         return [record.address for record in records]
 
 
-def system_resolver() -> dns.resolver.Resolver:
-    """A resolver with a cache, which asks the servers of /etc/resolv.conf. Raises SettingsError where it names none."""
+def system_resolver(who: str) -> dns.resolver.Resolver:
+    """A resolver with a cache, which asks the servers of /etc/resolv.conf. Raises SettingsError, in the words of `who`
+    needs it, where that names none."""
     import dns.resolver
 
     try:
         resolver = dns.resolver.Resolver()
     except (dns.resolver.NoResolverConfiguration, OSError) as error:
-        raise SettingsError(f"verifying mail needs a DNS server: {error}") from error
+        raise SettingsError(f"{who} needs a DNS server: {error}") from error
     resolver.cache = dns.resolver.LRUCache(CACHE_MAX)
     return resolver
 

@@ -37,7 +37,7 @@ from ssl import SSLContext
 from lamsonq import mail
 from lamsonq.address import canonical
 from lamsonq.authentication import Verifier, authentication_results, without_forged
-from lamsonq.commit import HANDLED, LOG, Committer, trouble
+from lamsonq.commit import LOG, Committer, trouble
 from lamsonq.errors import QueueError, SettingsError, SMTPError
 from lamsonq.limits import Limits, Network, Traffic, within
 from lamsonq.notification import DELIVERED, Fate, notification
@@ -316,7 +316,7 @@ class SMTPReceiver:
     async def _listen(self, pool: ThreadPoolExecutor) -> None:
         self._loop = loop = asyncio.get_running_loop()
         self._committer = Committer(
-            loop, pool, self.router, self.deliver, self.timeout, self._ask_to_be_replaced, self._inspected
+            loop, pool, self.router, self.deliver, self.timeout, self._ask_to_be_replaced, self._inspected, self._report
         )
         assert self._listener is not None
         # To asyncio this is how often it tries to accept in one turn: with no descriptor left, so many errors.
@@ -446,20 +446,13 @@ class SMTPReceiver:
     def trouble(self, error: BaseException) -> str:
         return trouble(error)
 
-    def _report(
-        self, envelope: mail.Envelope, content: bytes, group: tuple[str, ...], reply: asyncio.Future[str]
-    ) -> None:
-        """Tell a sender who asked for it that these recipients have the message (RFC 3461 section 4.1).
-
-        Not for what is only kept, or not answered 250; a null sender gets none.
-        """
-        if reply.cancelled() or HANDLED not in reply.result() or not envelope.mail_from or self.reports is None:
-            return
+    def _report(self, message: mail.MailRequest, handled: Sequence[str]) -> None:
+        """Tell a sender who asked for it that these recipients have the message (RFC 3461 section 4.1)."""
+        envelope = message.envelope
         wanted = [path for path, words in envelope.notify.notify.items() if "SUCCESS" in words.split(",")]
-        delivered = [path for path in wanted if canonical(path) in group]
-        if delivered:
-            report = _success(envelope, content, delivered, self.hostname)
-            told = self._checks.submit(self.reports, report)
+        delivered = [path for path in wanted if canonical(path) in handled]
+        if delivered and envelope.mail_from and self.reports is not None:
+            told = self._checks.submit(self.reports, _success(envelope, message.Data, delivered, self.hostname))
             told.add_done_callback(_log_unreported)
 
     async def _inspected(self, envelope: mail.Envelope, content: bytes, id: str) -> tuple[mail.Envelope, bytes]:
@@ -487,8 +480,6 @@ class SMTPReceiver:
         task.add_done_callback(lambda _: self._handled(len(content)))
         for group, reply in zip(groups, replies, strict=True):
             reply.add_done_callback(partial(_log_refusal, envelope, group), context=context)
-            if self.reports is not None and self.deliver is None and envelope.notify.notify:
-                reply.add_done_callback(partial(self._report, envelope, content, group), context=context)
         return replies
 
 

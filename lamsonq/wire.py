@@ -16,7 +16,7 @@ Rules:
 
 Of aiosmtpd stay the session, the envelope, the hooks, STARTTLS's and AUTH's rules and its commands; its read loop does
 not run. Its private names that are touched: `_reader` (and its `_buffer`), `_writer`, `_tls_protocol`,
-`_tls_handshake_okay`, `_original_transport`, `_handle_client`, `_reset_timeout`, `_timeout_handle`, `_timeout_cb`,
+`_original_transport`, `_handle_client`, `_reset_timeout`, `_timeout_handle`, `_timeout_cb`,
 `_set_rset_state`, `_smtp_methods`. A test holds all this to what aiosmtpd does.
 """
 
@@ -71,12 +71,6 @@ class Wire(smtp.SMTP):
 
     hot: ClassVar[Mapping[str, Hot]] = {}
     """The commands that are plain functions, by their verb; they come before the `smtp_` methods."""
-
-    reading: ClassVar[frozenset[str]] = frozenset({"AUTH"})
-    """The commands of aiosmtpd's kind that read from `_reader` what the client sends."""
-
-    line_limit: ClassVar[int] = AUTH_LINE_MAX
-    """How long a line may be for these."""
 
     command_timeout = 300.0
     data_timeout = 180.0
@@ -220,7 +214,7 @@ class Wire(smtp.SMTP):
         """
         if feeding:
             self._feeding = True
-            self._reader = asyncio.StreamReader(self.line_limit, self.loop)
+            self._reader = asyncio.StreamReader(AUTH_LINE_MAX, self.loop)
             self._reader.feed_data(bytes(self._held))
             self._held.clear()
             if self._ended:
@@ -260,9 +254,9 @@ class Wire(smtp.SMTP):
             self.say(self.failure(error))
 
     def failure(self, error: BaseException) -> str:
-        """The reply to a command that failed."""
+        """The reply to a command that failed, which tells the client nothing of the error."""
         MAIL_LOG.error("%r SMTP session exception", self._peer, exc_info=error)
-        return f"500 Error: ({type(error).__name__}) {error}"
+        return "451 4.3.0 Internal error, please try again later"
 
     def _close(self) -> None:
         if self._is_open:
@@ -316,19 +310,13 @@ class Wire(smtp.SMTP):
             if work is not None:
                 self._begin(work)
         elif command in self._smtp_methods:
-            self._begin(self._smtp_methods[command](argument), feeding=command in self.reading)
+            self._begin(self._smtp_methods[command](argument), feeding=command == "AUTH")
         else:
             self._misspoken("500 5.5.1 Command not recognized")
 
-    def _forbids(self, command: str) -> bool:
+    def _forbids(self, command: str) -> bool:  # noqa: ARG002 - for who derives from this
         """Refuse a command before anything else; False when it may go on."""
-        if not self._tls_handshake_okay and command != "QUIT":
-            self.say("554 Command refused due to lack of security")
-        elif self.require_starttls and not self._is_encrypted and command not in smtp.ALLOWED_BEFORE_STARTTLS:
-            self.say("530 Must issue a STARTTLS command first")  # RFC 3207 section 4
-        else:
-            return False
-        return True
+        return False
 
     def _misspoken(self, reply: str) -> None:
         """The client has sent what is no command."""

@@ -310,8 +310,10 @@ def _receiver_of(settings: Any, boot: str) -> Receiver:
 
 def _let_it_report(receiver: Receiver, relay: Any) -> None:
     """A receiver that handles mail itself reports deliveries (RFC 3461), where the boot has a relay for that."""
-    if getattr(receiver, "reports", relay) is None and getattr(receiver, "deliver", relay) is None:
-        receiver.reports = getattr(relay, "deliver", None)  # type: ignore[attr-defined]
+    from lamsonq.smtp import SMTPReceiver
+
+    if isinstance(receiver, SMTPReceiver) and receiver.reports is None and receiver.deliver is None:
+        receiver.reports = getattr(relay, "deliver", None)
 
 
 def _check_states(receiver: Receiver, workers: int) -> None:

@@ -95,3 +95,20 @@ def test_a_session_that_is_cut_at_every_byte() -> None:
     for places in [[place] for place in range(1, len(octets))] + [list(range(1, len(octets)))]:
         stock, mine = asyncio.run(both(octets, places))
         assert mine == stock == whole, places
+
+
+FRAGMENTS = [b"\r\n", b"\r", b"\n", b".", b"..", b"\r\n.\r", b"\n.\n", b"\r\n..", b"a", b"text", b"\r\n.", b"x" * 90]
+
+
+def test_content_of_dots_and_line_ends_in_random_pieces() -> None:
+    chance = random.Random(7)
+    for _ in range(150):
+        octets = b"EHLO me\r\n"
+        for _ in range(chance.randint(1, 3)):
+            body = b"".join(chance.choices(FRAGMENTS, k=chance.randint(0, 25)))
+            if b"\r\n.\r\n" in b"\r\n" + body + b"\r\n":
+                continue  # it ends there; what follows would be commands
+            octets += b"MAIL FROM:<a@x.test>\r\nRCPT TO:<b@y.test>\r\nDATA\r\n" + body + b"\r\n.\r\n"
+        octets += b"QUIT\r\n"
+        stock, mine = asyncio.run(both(octets, chance.choices(range(len(octets)), k=chance.randint(0, 12))))
+        assert mine == stock, octets

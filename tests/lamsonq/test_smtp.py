@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import random
 import re
 import smtplib
 import socket
@@ -20,7 +19,7 @@ from aiosmtpd import smtp
 
 from lamsonq import mail as mail_module
 from lamsonq.errors import Dead, Failure, Later, QueueError, Refusal, SettingsError, SMTPError, Undelivered
-from lamsonq.limits import Limits, Traffic
+from lamsonq.limits import Limits
 from lamsonq.logs import LineFormatter
 from lamsonq.mail import MailRequest
 from lamsonq.queue import Queue
@@ -29,51 +28,11 @@ from lamsonq.session import Session
 from lamsonq.smtp import SMTPReceiver
 from lamsonq.tally import TALLY
 
-MESSAGE = b"From: a@x.test\r\nTo: desk@y.test\r\nSubject: hi\r\n\r\nbody\r\n"
+from .clients import MESSAGE, Client, waits_until
+from .offline import Taker, Transport
+
 Start = Callable[..., SMTPReceiver]
 Write = Callable[..., str]
-
-
-class Client:
-    """A raw client: `say` sends a line and gives the reply, its lines joined by "|"."""
-
-    def __init__(self, receiver: SMTPReceiver, *, greet: bool = True) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", receiver.port), timeout=10)
-        self.lines = self.socket.makefile("rb")
-        self.greeting = self.reply()
-        if greet:
-            self.say("EHLO client.test")
-
-    def reply(self) -> str:
-        lines = []
-        while True:
-            line = self.lines.readline().decode("ascii")
-            lines.append(line.rstrip("\r\n"))
-            if line[3:4] != "-":
-                return "|".join(lines)
-
-    def send(self, data: bytes) -> None:
-        self.socket.sendall(data)
-
-    def say(self, line: str | bytes) -> str:
-        self.send((line if isinstance(line, bytes) else line.encode()) + b"\r\n")
-        return self.reply()
-
-    def begin(self, *recipients: str, sender: str = "a@x.test") -> list[str]:
-        return [self.say(f"MAIL FROM:<{sender}>"), *(self.say(f"RCPT TO:<{to}>") for to in recipients)]
-
-    def mail(self, *recipients: str, sender: str = "a@x.test", data: bytes = MESSAGE) -> str:
-        """The reply to a whole message."""
-        self.begin(*(recipients or ("desk@y.test",)), sender=sender)
-        assert self.say("DATA").startswith("354")
-        return self.say(data + b".")
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.lines.close()
-        self.socket.close()
 
 
 @pytest.fixture
@@ -121,15 +80,6 @@ def dead_letters(router: RoutingBase) -> Any:
     assert router.UNDELIVERABLE_QUEUE is not None
     store = router.UNDELIVERABLE_QUEUE.backend
     return [store.get(key) for key in store.keys("dead")]
-
-
-def waits_until(condition: Callable[[], object], seconds: float = 5.0) -> bool:
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.01)
-    return True
 
 
 # -- what is taken ------------------------------------------------------------------------------------------------
@@ -390,6 +340,26 @@ def test_dsn_is_offered_where_deliveries_can_be_reported_and_a_success_is(start:
     assert re.search(rb"Original-Recipient: rfc822; ?old@y\.test", report.Data)
     assert b"Action: delivered" in report.Data
     assert b"two@y.test" not in report.Data
+
+
+def test_a_delivery_that_had_to_be_kept_is_not_reported_as_one(start: Start, handlers: Any) -> None:
+    handlers("""
+@route("(who)@y.test", who="well|ill")
+@stateless
+def CRASH(message, who=None):
+    if who == "ill":
+        raise ValueError("ill")
+""")
+    reports: list[MailRequest] = []
+    with Client(start(reports=reports.append)) as client:
+        client.say("MAIL FROM:<ann@x.test>")
+        for who in ("well", "ill"):
+            assert client.say(f"RCPT TO:<{who}@y.test> NOTIFY=SUCCESS").startswith("250")
+        client.say("DATA")
+        assert client.say(MESSAGE + b".").startswith("250")
+    assert waits_until(lambda: reports)
+    assert b"well@y.test" in reports[0].Data
+    assert b"ill@y.test" not in reports[0].Data.replace(b"well@y.test", b"")
 
 
 @pytest.mark.parametrize("text", ["no\r\n250 ok", "no\n250 ok", "no\x00\x1b[2J", "n\u00f6\u2028", "x" * 5000])
@@ -891,148 +861,13 @@ def test_children_that_are_forked_after_bind_share_the_port(router: RoutingBase,
         receiver.stop()
 
 
-# -- against aiosmtpd's own ---------------------------------------------------------------------------------------
-
-
-class _Transport(asyncio.Transport):
-    """What a session writes."""
-
-    def __init__(self) -> None:
-        super().__init__({"peername": ("127.0.0.1", 1)})
-        self.written = b""
-        self.closed = False
-
-    def write(self, data: Any) -> None:
-        self.written += data
-
-    def is_closing(self) -> bool:
-        return self.closed
-
-    def close(self) -> None:
-        self.closed = True
-
-    def pause_reading(self) -> None:
-        pass
-
-    def resume_reading(self) -> None:
-        pass
-
-    def get_write_buffer_size(self) -> int:
-        return 0
-
-
-class _Taker:
-    """The handler of aiosmtpd's session and the receiver of ours: both note what was taken."""
-
-    hostname, size_limit, draining = "mx.test", 400, False
-    certificate: Any = None
-    hosts: Any = None
-    on_connect: Any = None
-    on_mail: Any = None
-    on_rcpt: Any = None
-    offers_dsn = tls_required = tls_implicit = login_required = has_logins = False
-    carries_bare = True
-    traffic = Traffic(Limits())
-
-    def __init__(self) -> None:
-        self.taken: list[bytes] = []
-
-    async def handle_DATA(self, _server: object, _session: object, envelope: smtp.Envelope) -> str:
-        assert isinstance(envelope.content, bytes)
-        self.taken.append(envelope.content)
-        return "250 ok"
-
-    def opened(self, session: Session) -> None: ...
-
-    def closed(self, session: Session) -> None: ...
-
-    def is_proxy(self, _address: str) -> bool:
-        return False
-
-    def make_room(self) -> None: ...
-
-    async def asks(self, _check: object, _dialogue: object) -> str | None: ...
-
-    async def logs_in(self, _name: str, _password: str) -> bool | None: ...
-
-    def takes(self, _address: str) -> bool:
-        return True
-
-    def full(self, _size: int) -> bool:
-        return False
-
-    def commit(self, _envelope: object, content: bytes, _groups: object) -> list[asyncio.Future[str]]:
-        self.taken.append(content)
-        done: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        done.set_result("250 ok")
-        return [done]
-
-    def trouble(self, error: BaseException) -> str:
-        raise AssertionError from error
-
-
-async def _codes_and_content(session: smtp.SMTP, taker: _Taker, pieces: list[bytes]) -> tuple[list[bytes], list[bytes]]:
-    transport = _Transport()
-    session.connection_made(transport)
-    for piece in pieces:
-        session.data_received(piece)
-        for _ in range(3):
-            await asyncio.sleep(0)
-    for _ in range(40):
-        await asyncio.sleep(0)
-    assert session._handler_coroutine is not None
-    session._handler_coroutine.cancel()
-    session._writer.close()
-    assert session._timeout_handle is not None
-    session._timeout_handle.cancel()
-    codes = [line[:3] for line in transport.written.split(b"\r\n") if line[3:4] == b" "]
-    return codes, taker.taken
-
-
-async def _both(pieces: list[bytes]) -> list[tuple[list[bytes], list[bytes]]]:
-    loop = asyncio.get_running_loop()
-    stock, ours = _Taker(), _Taker()
-    theirs = smtp.SMTP(stock, data_size_limit=400, enable_SMTPUTF8=True, hostname="mx.test", loop=loop)
-    return [
-        await _codes_and_content(theirs, stock, pieces),
-        await _codes_and_content(Session(ours, loop), ours, pieces),
-    ]
-
-
-def test_any_way_of_cutting_a_session_gives_what_aiosmtpd_gives() -> None:
-    fragments = [
-        b"\r\n",
-        b"\r",
-        b"\n",
-        b".",
-        b"..",
-        b"\r\n.\r",
-        b"\n.\n",
-        b"\r\n..",
-        b"a",
-        b"text",
-        b"\r\n.",
-        b"x" * 90,
-    ]
-    chance = random.Random(7)
-    for _ in range(150):
-        wire = b"EHLO me\r\n"
-        for _ in range(chance.randint(1, 3)):
-            body = b"".join(chance.choices(fragments, k=chance.randint(0, 25)))
-            if b"\r\n.\r\n" in b"\r\n" + body + b"\r\n":
-                continue  # it ends there; what follows would be commands
-            wire += b"MAIL FROM:<a@x.test>\r\nRCPT TO:<b@y.test>\r\nDATA\r\n" + body + b"\r\n.\r\n"
-        wire += b"QUIT\r\n"
-        cuts = sorted(chance.choices(range(len(wire)), k=chance.randint(0, 12)))
-        pieces = [wire[a:b] for a, b in zip([0, *cuts], [*cuts, len(wire)], strict=True) if a != b]
-        stock, ours = asyncio.run(_both(pieces))
-        assert ours == stock, pieces
+# -- against aiosmtpd (its sessions beside ours: test_session_differential) -----------------------------------------
 
 
 def test_the_private_names_of_aiosmtpd_that_we_touch_exist() -> None:
     async def look() -> Session:
-        session = Session(_Taker(), asyncio.get_running_loop())
-        session.connection_made(_Transport())
+        session = Session(Taker(), asyncio.get_running_loop())
+        session.connection_made(Transport())
         await asyncio.sleep(0)
         assert session._handler_coroutine is not None
         session._handler_coroutine.cancel()

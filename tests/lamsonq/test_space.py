@@ -16,7 +16,7 @@ from lamsonq.routing import RoutingBase
 from lamsonq.smtp import SMTPReceiver
 from lamsonq.space import MIN_FREE, Space
 
-from .test_smtp import MESSAGE, Client
+from .clients import MESSAGE, Client
 
 REFUSED = "452 4.3.1 Insufficient system storage, try again later"
 
