@@ -10,11 +10,10 @@ Rules:
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import count
 from typing import TypeVar
 
@@ -39,7 +38,7 @@ class About:
 
     def for_call(self, handler: str | None, recipient: str) -> About:
         """The same message in the hands of one function."""
-        return replace(self, handler=handler or "", recipient=recipient)
+        return About(self.id, self.queue, handler or "", recipient, self.keys, self.pid)
 
     def next_key(self) -> str | None:
         """A key for something that is to be kept of this message, if its id may be used for that."""
@@ -59,14 +58,19 @@ def current() -> About:
     return _about.get()
 
 
-@contextlib.contextmanager
-def about(message: About) -> Iterator[None]:
+class about:
     """What is logged in this block is about this message."""
-    token = _about.set(message)
-    try:
-        yield
-    finally:
-        _about.reset(token)
+
+    __slots__ = ("_message", "_token")
+
+    def __init__(self, message: About) -> None:
+        self._message = message
+
+    def __enter__(self) -> None:
+        self._token = _about.set(self._message)
+
+    def __exit__(self, *_: object) -> None:
+        _about.reset(self._token)
 
 
 def within(message: About, function: Callable[[], T]) -> Callable[[], T]:

@@ -19,6 +19,7 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 LOCAL_PART_MAX = 64
 DOMAIN_MAX = 255
@@ -80,6 +81,7 @@ def _special_path(argument: str, null: bool, postmaster: bool) -> tuple[str, int
     return "", 0
 
 
+@lru_cache(1024)
 def _objection(address: str) -> str:
     """Why this is no address; "" when it is one."""
     found = _mailbox.fullmatch(address)

@@ -4,12 +4,15 @@ Rules:
 
 1. 250 is a promise. It is said when every function that the message asks for has finished, or when what failed is
    durably kept, bound to the function that failed. In every other case the client is told 4xx or 5xx, and keeps it.
-2. Calls run in the threads of a pool, one after another; the event loop only waits for them. A call has a time limit
-   in its function, and another one in the line for its conversation.
+2. The event loop hands a message to a pool of threads and hears of the replies; in between it is not asked. In the
+   pool calls run one after another. A call has a time limit in its function, and another one in the line for its
+   conversation: one timer of the loop looks after all of them.
 3. A reply never carries the text of an exception, only what a handler chose to say by SMTPError, Later or Dead.
 4. A reply answers for a group of the message's recipients: over SMTP for all of them, over LMTP for one. What fails
-   for one group is said or kept for that group alone, and its reply does not wait for the groups behind it. Every
-   call runs once, whoever asks for its outcome.
+   for one group is said or kept for that group alone, and its reply is written before a function of the groups behind
+   it runs, which may end this process. Every call runs once, whoever asks for its outcome.
+5. Where `deliver` is a queue's push there is no function to run: the message goes to `spool`, and shares its sync with
+   those that come at the same time.
 """
 
 from __future__ import annotations
@@ -18,32 +21,37 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
-from typing import Any, TypeVar
+from functools import partial
 
 from lamsonq import about, mail
 from lamsonq.address import canonical
 from lamsonq.attempt import PATIENCE, Attempt, Call, key_of, publishing
 from lamsonq.backends.maildir_names import new_key as new_id
-from lamsonq.errors import Dead, Failure, Later, SMTPError, Undelivered, outcome_of, reason_of
+from lamsonq.errors import Dead, Failure, Later, QueueError, SMTPError, Undelivered, outcome_of, reason_of
 from lamsonq.jobs import Done, Job, Put, Result
-from lamsonq.queue import job_of, new_key
+from lamsonq.queue import job_of, new_key, queue_of
 from lamsonq.routing import RoutingBase, unplanned
+from lamsonq.spool import Spool
+from lamsonq.threads import Threads
 
 LOG = logging.getLogger()
 """The root logger: the names before these lines are part of what users of Lamson grep for."""
 
-_T = TypeVar("_T")
+LOOK_EVERY = 1.0
+"""Seconds between two looks at what is under way, at most."""
 
 Group = tuple[str, ...]
 """The recipients that one reply answers for, as routes see them: all of a message's, or one."""
 
-Inspect = Callable[[mail.Envelope, bytes, str], Awaitable[tuple[mail.Envelope, bytes]]]
+Tell = Callable[[str], None]
 
-_Answer = Callable[[Group], Awaitable[str]]
+Inspect = Callable[[mail.Envelope, bytes, str], tuple[mail.Envelope, bytes]]
 
 
 class _Unkept(Later):
@@ -54,19 +62,20 @@ class Committer:
     """Takes messages for one receiver: to `deliver` if there is one, else to the router.
 
     `pool` runs the functions, `timeout` is how many seconds one may take, `on_hang` is told when one takes longer.
-    `inspect` completes the envelope of a message with this id before anybody sees it. `on_handled` is told a message
-    and those of its recipients for whom every function has finished.
+    `inspect` completes the envelope of a message with this id before anybody sees it, in a thread of `inspecting`.
+    `on_handled` is told a message and those of its recipients for whom every function has finished.
     """
 
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        pool: Executor,
+        pool: Threads,
         router: RoutingBase,
         deliver: Callable[[mail.MailRequest], object] | None,
         timeout: float,
         on_hang: Callable[[], None],
         inspect: Inspect | None = None,
+        inspecting: Executor | None = None,
         on_handled: Callable[[mail.MailRequest, Sequence[str]], None] | None = None,
     ) -> None:
         self.loop = loop
@@ -76,116 +85,201 @@ class Committer:
         self.timeout = timeout
         self.on_hang = on_hang
         self.inspect = inspect
+        self.inspecting = inspecting
         self.on_handled = on_handled
+        self.open: set[_Commit] = set()
+        """The messages that are not answered for yet."""
         self.running: set[_Run] = set()
+        queue = queue_of(deliver)
+        self.spool = None if queue is None else Spool(queue)
+        self._looks: asyncio.TimerHandle | None = None
+        self._told: deque[Callable[[], None]] = deque()
+        self._is_told = False
 
-    async def commit(
-        self,
-        envelope: mail.Envelope,
-        content: bytes,
-        groups: Sequence[Group],
-        replies: Sequence[asyncio.Future[str]],
-    ) -> None:
-        """Take a message, and set the reply to each group as soon as it is known, one after another.
+    def commit(self, envelope: mail.Envelope, content: bytes, groups: Sequence[Group], tell: Tell) -> None:
+        """Take a message; `tell` gets the reply to each group, one after another, as soon as it is known.
 
-        A group that is named twice gets the same reply twice. Raises nothing but what cancels it.
+        A group that is named twice gets the same reply twice. From the loop, where `tell` is called, too.
         """
-        with about.about(about.received(new_id())):
-            await self._commit(envelope, content, groups, replies)
-
-    async def _commit(
-        self,
-        envelope: mail.Envelope,
-        content: bytes,
-        groups: Sequence[Group],
-        replies: Sequence[asyncio.Future[str]],
-    ) -> None:
-        try:
-            answer = await self._take(envelope, content)
-        except Exception as error:  # whatever it is, nothing was promised: the client keeps the message
-            answer = _always(trouble(error))
-        known: dict[Group, str] = {}
-        for group, reply in zip(groups, replies, strict=True):
-            if group not in known:
-                known[group] = await _answered(answer, group)
-            if not reply.done():  # else its client has gone: it was cancelled
-                reply.set_result(known[group])
-                await asyncio.sleep(0)  # the session hears of it,
-                await asyncio.sleep(0)  # and writes it, before another function runs that may end this process
-
-    async def _take(self, envelope: mail.Envelope, content: bytes) -> _Answer:
-        """Begin with a message: what answers for each group of its recipients."""
-        if self.inspect is not None:
-            envelope, content = await self.inspect(envelope, content, about.current().id)
-        message = mail.MailRequest(envelope.peer, envelope.mail_from, envelope.rcpt_tos, content, envelope=envelope)
-        LOG.debug("Message received from Peer: %r, From: %r, to To %r.", message.Peer, message.From, message.route_to)
-        if self.deliver is None:
-            return await self._route(message)
-        return await self._hand_over(message, self.deliver)
+        commit = _Commit(self, envelope, content, groups, tell)
+        self.open.add(commit)
+        if self._looks is None:
+            self._looks = self.loop.call_later(min(self.timeout, LOOK_EVERY), self._look)
+        commit.begin()
 
     def give_up(self) -> None:
         """Drop whatever the calls that still run will come to. Their clients were told nothing, and come again."""
         for run in list(self.running):
             run.give_up()
 
-    async def _hand_over(self, message: mail.MailRequest, deliver: Callable[[mail.MailRequest], object]) -> _Answer:
-        """Give the message to `deliver=`: nothing is kept here, so what fails is refused."""
-        run = _Run(self, Call(deliver, message.To), message, Attempt)
-        outcome = await run.outcome()
-        if not isinstance(outcome, Done):
-            LOG.error(
-                "Exception while processing message from Peer: %r, From: %r, to To %r.",
-                message.Peer,
-                message.From,
-                message.route_to,
-                exc_info=outcome,
-            )
+    def close(self) -> None:
+        """Nothing more will be committed."""
+        if self._looks is not None:
+            self._looks.cancel()
+        if self.spool is not None:
+            self.spool.close()
+
+    def spawn(self, function: Callable[[], None]) -> None:
+        with contextlib.suppress(RuntimeError):  # the receiver has stopped: nobody waits for this any more
+            self.pool.submit(function)
+
+    def on_loop(self, act: Callable[[], None]) -> None:
+        """From any thread; what comes at the same time wakes the loop once."""
+        self._told.append(act)
+        if not self._is_told:
+            self._is_told = True
+            with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits for this any more
+                self.loop.call_soon_threadsafe(self._hear)
+
+    def _hear(self) -> None:
+        self._is_told = False  # first: what is told from here on wakes the loop again
+        while self._told:
+            act = self._told.popleft()
+            try:
+                act()
+            except Exception:  # a fault of one session is not the others'
+                LOG.exception("A reply could not be told")
+
+    def _look(self) -> None:
+        """Rule 2: end what takes too long."""
+        left = [LOOK_EVERY]
+        for run in list(self.running):
+            left.append(run.time_left())
+            if left[-1] <= 0:
+                run.overdue()
+        if self.spool is not None and self.spool.hangs(self.timeout):
+            LOG.error("Keeping messages takes longer than %g seconds; this process will be replaced", self.timeout)
+            self.on_hang()
+        self._looks = self.loop.call_later(max(min(left), 0.01), self._look) if self.open else None
+
+
+class _Commit:
+    """One message on its way to its replies."""
+
+    def __init__(
+        self, committer: Committer, envelope: mail.Envelope, content: bytes, groups: Sequence[Group], tell: Tell
+    ) -> None:
+        self.about = about.received(new_id())
+        self._committer = committer
+        self._envelope = envelope
+        self._content = content
+        self._tell = tell
+        self._owed = deque(groups)
+        self._known: dict[Group, str] = {}
+        self._planned: dict[str, list[Call]] = {}
+        self._message: mail.MailRequest
+
+    def begin(self) -> None:
+        committer = self._committer
+        if committer.inspecting is not None:
+            committer.inspecting.submit(self._guarded(self._inspect_first))
+        elif committer.spool is not None:
+            committer.spool.keep(self)
+        else:
+            committer.spawn(self._guarded(self._take))
+
+    def _inspect_first(self) -> None:
+        """What takes its time, and asks others, is not to hold a thread of the functions."""
+        self._message = self._made()
+        if self._committer.spool is not None:
+            self._committer.spool.keep(self)
+        else:
+            self._committer.spawn(self._guarded(self._take))
+
+    def _made(self) -> mail.MailRequest:
+        """The message as everybody sees it."""
+        envelope, content = self._envelope, self._content
+        if self._committer.inspect is not None:
+            envelope, content = self._committer.inspect(envelope, content, self.about.id)
+        self._content = b""
+        message = mail.MailRequest(envelope.peer, envelope.mail_from, envelope.rcpt_tos, content, envelope=envelope)
+        LOG.debug("Message received from Peer: %r, From: %r, to To %r.", message.Peer, message.From, message.route_to)
+        return message
+
+    @property
+    def message(self) -> mail.MailRequest:
+        if not hasattr(self, "_message"):
+            self._message = self._made()
+        return self._message
+
+    def _take(self) -> None:
+        committer = self._committer
+        message = self.message
+        if committer.deliver is not None:
+            self._run_all([Call(committer.deliver, message.To)], message, Attempt, self._handed_over)
+            return
+        for call in committer.router.plan(message):
+            self._planned.setdefault(call.recipient, []).append(call)
+        self._take_group()
+
+    # -- the spool ---------------------------------------------------------------------------------------------
+
+    def job(self) -> Job:
+        """For the spool: what it keeps."""
+        return job_of(self.message, self.about.id)
+
+    def kept(self) -> None:
+        """By the spool: the job is safe."""
+        self._answer_all(f"250 2.0.0 Ok: queued as {self.about.id}")
+
+    def lost(self, error: BaseException) -> None:
+        """By the spool: nothing was kept."""
+        with about.about(self.about):
+            self._say_failed(error)
+            self._answer_all(_refusal(_unkept(error)) if isinstance(error, QueueError) else trouble(error))
+
+    # -- one callable ------------------------------------------------------------------------------------------
+
+    def _handed_over(self, runs: Sequence[_Run]) -> None:
+        """What `deliver=` came to: nothing is kept here, so what fails is refused."""
+        [run] = runs
+        outcome = run.outcome
+        if isinstance(outcome, Done):
+            self._answer_all(_accepted(run.keys))
+            return
+        self._say_failed(outcome)
         # What it pushed for those that it does not name is not kept: then nobody has got the message.
-        failures = None if run.pushed else _shares(outcome, message.route_to)
-
-        async def answer(group: Group) -> str:
-            if isinstance(outcome, Done):
-                return _accepted(run.keys)
-            if failures is None:
-                return _refusal(outcome)
+        failures = None if run.pushed else _shares(outcome, self.message.route_to)
+        if failures is None:
+            self._answer_all(_refusal(outcome))
+            return
+        replies: dict[Group, str] = {}
+        for group in self._owed:
             own = [failure for recipient in group for failure in failures.get(recipient, ())]
-            return _refusal(outcome_of(Undelivered(own))) if own else _accepted(())
+            replies[group] = _refusal(outcome_of(Undelivered(own))) if own else _accepted(())
+        self._answer(replies)
 
-        return answer
+    def _say_failed(self, error: BaseException) -> None:
+        message = self.message
+        told = (message.Peer, message.From, message.route_to)
+        LOG.error("Exception while processing message from Peer: %r, From: %r, to To %r.", *told, exc_info=error)
 
-    async def _route(self, message: mail.MailRequest) -> _Answer:
-        """Plan what the routes ask for; it is run for one group after another."""
-        calls: dict[str, list[Call]] = {}
-        for call in await self._in_pool(self.router.plan, message):
-            calls.setdefault(call.recipient, []).append(call)
+    # -- the router --------------------------------------------------------------------------------------------
 
-        async def answer(group: Group) -> str:
-            part = message if len(group) > 1 else message.addressed(group[0])
-            return await self._run_or_keep(part, [call for recipient in group for call in calls.get(recipient, ())])
+    def _take_group(self) -> None:
+        """Run what the routes ask for, for the first group that waits for its reply."""
+        group = self._owed[0]
+        part = self.message if len(group) > 1 else self.message.addressed(group[0])
+        calls = [call for recipient in group for call in self._planned.get(recipient, ())]
+        for left in unplanned(part, calls):
+            self._committer.router.keep_undeliverable(left)
+        self._run_all(calls, part, self._committer.router.attempt, partial(self._conclude, group, part))
 
-        return answer
-
-    async def _run_or_keep(self, message: mail.MailRequest, calls: Sequence[Call]) -> str:
-        """Run these calls, and keep what fails."""
-        for left in unplanned(message, calls):
-            await self._in_pool(self.router.keep_undeliverable, left)
-        failures: list[tuple[Call, Later | Dead]] = []
-        for call in calls:
-            run = _Run(self, call, message, self.router.attempt)
-            outcome = await run.outcome()
-            if not isinstance(outcome, Done):
-                failures.append((run.call, outcome))
-        if reply := _common_refusal(failures, len(calls)):
-            return reply
-        keys = await self._in_pool(self._keep, message, failures)
-        if self.on_handled is not None:
-            kept = {call.recipient for call, _ in failures}
-            self.on_handled(message, [to for to in dict.fromkeys(call.recipient for call in calls) if to not in kept])
-        return _accepted(keys)
+    def _conclude(self, group: Group, part: mail.MailRequest, runs: Sequence[_Run]) -> None:
+        """Keep what has failed, and answer."""
+        failures = [(run.call, run.outcome) for run in runs if not isinstance(run.outcome, Done)]
+        reply = _common_refusal(failures, len(runs))
+        if reply is None:
+            reply = _accepted(self._keep(part, failures))
+            if self._committer.on_handled is not None:
+                kept = {call.recipient for call, _ in failures}
+                handled = [to for to in dict.fromkeys(run.call.recipient for run in runs) if to not in kept]
+                self._committer.on_handled(part, handled)
+        self._answer({group: reply})
 
     def _keep(self, message: mail.MailRequest, failures: Sequence[tuple[Call, Later | Dead]]) -> list[str]:
         """Keep each failed call as a job bound to its function; their keys. Raises what the store raises."""
-        queue = self.router.UNDELIVERABLE_QUEUE
+        queue = self._committer.router.UNDELIVERABLE_QUEUE
         if not failures or queue is None:
             return []
         store = queue.backend
@@ -200,23 +294,66 @@ class Committer:
             )
         return keys
 
-    async def _in_pool(self, function: Callable[..., _T], *arguments: Any) -> _T:
-        """Run code that may take its time or be a user's own. Raises only Exception."""
+    # -- calls and replies -------------------------------------------------------------------------------------
 
-        def run() -> _T:
-            try:
-                return function(*arguments)
-            except (KeyboardInterrupt, SystemExit, StopIteration) as error:  # would end or confuse the loop
-                raise RuntimeError(repr(error)) from error
+    def _run_all(
+        self,
+        calls: Sequence[Call],
+        message: mail.MailRequest,
+        make: Callable[..., Attempt],
+        then: Callable[[Sequence[_Run]], None],
+    ) -> None:
+        """Run these calls one after another, and go on with `then` in whatever thread the last one has ended."""
+        runs: list[_Run] = []
 
-        return await self.loop.run_in_executor(self.pool, about.within(about.current(), run))
+        def begin() -> None:
+            run = _Run(self._committer, calls[len(runs)], message, make, ended)
+            runs.append(run)
+            run.begin()
+
+        def ended() -> None:
+            if len(runs) < len(calls):
+                self._committer.spawn(self._guarded(begin))  # not from here: calls would be nested in each other
+            else:
+                self._guarded(partial(then, runs))()
+
+        begin() if calls else then(runs)
+
+    def _guarded(self, step: Callable[[], None]) -> Callable[[], None]:
+        """A step in whatever thread: what is logged in it is about this message, and if it fails the client is told."""
+
+        def run() -> None:
+            with about.about(self.about):
+                try:
+                    step()
+                except BaseException as error:  # whatever it is, nothing was promised: the client keeps the message
+                    self._answer_all(trouble(error), first=bool(self._planned))
+
+        return run
+
+    def _answer_all(self, reply: str, *, first: bool = False) -> None:
+        """The reply to every group that waits for one; with `first` only to the one whose turn it is."""
+        self._answer(dict.fromkeys([self._owed[0]] if first else self._owed, reply))
+
+    def _answer(self, replies: Mapping[Group, str]) -> None:
+        self._committer.on_loop(partial(self._told, replies))
+
+    def _told(self, replies: Mapping[Group, str]) -> None:
+        """On the loop: tell what is known, then see to who is next (rule 4)."""
+        self._known |= replies
+        with about.about(self.about):
+            while self._owed and self._owed[0] in self._known:
+                self._tell(self._known[self._owed.popleft()])
+        if self._owed:
+            self._committer.spawn(self._guarded(self._take_group))
+        else:
+            self._committer.open.discard(self)
 
 
 class _Run:
-    """One call under way, as the event loop sees it.
+    """One call under way. `make` is Attempt or what makes one; `ended` is called once, in whatever thread it ends."""
 
-    `make` is Attempt or what makes one.
-    """
+    outcome: Result
 
     def __init__(
         self,
@@ -224,31 +361,30 @@ class _Run:
         call: Call,
         message: mail.MailRequest,
         make: Callable[..., Attempt],
+        ended: Callable[[], None],
     ) -> None:
         self.call = call
         self.keys: list[str] = []
         self._committer = committer
         self._message = message
         self._make = make
+        self._ended = ended
+        self._has_ended = False
         self._attempt: Attempt | None = None
-        self._begun = 0.0
+        self._begun = time.monotonic()
         self._about = about.current()
-        self._settled: asyncio.Future[Result] = committer.loop.create_future()
 
-    async def outcome(self) -> Result:
-        """Run the call and wait for it: in a conversation for PATIENCE, in its function for the time-out."""
+    def begin(self) -> None:
+        """In a thread of the pool."""
         self._committer.running.add(self)
         try:
-            self._spawn(self._begin)
-            while (left := self._time_left()) > 0:
-                await asyncio.wait({self._settled}, timeout=left)
-                if self._settled.done():
-                    return self._settled.result()
-            return self._overdue() or await self._settled
-        finally:
-            self._committer.running.discard(self)
-            if self._attempt is not None:
-                self.call = self._attempt.call
+            key = key_of(self._message, self.call)
+            settle = publishing(self._settle, failed=_Unkept)
+            self._attempt = self._make(self.call, self._message, key=key, settle=settle, patience=PATIENCE)
+            self._attempt.start(self._committer.spawn)
+        except Exception as error:  # a fault of ours: nothing was promised, so the client keeps the message
+            LOG.exception("%s could not be run", self.call.name)
+            self._end(_Unkept(reason_of(error)))
 
     @property
     def pushed(self) -> bool:
@@ -259,55 +395,46 @@ class _Run:
         if self._attempt is not None:
             self._attempt.give_up()
 
-    def _spawn(self, function: Callable[[], None]) -> None:
-        with contextlib.suppress(RuntimeError):  # the receiver has stopped: nobody waits for this any more
-            self._committer.pool.submit(about.within(self._about, function))
-
-    def _begin(self) -> None:
-        """In a thread of the pool."""
-        try:
-            key = key_of(self._message, self.call)
-            settle = publishing(self._tell, failed=_Unkept)
-            attempt = self._make(self.call, self._message, key=key, settle=settle, patience=PATIENCE)
-            self._begun = time.monotonic()
-            self._attempt = attempt
-            attempt.start(self._spawn)
-        except Exception as error:  # a fault of ours: nothing was promised, so the client keeps the message
-            LOG.exception("%s could not be run", self.call.name)
-            self._tell(_Unkept(reason_of(error)))
-
-    def _tell(self, outcome: Result, puts: Sequence[Put] = ()) -> None:
+    def _settle(self, outcome: Result, puts: Sequence[Put]) -> None:
         self.keys = [put.job.key for put in puts]
+        self._end(outcome)
 
-        def settle() -> None:
-            if not self._settled.done():
-                self._settled.set_result(outcome)
+    def _end(self, outcome: Result) -> None:
+        if self._has_ended:
+            return
+        self._has_ended = True
+        self._committer.running.discard(self)
+        if self._attempt is not None:
+            self.call = self._attempt.call
+        self.outcome = outcome
+        self._ended()
 
-        with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits for this any more
-            self._committer.loop.call_soon_threadsafe(settle)
-
-    def _time_left(self) -> float:
-        """Seconds until the next look; 0 or less when it is overdue."""
-        if self._attempt is None:
-            return 1.0  # it waits for a thread
-        started = self._attempt.started
+    def time_left(self) -> float:
+        """Seconds until the next look at it; 0 or less when it is overdue: in a conversation for PATIENCE, in its
+        function for the time-out."""
+        started = None if self._attempt is None else self._attempt.started
         if started is None:
-            return min(self._begun + PATIENCE - time.monotonic(), 1.0)
+            return self._begun + PATIENCE - time.monotonic()
         return started + self._committer.timeout - time.monotonic()
 
-    def _overdue(self) -> Result | None:
-        """The outcome of a call that took too long; None when it has just been settled."""
+    def overdue(self) -> None:
+        """End a call that takes too long, unless it has just been settled; from the loop."""
         attempt = self._attempt
-        assert attempt is not None
+        if attempt is None:
+            return
         hung = attempt.hung(self._committer.timeout) if attempt.started is not None else None
         if not attempt.give_up():
-            return None
+            return
         if hung is None:
-            return Later("the conversation is busy", counted=False)
+            busy = Later("the conversation is busy", counted=False)
+            self._committer.spawn(about.within(self._about, partial(self._end, busy)))
+            return
         LOG.error("%s hangs; this process will be replaced", attempt.call.name or "deliver")
         self._committer.on_hang()
         # Without a name nothing can be bound to it: the client has to keep the message.
-        return hung if attempt.call.name is not None else _Unkept()
+        outcome = hung if attempt.call.name is not None else _Unkept()
+        # In a thread of its own: those of the pool may all hang.
+        threading.Thread(target=about.within(self._about, partial(self._end, outcome)), daemon=True).start()
 
 
 def trouble(error: BaseException) -> str:
@@ -315,20 +442,6 @@ def trouble(error: BaseException) -> str:
     mark = secrets.token_hex(6)
     LOG.error("Session error %s", mark, exc_info=error)
     return f"451 4.3.0 Internal error {mark}, please try again later"
-
-
-async def _answered(answer: _Answer, group: Group) -> str:
-    try:
-        return await answer(group)
-    except Exception as error:  # nothing was promised to this group
-        return trouble(error)
-
-
-def _always(reply: str) -> _Answer:
-    async def answer(_group: Group) -> str:
-        return reply
-
-    return answer
 
 
 def _shares(outcome: Result, recipients: Sequence[str]) -> dict[str, list[Failure]] | None:
@@ -380,3 +493,9 @@ def _refusal(outcome: Later | Dead) -> str:
         return f"554 5.3.0 {words or 'The message was refused'}"
     busy = isinstance(outcome, Later) and not outcome.counted
     return f"451 {'4.3.2' if busy else '4.3.0'} {words or 'The message was not taken, please try again later'}"
+
+
+def _unkept(error: BaseException) -> _Unkept:
+    unkept = _Unkept(f"the message could not be kept: {reason_of(error)}")
+    unkept.__cause__ = error
+    return unkept

@@ -23,7 +23,6 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from socket import gethostname
 from typing import Any
@@ -35,6 +34,7 @@ from lamsonq.commit import Committer
 from lamsonq.envelope import Envelope
 from lamsonq.errors import SettingsError
 from lamsonq.routing import Router, RoutingBase
+from lamsonq.threads import Threads
 from lamsonq.trace import HOPS_MAX, hops, received_field
 
 LOG = logging.getLogger()
@@ -89,9 +89,9 @@ class Ingress:
         self.timeout = timeout
         self.hostname = hostname or gethostname()
         self._secret = f"Bearer {token}".encode()
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="lamsonq-ingress")
+        self._pool = Threads(workers, "lamsonq-ingress")
         self._committer: Committer | None = None
-        self._under_way: set[asyncio.Task[None]] = set()
+        self._under_way: set[asyncio.Future[str]] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection's request, or the server's start and end, as ASGI has it."""
@@ -109,7 +109,7 @@ class Ingress:
             await send({"type": "lifespan.startup.complete"})
         if self._under_way:
             await asyncio.wait(self._under_way)  # what has begun is finished, also when its client has gone
-        self._pool.shutdown(wait=False)
+        self._pool.close()
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _take(self, scope: Scope, receive: Receive) -> tuple[int, dict[str, str]]:
@@ -151,7 +151,7 @@ class Ingress:
     async def _takes(self, address: str) -> bool:
         if not self.router.table.routes:
             return True
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self.router.takes, address)
+        return await asyncio.to_thread(self.router.takes, address)
 
     async def _body(self, headers: MutableMapping[bytes, bytes], receive: Receive) -> bytes:
         declared = headers.get(b"content-length", b"0")
@@ -177,12 +177,12 @@ class Ingress:
             self._committer = Committer(loop, self._pool, self.router, self.deliver, self.timeout, _hangs, self._traced)
         group = tuple(dict.fromkeys(canonical(path) for path in envelope.rcpt_tos))
         reply: asyncio.Future[str] = loop.create_future()
-        task = loop.create_task(self._committer.commit(envelope, content, [group], [reply]))
-        self._under_way.add(task)
-        task.add_done_callback(self._under_way.discard)
+        self._under_way.add(reply)
+        reply.add_done_callback(self._under_way.discard)
+        self._committer.commit(envelope, content, [group], reply.set_result)
         return await asyncio.shield(reply)
 
-    async def _traced(self, envelope: Envelope, content: bytes, id: str) -> tuple[Envelope, bytes]:
+    def _traced(self, envelope: Envelope, content: bytes, id: str) -> tuple[Envelope, bytes]:
         trace = received_field(envelope, self.hostname, id, _OPENED_BY_HTTP)
         return replace(envelope, trace=trace.decode()), content
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from email.message import Message
@@ -108,6 +109,12 @@ class Queue:
         events.tell_puts([put], [kept])
         return job.key if kept else None
 
+    def keep(self, jobs: Sequence[Job]) -> None:
+        """Put what a receiver has taken, all of it at once. Raises QueueError, and then none of it is kept."""
+        made = events.produced()
+        puts = [Put(self.backend, replace(job, metadata={**made, **job.metadata}) if made else job) for job in jobs]
+        events.tell_puts(puts, self.backend.put(puts))
+
     def new_key(self) -> str:
         """A key that nothing else has."""
         return self.backend.new_key()
@@ -177,6 +184,12 @@ def moment(when: Moment, now: float) -> float:
     if not math.isfinite(span):
         raise ValueError(f"{when} is no moment")
     return now + span
+
+
+def queue_of(deliver: object) -> Queue | None:
+    """The queue whose push this is; None for every other callable, also for one that only ends in a push."""
+    owner = getattr(deliver, "__self__", None)
+    return owner if isinstance(owner, Queue) and getattr(deliver, "__func__", None) is Queue.push else None
 
 
 def new_key(backend: Backend) -> str:

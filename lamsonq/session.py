@@ -22,8 +22,9 @@ import logging
 import re
 import ssl
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, ClassVar, Protocol, cast
 
 from aiosmtpd import smtp
@@ -34,7 +35,7 @@ from lamsonq.address import canonical
 from lamsonq.envelope import Envelope, Notify
 from lamsonq.limits import Client, Refused, Traffic
 from lamsonq.trace import HOPS_MAX, hops, protocol_word
-from lamsonq.wire import Hot, Wire
+from lamsonq.wire import Hot, Wire, Work
 
 LOG = logging.getLogger()
 """The root logger, where the other lines about a message go."""
@@ -53,8 +54,6 @@ HELO_MAX = 255
 
 _WORDS_OF_THE_WEB = frozenset({"GET", "POST", "PUT", "HEAD", "OPTIONS", "DELETE", "PATCH", "CONNECT"})
 """What another protocol begins with, whose client somebody has sent here."""
-
-Work = Coroutine[Any, Any, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +134,10 @@ class Server(Protocol):
         """Whether there is no room for a message of so many octets; 0 where that is not known."""
 
     def commit(
-        self, envelope: Envelope, content: bytes, groups: Sequence[tuple[str, ...]]
-    ) -> Sequence[asyncio.Future[str]]:
-        """Begin to keep or handle a message; the replies, one for each group of its recipients, in this order.
+        self, envelope: Envelope, content: bytes, groups: Sequence[tuple[str, ...]], tell: Callable[[str], None]
+    ) -> None:
+        """Begin to keep or handle a message; `tell` gets the replies, one for each group of its recipients, in this
+        order and from the loop.
 
         The traffic's memory counts it until it is done with.
         """
@@ -743,15 +743,6 @@ class Session(Wire):
         self.server.traffic.memory -= self._reserved
         self._reserved = 0
 
-    def _take_whole(self, content: bytes | None) -> Work:
-        return self._deliver_message(content)
-
-    async def _deliver_message(self, content: bytes | None) -> None:
-        await self._answer(content)
-        self._messages += 1
-        self._forget()
-        self.parting = self.server.draining
-
     def groups(self, accepted: Sequence[str]) -> list[tuple[str, ...]]:
         """Which recipients each reply to a message answers for: one for all (RFC 5321 section 3.3).
 
@@ -770,17 +761,18 @@ class Session(Wire):
             return "550 5.6.0 Lines end in <CR><LF>: a bare <CR> or <LF> is refused (RFC 5321 section 2.3.8)"
         return None
 
-    async def _answer(self, content: bytes | None) -> None:
-        """Have a message taken and send the replies to it, each as soon as it is known."""
+    def _take_whole(self, content: bytes | None) -> Work | None:
+        """A message has come: have it taken; each reply to it goes out as soon as it is known."""
         assert self.envelope is not None
         accepted = [canonical(path) for path in self.envelope.rcpt_tos]
         groups = self.groups(accepted)
         self.owed = len(groups)
+        self._answered = self.loop.create_future()
         refusal = self._fault_of(content)
         if content is None or refusal is not None:
             for _ in groups:
-                await self._pay(refusal or "")
-            return
+                self._pay(refusal or "")
+            return None
         paths: dict[str, str] = {}  # each recipient once, as it was first written
         for recipient, path in zip(accepted, self.envelope.rcpt_tos, strict=True):
             paths.setdefault(recipient, path)
@@ -795,10 +787,22 @@ class Session(Wire):
             notify=self._notify,
             protocol=self._word(),
         )
-        replies = self.server.commit(envelope, content, groups)
         self._release()  # the receiver counts it now
-        for reply in replies:
-            await self._pay(await reply)
+        self.server.commit(envelope, content, groups, self._pay)
+        return self._answered
+
+    def _pay(self, reply: str) -> None:
+        """One of the replies that are owed; the last one ends the transaction."""
+        if not self.owed:
+            return  # it was told something else, and sent away
+        self.owed -= 1
+        self.say(reply)
+        if not self.owed:
+            self._messages += 1
+            self._forget()
+            self.parting = self.server.draining
+            if not self._answered.done():  # else the client has gone
+                self._answered.set_result(None)
 
     def say(self, reply: str) -> None:
         super().say(enhanced(reply))
@@ -808,10 +812,6 @@ class Session(Wire):
         base = self.protocol if self._state.extended_smtp else "SMTP"
         utf8 = any(option.upper() == "SMTPUTF8" for option in self.envelope.mail_options) if self.envelope else False
         return protocol_word(base, tls=self._is_encrypted, login=bool(self.login), utf8=utf8)
-
-    async def _pay(self, reply: str) -> None:
-        self.owed -= 1
-        await self.push(reply)
 
     hot: ClassVar[Mapping[str, Hot]] = {
         "MAIL": _mail,
@@ -838,6 +838,7 @@ _STATUS = re.compile(r"([245])\d\d(?: |$)(?!\1\.\d{1,3}\.\d{1,3}(?: |$))")
 _DEFAULTS = {"500": "5.5.2", "501": "5.5.4", "502": "5.5.1", "503": "5.5.1"}  # RFC 3463 section 3.6
 
 
+@lru_cache(256)
 def enhanced(reply: str) -> str:
     """A reply with an enhanced status code (RFC 2034), if it has to have one and does not; never the greeting."""
     if "  " in reply or not reply.isprintable():

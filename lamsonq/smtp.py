@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import contextvars
 import inspect
 import ipaddress
 import logging
@@ -29,7 +28,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from socket import gethostname
 from socket import socket as Socket
 from ssl import SSLContext
@@ -46,6 +44,7 @@ from lamsonq.routing import Router, RoutingBase
 from lamsonq.session import Check, Dialogue, Session
 from lamsonq.sockets import BACKLOG, listen
 from lamsonq.space import MIN_FREE, Space
+from lamsonq.threads import Threads
 from lamsonq.tls import TLS
 from lamsonq.trace import received_field
 from lamsonq.verdicts import Auth, Verdict
@@ -166,7 +165,6 @@ class SMTPReceiver:
         self._stopping = asyncio.Event()
         self._deadline = float("inf")
         self._sessions: set[Session] = set()
-        self._commits: set[asyncio.Task[None]] = set()
 
     # -- the receiver's life -----------------------------------------------------------------------------------
 
@@ -299,7 +297,7 @@ class SMTPReceiver:
     # -- the event loop's thread -------------------------------------------------------------------------------
 
     def _serve(self) -> None:
-        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="lamsonq-smtp")
+        pool = Threads(self.workers, "lamsonq-smtp")
         self._lookups = ThreadPoolExecutor(2, thread_name_prefix="lamsonq-rcpt")
         self._checks = ThreadPoolExecutor(10, thread_name_prefix="lamsonq-check")
         self._passwords = ThreadPoolExecutor(2, thread_name_prefix="lamsonq-login")
@@ -309,14 +307,22 @@ class SMTPReceiver:
             self._failure = error
         finally:
             self._listens.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.drop()
             for own in (self._lookups, self._checks, self._passwords):
                 own.shutdown(wait=False, cancel_futures=True)
 
-    async def _listen(self, pool: ThreadPoolExecutor) -> None:
+    async def _listen(self, pool: Threads) -> None:
         self._loop = loop = asyncio.get_running_loop()
         self._committer = Committer(
-            loop, pool, self.router, self.deliver, self.timeout, self._ask_to_be_replaced, self._inspected, self._report
+            loop,
+            pool,
+            self.router,
+            self.deliver,
+            self.timeout,
+            self._ask_to_be_replaced,
+            self._inspected,
+            None if self.verifier is None else self._checks,
+            self._report,
         )
         assert self._listener is not None
         # To asyncio this is how often it tries to accept in one turn: with no descriptor left, so many errors.
@@ -337,7 +343,7 @@ class SMTPReceiver:
     async def _drain(self) -> None:
         """Let what has begun finish; send everybody else away."""
         self.draining = True
-        while (self._sessions or self._commits) and time.monotonic() < self._deadline:
+        while (self._sessions or self._committer.open) and time.monotonic() < self._deadline:
             for session in [session for session in self._sessions if session.idle_for > LEAVE_AFTER]:
                 session.dismiss(_GOODBYE)
             await asyncio.sleep(0.02)
@@ -351,6 +357,7 @@ class SMTPReceiver:
         for session in list(self._sessions):
             session.dismiss(_GOODBYE)
         await asyncio.sleep(0.02)  # what was written last goes out
+        self._committer.close()
 
     # -- what the sessions need --------------------------------------------------------------------------------
 
@@ -440,9 +447,6 @@ class SMTPReceiver:
     def full(self, size: int) -> bool:
         return self.space.lacks(size)
 
-    def _handled(self, octets: int) -> None:
-        self.traffic.memory -= octets
-
     def trouble(self, error: BaseException) -> str:
         return trouble(error)
 
@@ -455,32 +459,36 @@ class SMTPReceiver:
             told = self._checks.submit(self.reports, _success(envelope, message.Data, delivered, self.hostname))
             told.add_done_callback(_log_unreported)
 
-    async def _inspected(self, envelope: mail.Envelope, content: bytes, id: str) -> tuple[mail.Envelope, bytes]:
+    def _inspected(self, envelope: mail.Envelope, content: bytes, id: str) -> tuple[mail.Envelope, bytes]:
         """The envelope with our trace fields and verdicts (RFC 5321 section 4.4, RFC 8601)."""
         trace = received_field(envelope, self.hostname, id, envelope.protocol or self.protocol)
         if self.verifier is None:
             return replace(envelope, trace=trace.decode()), content
-        auth, content = await self._loop.run_in_executor(
-            self._checks, _checked, envelope, content, self.verifier, self.authserv_id
-        )
+        auth, content = _checked(envelope, content, self.verifier, self.authserv_id)
         trace = authentication_results(auth, self.authserv_id) + trace
         return replace(envelope, auth=auth, trace=trace.decode()), content
 
     def commit(
-        self, envelope: mail.Envelope, content: bytes, groups: Sequence[tuple[str, ...]]
-    ) -> Sequence[asyncio.Future[str]]:
-        """Take a message; the task goes on when nobody waits for the replies any more."""
-        replies: list[asyncio.Future[str]] = [self._loop.create_future() for _ in groups]
-        context = contextvars.copy_context()  # the task's, so that the line about a refusal has the message's id
-        committing = self._committer.commit(envelope, content, groups, replies)
-        task = self._loop.create_task(committing, context=context)
-        self._commits.add(task)
-        task.add_done_callback(self._commits.discard)
-        self.traffic.memory += len(content)  # it stays in memory when its client goes, too
-        task.add_done_callback(lambda _: self._handled(len(content)))
-        for group, reply in zip(groups, replies, strict=True):
-            reply.add_done_callback(partial(_log_refusal, envelope, group), context=context)
-        return replies
+        self, envelope: mail.Envelope, content: bytes, groups: Sequence[tuple[str, ...]], tell: Callable[[str], None]
+    ) -> None:
+        """Take a message; it is gone on with when nobody waits for the replies any more."""
+        octets = len(content)
+        self.traffic.memory += octets  # it stays in memory when its client goes, too
+        owed = iter(groups)
+        left = len(groups)
+
+        def told(reply: str) -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                self.traffic.memory -= octets
+            if not reply.startswith("2"):
+                _log_refusal(envelope, next(owed), reply)
+            else:
+                next(owed)
+            tell(reply)
+
+        self._committer.commit(envelope, content, groups, told)
 
 
 def _success(envelope: mail.Envelope, content: bytes, delivered: Sequence[str], hostname: str) -> mail.MailRequest:
@@ -514,11 +522,10 @@ def _log_unreported(told: Future[object]) -> None:
         LOG.error("The report of a delivery could not be sent", exc_info=told.exception())
 
 
-def _log_refusal(envelope: mail.Envelope, group: tuple[str, ...], reply: asyncio.Future[str]) -> None:
+def _log_refusal(envelope: mail.Envelope, group: tuple[str, ...], reply: str) -> None:
     """One line when these recipients' message was not taken: for who reads the log, it is not there otherwise."""
-    if not reply.cancelled() and not reply.result().startswith("2"):
-        told = (envelope.peer, envelope.mail_from, list(group), reply.result())
-        LOG.info("Refused message from Peer: %r, From: %r, to To %r: %r", *told)
+    told = (envelope.peer, envelope.mail_from, list(group), reply)
+    LOG.info("Refused message from Peer: %r, From: %r, to To %r: %r", *told)
 
 
 def _networks(name: str, texts: Sequence[str]) -> tuple[Network, ...]:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import format_datetime
+from functools import lru_cache
 
 from lamsonq.address import is_path_address
 from lamsonq.envelope import Envelope, restored
@@ -43,14 +44,13 @@ def protocol_word(base: str = "ESMTP", *, tls: bool = False, login: bool = False
 
 def received_field(envelope: Envelope, hostname: str, id: str, protocol_word: str) -> bytes:
     """Who gave us this message, how and when. `for` only where there is one recipient: no others are told of him."""
-    peer = _literal(envelope.peer)
+    peer = _literal(str(envelope.peer[0])) if isinstance(envelope.peer, tuple) and envelope.peer else ""
     lines = [f"Received: from {_word(envelope.helo)}" + (f" ({peer})" if peer else "")]
     lines.append(f" by {_word(hostname)} with {_word(protocol_word)} id {_word(id)}")
     if len(envelope.rcpt_tos) == 1 and _is_recipient(envelope.rcpt_tos[0]):
         lines.append(f" for <{envelope.rcpt_tos[0]}>")
-    moment = datetime.fromtimestamp(envelope.received or time.time(), UTC)
     lines[-1] += ";"
-    lines.append(f" {format_datetime(moment)}")
+    lines.append(f" {_date(int(envelope.received or time.time()))}")
     return "".join(f"{line}\r\n" for line in lines).encode()
 
 
@@ -87,16 +87,20 @@ def _word(text: str) -> str:
     return _not_in_word.sub("?", text[:_WORD_MAX]) or "unknown"
 
 
-def _literal(peer: object) -> str:
+@lru_cache(256)
+def _literal(address: str) -> str:
     """The address of a client as RFC 5321 section 4.1.3 writes it; "" for what is no address."""
-    if not (isinstance(peer, tuple) and peer):
-        return ""
     try:
-        address = ipaddress.ip_address(str(peer[0]).partition("%")[0])
+        known = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
         return ""
-    mapped = getattr(address, "ipv4_mapped", None) or address
+    mapped = getattr(known, "ipv4_mapped", None) or known
     return f"[{mapped}]" if mapped.version == 4 else f"[IPv6:{mapped}]"
+
+
+@lru_cache(2)
+def _date(second: int) -> str:
+    return format_datetime(datetime.fromtimestamp(second, UTC))
 
 
 def _is_recipient(address: str) -> bool:

@@ -2,7 +2,8 @@
 
 Rules:
 
-1. What a client sends is taken in whole chunks and worked off in order. Hot commands (`hot`) are plain functions that
+1. What a client sends is taken in whole chunks, through one buffer for all sessions of a thread, and worked off in
+   order. Hot commands (`hot`) are plain functions that
    run at once; every other one is a coroutine of aiosmtpd's kind. While one of these runs nothing else of this session
    does, and a reply is never overtaken.
 2. A command ends with CRLF and holds no control character (RFC 5321 section 2.3.8); anything else is refused and not
@@ -26,7 +27,9 @@ import asyncio
 import logging
 import re
 import ssl
+import threading
 from collections.abc import Callable, Coroutine, Mapping
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from aiosmtpd import smtp
@@ -58,15 +61,34 @@ CLOSE_TIMEOUT = 10.0
 MAIL_LOG = logging.getLogger("mail.log")
 """aiosmtpd's logger: every line of every dialogue, at INFO."""
 
+CHUNK = 1 << 18
+"""Octets that are taken from a socket at once, at most."""
+
 _END = b"\r\n.\r\n"
 _CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
 _UNPRINTABLE = re.compile(r"[^ -~]")
 
-Hot = Callable[[Any, str | None], Coroutine[Any, Any, None] | None]
+Work = Coroutine[Any, Any, None] | asyncio.Future[None]
+"""What takes its time: it is run, or it is only waited for."""
+
+Hot = Callable[[Any, str | None], Work | None]
 """A command that runs at once. What takes its time, it returns as a coroutine."""
 
 
-class Wire(smtp.SMTP):
+class _Inbox(threading.local):
+    """Where a thread's sessions are given what has come; each takes it out before another is given something.
+
+    asyncio would make a new object of CHUNK octets for every read, and the kernel map and unmap it.
+    """
+
+    def __init__(self) -> None:
+        self.view = memoryview(bytearray(CHUNK))
+
+
+_inbox = _Inbox()
+
+
+class Wire(smtp.SMTP, asyncio.BufferedProtocol):
     """aiosmtpd's SMTP, with another way from the socket to its commands."""
 
     hot: ClassVar[Mapping[str, Hot]] = {}
@@ -82,7 +104,7 @@ class Wire(smtp.SMTP):
         self._seen = 0
         """Up to where `_held` has been searched in vain."""
         self._take: Callable[[], bool] = self._take_command
-        self._work: asyncio.Task[None] | None = None
+        self._work: asyncio.Future[None] | None = None
         self._feeding = False
         """Whether the command that runs reads by itself, from `_reader`."""
         self._shaking = False
@@ -93,7 +115,7 @@ class Wire(smtp.SMTP):
         self._stopped_reading = False
         self._replies: list[bytes] = []
         self._deadline = float("inf")
-        self._finish: Callable[[bytes | None], Coroutine[Any, Any, None] | None]
+        self._finish: Callable[[bytes | None], Work | None]
         self._limit = 0
         self._too_much = False
         self._began = 0.0
@@ -111,12 +133,18 @@ class Wire(smtp.SMTP):
     async def _handle_client(self) -> None:
         """aiosmtpd's loop: it does not run."""
 
-    def welcome(self) -> Coroutine[Any, Any, None] | None:
+    def welcome(self) -> Work | None:
         """A client has connected."""
         self.say(f"220 {self.hostname} {self.__ident__}")
         return None
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - asyncio's
+        return _inbox.view
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.data_received(_inbox.view[:nbytes])
+
+    def data_received(self, data: bytes | memoryview) -> None:
         if self._feeding:
             self._reader.feed_data(data)
             if len(vars(self._reader)["_buffer"]) > AHEAD_MAX:
@@ -207,7 +235,7 @@ class Wire(smtp.SMTP):
         if self._work is None:
             self._advance()
 
-    def _begin(self, work: Coroutine[Any, Any, None], *, feeding: bool = False) -> None:
+    def _begin(self, work: Work, *, feeding: bool = False) -> None:
         """Run what takes its time; nothing else of this session runs until it has ended.
 
         With `feeding` it reads by itself what the client sends.
@@ -222,10 +250,10 @@ class Wire(smtp.SMTP):
         else:
             self._flush()
             self._hold_clock()
-        self._work = self.loop.create_task(work)
+        self._work = asyncio.ensure_future(work, loop=self.loop)
         self._work.add_done_callback(self._ended_work)
 
-    def _ended_work(self, work: asyncio.Task[None]) -> None:
+    def _ended_work(self, work: asyncio.Future[None]) -> None:
         self._work = None
         self._stop_feeding()
         if self.transport is None:
@@ -282,7 +310,8 @@ class Wire(smtp.SMTP):
                 held.clear()
                 self._seen = 0
             return False
-        line = bytes(held[: end + 1])
+        with memoryview(held) as view:
+            line = bytes(view[: end + 1])
         del held[: end + 1]
         self._seen = 0
         self._reset_timeout()
@@ -324,7 +353,7 @@ class Wire(smtp.SMTP):
 
     # -- messages ----------------------------------------------------------------------------------------------
 
-    def read_message(self, limit: int, finish: Callable[[bytes | None], Coroutine[Any, Any, None] | None]) -> None:
+    def read_message(self, limit: int, finish: Callable[[bytes | None], Work | None]) -> None:
         """What comes now is a message, up to CRLF.CRLF. `finish` gets it without its dot-stuffing (RFC 5321 section
         4.5.2), or None when it is larger than `limit` octets.
 
@@ -351,12 +380,12 @@ class Wire(smtp.SMTP):
             return False
         content = None
         if not self._too_much and end <= self._limit:
-            content = bytes(held[: end + 2]).replace(b"\r\n.", b"\r\n")[2:]
+            content = _without_stuffing(held, end + 2)
         del held[: end + len(_END)]
         self._deliver(content)
         return True
 
-    def read_octets(self, count: int, finish: Callable[[bytes | None], Coroutine[Any, Any, None] | None]) -> None:
+    def read_octets(self, count: int, finish: Callable[[bytes | None], Work | None]) -> None:
         """What comes now are `count` octets, as they are (RFC 3030 section 2). `finish` gets them, or None when
         `keeps` did not let them in."""
         self._finish, self._limit, self._too_much = finish, count, False
@@ -502,6 +531,16 @@ class Wire(smtp.SMTP):
             self._look_again()
 
 
+def _without_stuffing(held: bytearray, end: int) -> bytes:
+    """The message between the CRLF before it and `end` (RFC 5321 section 4.5.2), copied as seldom as possible."""
+    with memoryview(held) as view:
+        content = bytes(view[2:end])
+    if content.startswith(b"."):
+        content = content[1:]
+    return content.replace(b"\r\n.", b"\r\n")
+
+
+@lru_cache(256)
 def reply_line(reply: str) -> bytes:
     """One line of a reply: printable ASCII, and short enough for every client."""
     if len(reply) > REPLY_MAX or not reply.isprintable() or not reply.isascii() or "  " in reply:

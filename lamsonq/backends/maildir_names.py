@@ -22,6 +22,7 @@ Rules:
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -139,6 +140,7 @@ def fitted(name: Name) -> Name:
     return name if usable and ":2," not in name.key and size <= NAME_MAX else name._replace(key=new_key(), others=())
 
 
+@functools.cache
 def _host() -> str:
     """This machine's name as a part of a file name: the maildir convention replaces / and :, we the comma as well."""
     cleaned = re.sub(r"[/:,\s\x00-\x1f]", "_", socket.gethostname())

@@ -15,7 +15,7 @@ import asyncio
 import random
 import re
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lamsonq import session as sessions
@@ -132,13 +132,17 @@ class Taker:
         return {"right": True, "wrong": False}.get(password)
 
     def commit(
-        self, envelope: Envelope, content: bytes, groups: Sequence[tuple[str, ...]]
-    ) -> Sequence[asyncio.Future[str]]:
+        self, envelope: Envelope, content: bytes, groups: Sequence[tuple[str, ...]], tell: Callable[[str], None]
+    ) -> None:
         assert len(content) <= SIZE_LIMIT, len(content)
         assert envelope.rcpt_tos
         assert all(groups)
         self.taken.append((content, envelope.mail_from, envelope.rcpt_tos))
-        return [self._later("250 Ok") for _ in groups]
+        for _ in groups:
+            if self._flags & WAITS:
+                self._loop.call_soon(tell, "250 Ok")
+            else:
+                tell("250 Ok")
 
     def trouble(self, error: BaseException) -> str:
         self.errors.append(error)

@@ -587,7 +587,7 @@ def WAIT(message, who):
     assert goodbye == "close" or waits_until(lambda: not receiver._sessions)
     noted.gate.set()
     assert waits_until(lambda: noted.calls == ["a", "a", "b", "b"])
-    assert waits_until(lambda: not receiver._commits and not receiver._sessions)
+    assert waits_until(lambda: not receiver._committer.open and not receiver._sessions)
 
 
 def test_stop_lets_a_message_have_all_its_replies(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -597,7 +597,7 @@ def test_stop_lets_a_message_have_all_its_replies(start: Start, monkeypatch: pyt
     with Client(receiver) as idle, Client(receiver) as waiting:
         waiting.begin("a@y.test", "b@y.test", "c@y.test")
         waiting.data()
-        assert waits_until(lambda: receiver._commits)
+        assert waits_until(lambda: receiver._committer.open)
         receiver.stop()
         assert idle.reply() == "421 4.3.2 Service shutting down"
         gate.set()
