@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,7 +14,7 @@ from lamsonq.logins import Logins
 from lamsonq.routing import RoutingBase
 from lamsonq.server import LMTPReceiver, Receiver, SMTPReceiver
 from lamsonq.session import Session
-from lamsonq.wire import Hot
+from lamsonq.wire import Hot, Work
 
 from .conftest import NAME, PASSWORD, Handled, Papers, mail_named
 from .exim import Exim
@@ -62,7 +61,7 @@ def pieces(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         hot = dict(kind.hot)
         take = hot["BDAT"]
 
-        def noted(session: Session, argument: str | None, take: Hot = take) -> Coroutine[Any, Any, None] | None:
+        def noted(session: Session, argument: str | None, take: Hot = take) -> Work | None:
             given.append(argument or "")
             return take(session, argument)
 
