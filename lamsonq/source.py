@@ -16,13 +16,14 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 
 from lamsonq import clock, deferred, events
 from lamsonq.attempt import Call, Spawn
 from lamsonq.errors import Dead, Failure, Later, LeaseLost, QueueError, SettingsError, Undelivered, reason_of
 from lamsonq.jobs import DONE, EXPIRED, KEPT, Done, Expired, Job, Limit, Outcome, Put, derived_key
 from lamsonq.mail import MailRequest
-from lamsonq.outbound import Outbox, outbox_of
+from lamsonq.outbound import Outbox, Settlement, outbox_of
 from lamsonq.policy import DEFAULT
 from lamsonq.queue import Queue, message_of
 from lamsonq.routing import CONVERSATION, RoutingBase, unplanned
@@ -174,10 +175,10 @@ class Source:
         if isinstance(outcome, Done | Expired):
             self._settle_job(job, outcome, puts)
             return
-        LOG.error("Job %s of %s failed: %s", job.key, self.queue.dir, reason_of(outcome))
         if self.outbox is not None and call is not None:
             self._settle_outbound(self.outbox, job, outcome)
             return
+        LOG.error("Job %s of %s failed: %s", job.key, self.queue.dir, reason_of(outcome))
         store = self.queue.backend
         refused = outcome.__cause__ if call is not None and call.name is None else None
         if isinstance(refused, Undelivered) and refused.failures:
@@ -204,6 +205,7 @@ class Source:
     def _settle_outbound(self, outbox: Outbox, job: Job, outcome: Later | Dead) -> None:
         """Rule 5: what goes on in parts, and the report to the sender, in one settle."""
         ended = outbox.settlement(self.queue.backend, job, outcome)
+        self._say_ended(job, ended)
         if ended.outcome is not None:
             self._settle_job(job, ended.outcome, ended.reports)
             return
@@ -212,6 +214,14 @@ class Source:
         for part in ended.parts:
             if part.outcome is not None:
                 events.tell_settled(part.job, part.outcome)
+
+    def _say_ended(self, job: Job, ended: Settlement) -> None:
+        """One line: an error where somebody is given up; that mail has to wait is everyday life."""
+        ends = [(part.job, part.outcome) for part in ended.parts] if ended.outcome is None else [(job, ended.outcome)]
+        dead = [_told(part, end) for part, end in ends if isinstance(end, Dead)]
+        waiting = [f"tried again at {_utc(end.at)}: {_told(part, end)}" for part, end in ends if isinstance(end, Later)]
+        level, what = (logging.ERROR, "failed: ") if dead else (logging.WARNING, "is ")
+        LOG.log(level, "Job %s of %s %s%s", job.key, self.queue.dir, what, "; ".join([*dead, *waiting]))
 
     def _settle_job(self, job: Job, outcome: Outcome, puts: Sequence[Put] = ()) -> None:
         """Settle, and say so."""
@@ -272,6 +282,14 @@ def _part(job: Job, message: MailRequest, number: int) -> Job:
 def _for_recipient(job: Job, recipient: str, number: int) -> Job:
     key = derived_key(job.key, number)
     return replace(job, key=key, recipients=(recipient,), deliveries=0, due=None, unique=None, claim="")
+
+
+def _told(job: Job, failed: Later | Dead) -> str:
+    return f"{', '.join(job.recipients) or 'nobody'}: {reason_of(failed)}"
+
+
+def _utc(at: float | None) -> str:
+    return f"{datetime.fromtimestamp(at or clock.now(), UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
 def _failed(job: Job) -> Job:
