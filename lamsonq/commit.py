@@ -28,6 +28,7 @@ from lamsonq import about, mail
 from lamsonq.address import canonical
 from lamsonq.attempt import PATIENCE, Attempt, Call, key_of, publishing
 from lamsonq.backends.maildir_names import new_key as new_id
+from lamsonq.delivery import carried, reported_once
 from lamsonq.errors import Dead, Failure, Later, SMTPError, Undelivered, outcome_of, reason_of
 from lamsonq.jobs import Done, Job, Put, Result
 from lamsonq.queue import job_of, new_key
@@ -145,7 +146,7 @@ class Committer:
 
         async def answer(group: Group) -> str:
             if isinstance(outcome, Done):
-                return _accepted(run.keys)
+                return _accepted([put.job.key for put in run.puts])
             if failures is None:
                 return _refusal(outcome)
             own = [failure for recipient in group for failure in failures.get(recipient, ())]
@@ -170,17 +171,20 @@ class Committer:
         for left in unplanned(message, calls):
             await self._in_pool(self.router.keep_undeliverable, left)
         failures: list[tuple[Call, Later | Dead]] = []
+        elsewhere: set[str] = set()
         for call in calls:
             run = _Run(self, call, message, self.router.attempt)
             outcome = await run.outcome()
             if not isinstance(outcome, Done):
                 failures.append((run.call, outcome))
+            elsewhere |= carried(run.puts)
         if reply := _common_refusal(failures, len(calls)):
             return reply
         keys = await self._in_pool(self._keep, message, failures)
         if self.on_handled is not None:
-            kept = {call.recipient for call, _ in failures}
-            self.on_handled(message, [to for to in dict.fromkeys(call.recipient for call in calls) if to not in kept])
+            elsewhere.update(call.recipient for call, _ in failures)
+            recipients = dict.fromkeys(call.recipient for call in calls)
+            self.on_handled(message, [recipient for recipient in recipients if recipient not in elsewhere])
         return _accepted(keys)
 
     def _keep(self, message: mail.MailRequest, failures: Sequence[tuple[Call, Later | Dead]]) -> list[str]:
@@ -189,7 +193,8 @@ class Committer:
         if not failures or queue is None:
             return []
         store = queue.backend
-        puts = [Put(store, _bound(message, call, new_key(store)), outcome) for call, outcome in failures]
+        jobs = reported_once([_bound(message, call, new_key(store)) for call, _ in failures])
+        puts = [Put(store, job, outcome) for job, (_, outcome) in zip(jobs, failures, strict=True)]
         store.put(puts)
         keys = [put.job.key for put in puts]
         for key, (_, outcome) in zip(keys, failures, strict=True):
@@ -226,7 +231,7 @@ class _Run:
         make: Callable[..., Attempt],
     ) -> None:
         self.call = call
-        self.keys: list[str] = []
+        self.puts: Sequence[Put] = ()
         self._committer = committer
         self._message = message
         self._make = make
@@ -277,7 +282,7 @@ class _Run:
             self._tell(_Unkept(reason_of(error)))
 
     def _tell(self, outcome: Result, puts: Sequence[Put] = ()) -> None:
-        self.keys = [put.job.key for put in puts]
+        self.puts = puts
 
         def settle() -> None:
             if not self._settled.done():

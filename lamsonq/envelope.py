@@ -34,6 +34,10 @@ class Notify(msgspec.Struct, frozen=True, omit_defaults=True):
     notify: dict[str, str] = msgspec.field(default_factory=dict)
     orcpt: dict[str, str] = msgspec.field(default_factory=dict)
 
+    def wants(self, recipient: str, word: str) -> bool:
+        """Whether SUCCESS, FAILURE or DELAY of this recipient is to be told: without NOTIFY, the latter two are."""
+        return word in (self.notify.get(recipient) or "FAILURE,DELAY").upper().split(",")
+
 
 UNASKED = Notify()
 

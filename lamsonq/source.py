@@ -7,7 +7,8 @@ Rules:
 2. A failure stays in this queue, bound to the function that failed: delayed, or dead with its traceback.
 3. What cannot be settled, because the store cannot be written, is given back as soon as it can.
 4. A job that comes too late is not run.
-5. Where a relay takes the messages, lamsonq.outbound says what becomes of a failure, and who is told.
+5. Where a relay takes the messages, lamsonq.outbound says what becomes of a failure, and who is told. That a function
+   has handled a message is reported where its sender asked for it, in the settle that ends its job (lamsonq.delivery).
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from socket import gethostname
 
 from lamsonq import clock, deferred, events
 from lamsonq.attempt import Call, Spawn
+from lamsonq.connection import own_name
+from lamsonq.delivery import Reports, reported, reported_once
 from lamsonq.errors import Dead, Failure, Later, LeaseLost, QueueError, SettingsError, Undelivered, reason_of
 from lamsonq.jobs import DONE, EXPIRED, KEPT, Done, Expired, Job, Limit, Outcome, Put, derived_key
 from lamsonq.mail import MailRequest
@@ -57,6 +61,7 @@ class Source:
         limits: Sequence[Limit] = (),
         archive: float | None = None,
         keep_dead: float | None = None,
+        reports: Reports | None = None,
     ) -> None:
         self.queue = queue
         self.outbox = outbox_of(deliver)
@@ -68,6 +73,7 @@ class Source:
         self.limits = limits
         self.archive = archive
         self.keep_dead = keep_dead
+        self.reports = reports
         self.owed: deque[tuple[Job, str]] = deque()
 
     def bind(self) -> None:
@@ -151,7 +157,7 @@ class Source:
     def _split(self, job: Job, calls: list[Call], left: list[MailRequest]) -> None:
         """Replace a job by one for each call of its plan (rule 1), and one for each part that nothing takes."""
         store = self.queue.backend
-        puts = [Put(store, _bound(job, call, n)) for n, call in enumerate(calls, 1)]
+        puts = [Put(store, part) for part in reported_once([_bound(job, call, n) for n, call in enumerate(calls, 1)])]
         for n, message in enumerate(left, len(calls) + 1):
             undeliverable = self.router.undeliverable_queue(message)
             reason = f"no route takes {', '.join(message.route_to) or 'a message without recipient'}"
@@ -173,6 +179,8 @@ class Source:
             self._settle_job(job, outcome)
             return
         if isinstance(outcome, Done | Expired):
+            if isinstance(outcome, Done) and self.reports is not None:
+                puts = [*puts, *reported(self.reports, job, puts, own_name() or gethostname())]
             self._settle_job(job, outcome, puts)
             return
         if self.outbox is not None and call is not None:
