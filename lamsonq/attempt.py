@@ -443,6 +443,15 @@ class Attempt:
             entered.conversations.leave(entered.conversation)
 
 
+def collected(deliver: Callable[[MailRequest], object], message: MailRequest) -> list[Put]:
+    """What `deliver` pushes of this message, for who settles it with something else. Raises what `deliver` raises."""
+    collecting = Attempt(Call(deliver, message.To), message, key="", settle=lambda *_: None)
+    context = contextvars.copy_context()
+    context.run(_current.set, collecting)
+    context.run(deliver, message)
+    return collecting.puts
+
+
 def publish(puts: Iterable[Put]) -> None:
     """Put what an attempt left behind into its stores, where there is no job to settle it with.
 

@@ -33,6 +33,7 @@ from lamsonq import about, mail
 from lamsonq.address import canonical
 from lamsonq.attempt import PATIENCE, Attempt, Call, key_of, publishing
 from lamsonq.backends.maildir_names import new_key as new_id
+from lamsonq.delivery import carried, reported_once
 from lamsonq.errors import Dead, Failure, Later, QueueError, SMTPError, Undelivered, outcome_of, reason_of
 from lamsonq.jobs import Done, Job, Put, Result
 from lamsonq.queue import job_of, new_key, queue_of
@@ -235,7 +236,7 @@ class _Commit:
         [run] = runs
         outcome = run.outcome
         if isinstance(outcome, Done):
-            self._answer_all(_accepted(run.keys))
+            self._answer_all(_accepted([put.job.key for put in run.puts]))
             return
         self._say_failed(outcome)
         # What it pushed for those that it does not name is not kept: then nobody has got the message.
@@ -272,9 +273,9 @@ class _Commit:
         if reply is None:
             reply = _accepted(self._keep(part, failures))
             if self._committer.on_handled is not None:
-                kept = {call.recipient for call, _ in failures}
-                handled = [to for to in dict.fromkeys(run.call.recipient for run in runs) if to not in kept]
-                self._committer.on_handled(part, handled)
+                elsewhere = {call.recipient for call, _ in failures}.union(*(carried(run.puts) for run in runs))
+                recipients = dict.fromkeys(run.call.recipient for run in runs)
+                self._committer.on_handled(part, [to for to in recipients if to not in elsewhere])
         self._answer({group: reply})
 
     def _keep(self, message: mail.MailRequest, failures: Sequence[tuple[Call, Later | Dead]]) -> list[str]:
@@ -283,7 +284,8 @@ class _Commit:
         if not failures or queue is None:
             return []
         store = queue.backend
-        puts = [Put(store, _bound(message, call, new_key(store)), outcome) for call, outcome in failures]
+        jobs = reported_once([_bound(message, call, new_key(store)) for call, _ in failures])
+        puts = [Put(store, job, outcome) for job, (_, outcome) in zip(jobs, failures, strict=True)]
         store.put(puts)
         keys = [put.job.key for put in puts]
         for key, (_, outcome) in zip(keys, failures, strict=True):
@@ -364,7 +366,7 @@ class _Run:
         ended: Callable[[], None],
     ) -> None:
         self.call = call
-        self.keys: list[str] = []
+        self.puts: Sequence[Put] = ()
         self._committer = committer
         self._message = message
         self._make = make
@@ -396,7 +398,7 @@ class _Run:
             self._attempt.give_up()
 
     def _settle(self, outcome: Result, puts: Sequence[Put]) -> None:
-        self.keys = [put.job.key for put in puts]
+        self.puts = puts
         self._end(outcome)
 
     def _end(self, outcome: Result) -> None:

@@ -11,7 +11,7 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import msgspec
 
@@ -34,12 +34,33 @@ class Notify(msgspec.Struct, frozen=True, omit_defaults=True):
     notify: dict[str, str] = msgspec.field(default_factory=dict)
     orcpt: dict[str, str] = msgspec.field(default_factory=dict)
 
+    def wants(self, recipient: str, word: str) -> bool:
+        """Whether SUCCESS, FAILURE or DELAY of this recipient is to be told: without NOTIFY, the latter two are."""
+        return word in (self.notify.get(recipient) or "FAILURE,DELAY").upper().split(",")
+
 
 UNASKED = Notify()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Session:
+    """What is known of the session: fields of the envelope, and, where they say anything, of the record in a job's
+    metadata."""
+
+    helo: str = ""
+    login: str = ""
+    tls: str = ""
+    notify: Notify = UNASKED
+    auth: Auth = UNCHECKED
+    protocol: str = ""
+    trace: str = ""
+
+
+_DEFAULTS = {field.name: field.default for field in fields(_Session)}
+
+
 @dataclass(frozen=True, slots=True)
-class Envelope:
+class Envelope(_Session):
     """Who sent a message to whom, exactly as it was received, case kept.
 
     `mail_from` is "" for the null sender and None where nobody recorded one. `peer` is a socket's `(host, port)` or
@@ -53,42 +74,23 @@ class Envelope:
     rcpt_tos: tuple[str, ...]
     peer: object = None
     received: float = 0.0
-    helo: str = ""
-    login: str = ""
-    tls: str = ""
-    notify: Notify = UNASKED
-    auth: Auth = UNCHECKED
-    protocol: str = ""
-    trace: str = ""
-
-
-class _Session(msgspec.Struct, frozen=True, omit_defaults=True):
-    helo: str = ""
-    login: str = ""
-    tls: str = ""
-    notify: Notify = UNASKED
-    auth: Auth = UNCHECKED
-    protocol: str = ""
-    trace: str = ""
-
-
-_NOTHING = _Session()
 
 
 def session_of(envelope: Envelope) -> dict[str, str]:
     """What a job's metadata keep of an envelope: nothing when there is nothing to tell."""
-    kept = _Session(**{name: getattr(envelope, name) for name in _Session.__struct_fields__})
-    return {} if kept == _NOTHING else {SESSION: msgspec.json.encode(kept).decode()}
+    told = {name: getattr(envelope, name) for name in _DEFAULTS}
+    kept = {name: value for name, value in told.items() if value != _DEFAULTS[name]}
+    return {SESSION: msgspec.json.encode(kept).decode()} if kept else {}
 
 
 def restored(
     sender: str | None, recipients: tuple[str, ...], peer: object, received: float, metadata: Mapping[str, str]
 ) -> Envelope:
     """The envelope that a job was made from. What cannot be read of the session is left out."""
-    kept = _NOTHING
+    kept = _Session()
     if SESSION in metadata:
         try:
             kept = msgspec.json.decode(metadata[SESSION], type=_Session)
         except msgspec.MsgspecError:
             pass  # somebody else's field of this name: the message is worth more
-    return Envelope(sender, recipients, peer, received, **msgspec.structs.asdict(kept))
+    return Envelope(sender, recipients, peer, received, **{name: getattr(kept, name) for name in _DEFAULTS})

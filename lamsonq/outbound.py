@@ -37,13 +37,14 @@ from itertools import groupby
 from lamsonq import attempt, clock
 from lamsonq.address import is_path_address
 from lamsonq.connection import own_name
-from lamsonq.envelope import Envelope, restored
+from lamsonq.envelope import Envelope
 from lamsonq.errors import Dead, Failure, Later, Receipt, SettingsError, SMTPError, Undelivered, reason_of
 from lamsonq.headers import HeaderBlock, shown
 from lamsonq.jobs import Backend, Job, Put, derived_key
 from lamsonq.mail import MailRequest
 from lamsonq.notification import DELAYED, DELIVERED, FAILED, RELAYED, Fate, notification
 from lamsonq.policy import GIVE_UP_AFTER, Policy
+from lamsonq.queue import envelope_of
 from lamsonq.relay import Relay
 from lamsonq.statuscodes import find_status
 
@@ -233,18 +234,16 @@ class Outbox:
 
     def _successes(self, job: Job, receipts: Iterable[Receipt]) -> list[Fate]:
         """What is to be told of those who have got it: only where somebody asked, so nobody reads a record for it."""
-        wishes = _envelope(job).notify.notify
-        told = [r for r in receipts if not r.reports and "SUCCESS" in _words(wishes.get(r.recipient, ""))]
+        notify = envelope_of(job).notify
+        told = [r for r in receipts if not r.reports and notify.wants(r.recipient, "SUCCESS")]
         return [_success(job, receipt) for receipt in told]
 
     def _reports(self, store: Backend, job: Job, fates: Sequence[Fate]) -> list[Put]:
         """One report of all that the sender wants to be told, or none."""
         if not fates or not self.reports:
             return []
-        envelope = _envelope(job)
-        wanted = [
-            fate for fate in fates if _WISHES[fate.action] in _words(envelope.notify.notify.get(fate.recipient, ""))
-        ]
+        envelope = envelope_of(job)
+        wanted = [fate for fate in fates if envelope.notify.wants(fate.recipient, _WISHES[fate.action])]
         if not wanted:
             return []
         if why := self.silence(job):
@@ -275,7 +274,7 @@ class Outbox:
         kinds = [shown("Content-Type", block.raw(field)) for field in block.named("content-type")]
         if any(kind.strip().lower().startswith("multipart/report") for kind in kinds):
             return "it is a report itself"
-        envelope, domain = _envelope(job), _domain(job.sender)
+        envelope, domain = envelope_of(job), _domain(job.sender)
         if envelope.login or _is_spf_of(envelope, domain):
             return ""
         if job.peer is not None:
@@ -303,15 +302,6 @@ def outbox_of(deliver: object) -> Outbox | None:
 
 
 _WISHES = {FAILED: "FAILURE", DELAYED: "DELAY", RELAYED: "SUCCESS", DELIVERED: "SUCCESS"}
-
-
-def _words(notify: str) -> frozenset[str]:
-    """What NOTIFY asks for; without it failures and delays (RFC 3461 section 4.1)."""
-    return frozenset((notify or "FAILURE,DELAY").upper().split(","))
-
-
-def _envelope(job: Job) -> Envelope:
-    return restored(job.sender, job.recipients, job.peer, job.received, job.metadata)
 
 
 def _is_spf_of(envelope: Envelope, domain: str) -> bool:
@@ -348,13 +338,13 @@ def _of_ours(error: BaseException) -> Exception:
 
 
 def _fate(job: Job, failure: Failure, action: str) -> Fate:
-    original = _envelope(job).notify.orcpt.get(failure.recipient, "")
+    original = envelope_of(job).notify.orcpt.get(failure.recipient, "")
     said = str(failure.error) if failure.server else reason_of(failure.error)
     return Fate(failure.recipient, action, _status(failure), said, failure.server, original)
 
 
 def _success(job: Job, receipt: Receipt) -> Fate:
-    original = _envelope(job).notify.orcpt.get(receipt.recipient, "")
+    original = envelope_of(job).notify.orcpt.get(receipt.recipient, "")
     return Fate(receipt.recipient, DELIVERED if receipt.final else RELAYED, "2.0.0", "", receipt.server, original)
 
 

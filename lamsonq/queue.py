@@ -23,7 +23,7 @@ from email.message import Message
 from lamsonq import about, attempt, clock, events
 from lamsonq.address import canonical
 from lamsonq.backends import open_backend
-from lamsonq.envelope import restored, session_of
+from lamsonq.envelope import Envelope, restored, session_of
 from lamsonq.errors import Later, QueueError
 from lamsonq.jobs import DONE, Backend, Gate, Job, Put
 from lamsonq.mail import MailRequest
@@ -199,8 +199,12 @@ def new_key(backend: Backend) -> str:
 
 def message_of(job: Job, name: str) -> MailRequest:
     """The message in a job of the queue `name`: the queue is its Peer, the original peer stands in the envelope."""
-    envelope = restored(job.sender, job.recipients, job.peer, job.received, job.metadata)
-    return MailRequest(name, job.sender, list(job.recipients), job.body, envelope=envelope)
+    return MailRequest(name, job.sender, list(job.recipients), job.body, envelope=envelope_of(job))
+
+
+def envelope_of(job: Job) -> Envelope:
+    """The envelope that a job was made from."""
+    return restored(job.sender, job.recipients, job.peer, job.received, job.metadata)
 
 
 def job_of(message: Pushable, key: str) -> Job:

@@ -19,7 +19,9 @@ Rules:
 7. What a program writes does not go to who wrote a message that no program may answer (`MailRequest.may_be_answered`):
    two of them would go on for ever.
 8. What is signed is signed at the last moment, over the bytes that leave. Who is suppressed gets nothing, and counts as
-   refused for good; whose address does not exist, as a server says at RCPT (5.1.x), is suppressed from then on.
+   refused for good; whose address does not exist, as a server says at RCPT (5.1.x), is suppressed from then on. Mail
+   from the null sender suppresses nobody: a report goes back to who wrote, mostly an address of ours, and that it
+   could not reach him is no reason to send him nothing any more.
 9. A message that is handed to a queue keeps its session beside it: whether its sender had logged in, and what he wants
    to be told. Whoever gives it another sender (`From=`) has made it his own, and it keeps nothing.
 """
@@ -261,7 +263,8 @@ class Relay:
             self._transfer(servers, transaction)
             failures += transaction.failures
             receipts += transaction.receipts
-            self._suppress(transaction.unknown)
+            if sender:
+                self._suppress(transaction.unknown)
         return Sent(failures, receipts)
 
     def _suppress(self, unknown: dict[str, str]) -> None:

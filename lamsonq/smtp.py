@@ -33,12 +33,11 @@ from socket import socket as Socket
 from ssl import SSLContext
 
 from lamsonq import mail
-from lamsonq.address import canonical
 from lamsonq.authentication import Verifier, authentication_results, without_forged
 from lamsonq.commit import LOG, Committer, trouble
+from lamsonq.delivery import Reports, report_of
 from lamsonq.errors import QueueError, SettingsError, SMTPError
 from lamsonq.limits import Limits, Network, Traffic, within
-from lamsonq.notification import DELIVERED, Fate, notification
 from lamsonq.queue import Queue
 from lamsonq.routing import Router, RoutingBase
 from lamsonq.session import Check, Dialogue, Session
@@ -121,7 +120,7 @@ class SMTPReceiver:
         on_rcpt: Check | None = None,
         verify: bool | Verifier = False,
         authserv_id: str | None = None,
-        reports: Callable[[mail.MailRequest], object] | None = None,
+        reports: Reports | None = None,
     ) -> None:
         if workers < 1:
             raise ValueError(f"workers={workers}: an {self.protocol}Receiver needs at least one")
@@ -235,7 +234,12 @@ class SMTPReceiver:
         LOG.info("%sReceiver started on %s.", self.protocol, self.where)
         if self.deliver is None:
             self._undeliverable = QueueReceiver(
-                self._undeliverable_queue(), workers=self.workers, router=self.router, timeout=self.timeout, bound=True
+                self._undeliverable_queue(),
+                workers=self.workers,
+                router=self.router,
+                timeout=self.timeout,
+                bound=True,
+                reports=self.reports,
             )
             if self._deadline < float("inf"):  # told to stop before there was anything to stop
                 self._undeliverable.stop(0.0)
@@ -452,12 +456,11 @@ class SMTPReceiver:
 
     def _report(self, message: mail.MailRequest, handled: Sequence[str]) -> None:
         """Tell a sender who asked for it that these recipients have the message (RFC 3461 section 4.1)."""
-        envelope = message.envelope
-        wanted = [path for path, words in envelope.notify.notify.items() if "SUCCESS" in words.split(",")]
-        delivered = [path for path in wanted if canonical(path) in handled]
-        if delivered and envelope.mail_from and self.reports is not None:
-            told = self._checks.submit(self.reports, _success(envelope, message.Data, delivered, self.hostname))
-            told.add_done_callback(_log_unreported)
+        if self.reports is None:
+            return
+        report = report_of(message.envelope, message.Data, handled, self.hostname)
+        if report is not None:
+            self._checks.submit(self.reports, report).add_done_callback(_log_unreported)
 
     def _inspected(self, envelope: mail.Envelope, content: bytes, id: str) -> tuple[mail.Envelope, bytes]:
         """The envelope with our trace fields and verdicts (RFC 5321 section 4.4, RFC 8601)."""
@@ -489,24 +492,6 @@ class SMTPReceiver:
             tell(reply)
 
         self._committer.commit(envelope, content, groups, told)
-
-
-def _success(envelope: mail.Envelope, content: bytes, delivered: Sequence[str], hostname: str) -> mail.MailRequest:
-    """The report of a delivery (RFC 3461 section 6.2), from the null sender."""
-    sender, now = envelope.mail_from or "", time.time()
-    fates = [Fate(path, DELIVERED, "2.1.5", original=envelope.notify.orcpt.get(path, "")) for path in delivered]
-    author = f"postmaster@{hostname}"
-    body = notification(
-        content,
-        sender,
-        fates,
-        author=author,
-        reporting=hostname,
-        arrived=envelope.received,
-        now=now,
-        envid=envelope.notify.envid,
-    )
-    return mail.MailRequest("lamsonq", "", [sender], body)
 
 
 def _checked(envelope: mail.Envelope, content: bytes, verifier: Verifier, authserv_id: str) -> tuple[Auth, bytes]:

@@ -7,7 +7,8 @@ Rules:
 2. A failure stays in this queue, bound to the function that failed: delayed, or dead with its traceback.
 3. What cannot be settled, because the store cannot be written, is given back as soon as it can.
 4. A job that comes too late is not run.
-5. Where a relay takes the messages, lamsonq.outbound says what becomes of a failure, and who is told.
+5. Where a relay takes the messages, lamsonq.outbound says what becomes of a failure, and who is told. That a function
+   has handled a message is reported where its sender asked for it, in the settle that ends its job (lamsonq.delivery).
 """
 
 from __future__ import annotations
@@ -16,13 +17,17 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
+from socket import gethostname
 
 from lamsonq import clock, deferred, events
 from lamsonq.attempt import Call, Spawn
+from lamsonq.connection import own_name
+from lamsonq.delivery import Reports, reported, reported_once
 from lamsonq.errors import Dead, Failure, Later, LeaseLost, QueueError, SettingsError, Undelivered, reason_of
 from lamsonq.jobs import DONE, EXPIRED, KEPT, Done, Expired, Job, Limit, Outcome, Put, derived_key
 from lamsonq.mail import MailRequest
-from lamsonq.outbound import Outbox, outbox_of
+from lamsonq.outbound import Outbox, Settlement, outbox_of
 from lamsonq.policy import DEFAULT
 from lamsonq.queue import Queue, message_of
 from lamsonq.routing import CONVERSATION, RoutingBase, unplanned
@@ -56,6 +61,7 @@ class Source:
         limits: Sequence[Limit] = (),
         archive: float | None = None,
         keep_dead: float | None = None,
+        reports: Reports | None = None,
     ) -> None:
         self.queue = queue
         self.outbox = outbox_of(deliver)
@@ -67,6 +73,7 @@ class Source:
         self.limits = limits
         self.archive = archive
         self.keep_dead = keep_dead
+        self.reports = reports
         self.owed: deque[tuple[Job, str]] = deque()
 
     def bind(self) -> None:
@@ -150,7 +157,7 @@ class Source:
     def _split(self, job: Job, calls: list[Call], left: list[MailRequest]) -> None:
         """Replace a job by one for each call of its plan (rule 1), and one for each part that nothing takes."""
         store = self.queue.backend
-        puts = [Put(store, _bound(job, call, n)) for n, call in enumerate(calls, 1)]
+        puts = [Put(store, part) for part in reported_once([_bound(job, call, n) for n, call in enumerate(calls, 1)])]
         for n, message in enumerate(left, len(calls) + 1):
             undeliverable = self.router.undeliverable_queue(message)
             reason = f"no route takes {', '.join(message.route_to) or 'a message without recipient'}"
@@ -172,12 +179,14 @@ class Source:
             self._settle_job(job, outcome)
             return
         if isinstance(outcome, Done | Expired):
+            if isinstance(outcome, Done) and self.reports is not None:
+                puts = [*puts, *reported(self.reports, job, puts, own_name() or gethostname())]
             self._settle_job(job, outcome, puts)
             return
-        LOG.error("Job %s of %s failed: %s", job.key, self.queue.dir, reason_of(outcome))
         if self.outbox is not None and call is not None:
             self._settle_outbound(self.outbox, job, outcome)
             return
+        LOG.error("Job %s of %s failed: %s", job.key, self.queue.dir, reason_of(outcome))
         store = self.queue.backend
         refused = outcome.__cause__ if call is not None and call.name is None else None
         if isinstance(refused, Undelivered) and refused.failures:
@@ -204,6 +213,7 @@ class Source:
     def _settle_outbound(self, outbox: Outbox, job: Job, outcome: Later | Dead) -> None:
         """Rule 5: what goes on in parts, and the report to the sender, in one settle."""
         ended = outbox.settlement(self.queue.backend, job, outcome)
+        self._say_ended(job, ended)
         if ended.outcome is not None:
             self._settle_job(job, ended.outcome, ended.reports)
             return
@@ -212,6 +222,14 @@ class Source:
         for part in ended.parts:
             if part.outcome is not None:
                 events.tell_settled(part.job, part.outcome)
+
+    def _say_ended(self, job: Job, ended: Settlement) -> None:
+        """One line: an error where somebody is given up; that mail has to wait is everyday life."""
+        ends = [(part.job, part.outcome) for part in ended.parts] if ended.outcome is None else [(job, ended.outcome)]
+        dead = [_told(part, end) for part, end in ends if isinstance(end, Dead)]
+        waiting = [f"tried again at {_utc(end.at)}: {_told(part, end)}" for part, end in ends if isinstance(end, Later)]
+        level, what = (logging.ERROR, "failed: ") if dead else (logging.WARNING, "is ")
+        LOG.log(level, "Job %s of %s %s%s", job.key, self.queue.dir, what, "; ".join([*dead, *waiting]))
 
     def _settle_job(self, job: Job, outcome: Outcome, puts: Sequence[Put] = ()) -> None:
         """Settle, and say so."""
@@ -272,6 +290,14 @@ def _part(job: Job, message: MailRequest, number: int) -> Job:
 def _for_recipient(job: Job, recipient: str, number: int) -> Job:
     key = derived_key(job.key, number)
     return replace(job, key=key, recipients=(recipient,), deliveries=0, due=None, unique=None, claim="")
+
+
+def _told(job: Job, failed: Later | Dead) -> str:
+    return f"{', '.join(job.recipients) or 'nobody'}: {reason_of(failed)}"
+
+
+def _utc(at: float | None) -> str:
+    return f"{datetime.fromtimestamp(at or clock.now(), UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
 def _failed(job: Job) -> Job:

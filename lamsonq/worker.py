@@ -26,6 +26,7 @@ from queue import Empty, SimpleQueue
 from lamsonq import clock, deferred, events, schedule
 from lamsonq.about import About, about, within
 from lamsonq.attempt import Attempt, Spawn
+from lamsonq.delivery import Reports
 from lamsonq.errors import Dead, Later, LeaseLost, QueueError, reason_of
 from lamsonq.jobs import Job, Limit, Outcome, Put, Tick
 from lamsonq.mail import MailRequest
@@ -72,6 +73,8 @@ class QueueReceiver:
       `max_jobs` after so many jobs; a process that ends for the latter is replaced.
     - `limits` are kept between all processes that work the queue (see lamsonq.jobs.Limit).
     - `periodic=False` leaves it to other receivers to put the periodic jobs of these queues.
+    - `reports` takes the report that a message was handled, where its sender asks for one (RFC 3461 NOTIFY=SUCCESS); it
+      leaves with the job. `lamsonq start` gives a receiver without it the boot's `settings.relay`.
     - `archive` keeps what has succeeded for so many seconds, `keep_dead` the dead letters (None: until somebody
       deletes them).
 
@@ -97,12 +100,15 @@ class QueueReceiver:
         archive: float | None = None,
         keep_dead: float | None = None,
         periodic: bool = True,
+        reports: Reports | None = None,
     ) -> None:
         for name, number in (("workers", workers), ("weight", weight), ("max_jobs", max_jobs)):
             if number is not None and number < 1:
                 raise ValueError(f"{name}={number}: a QueueReceiver needs at least one")
         if not sleep > 0:
             raise ValueError(f"sleep={sleep}: after how many seconds an idle receiver says so again")
+        if deliver is not None and reports is not None:
+            raise TypeError("a QueueReceiver takes deliver or reports: what `deliver` gets, it reports itself")
         self.deliver = deliver
         self.router = router
         self.bound = bound
@@ -130,6 +136,7 @@ class QueueReceiver:
                     limits=limits,
                     archive=archive,
                     keep_dead=keep_dead,
+                    reports=reports,
                 )
             )
         if not self.sources:

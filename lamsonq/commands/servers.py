@@ -309,11 +309,15 @@ def _receiver_of(settings: Any, boot: str) -> Receiver:
 
 
 def _let_it_report(receiver: Receiver, relay: Any) -> None:
-    """A receiver that handles mail itself reports deliveries (RFC 3461), where the boot has a relay for that."""
+    """Whoever runs functions reports deliveries (RFC 3461), where the boot has a relay for that."""
     from lamsonq.smtp import SMTPReceiver
+    from lamsonq.source import Source
+    from lamsonq.worker import QueueReceiver
 
-    if isinstance(receiver, SMTPReceiver) and receiver.reports is None and receiver.deliver is None:
-        receiver.reports = getattr(relay, "deliver", None)
+    parts = receiver.sources if isinstance(receiver, QueueReceiver) else [receiver]
+    for part in parts:
+        if isinstance(part, SMTPReceiver | Source) and part.reports is None and part.deliver is None:
+            part.reports = getattr(relay, "deliver", None)
 
 
 def _check_states(receiver: Receiver, workers: int) -> None:

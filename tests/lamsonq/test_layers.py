@@ -15,7 +15,7 @@ LAYERS = [
     "modules table settings state about logs",
     "wire threads sockets connection mx transaction pidfile signatures authentication",
     "backends attempt queue relay view deferred conformance databases",
-    "routing outbound confirm scanners spam html",
+    "routing outbound delivery confirm scanners spam html",
     "source session worker spool fsck survey",
     "commit",
     "smtp lmtp ingress handlers",

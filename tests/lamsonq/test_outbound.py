@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import email
 import email.policy
+import logging
+import re
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from email.message import EmailMessage
 from pathlib import Path
 
@@ -118,6 +121,52 @@ def test_mail_is_tried_again_after_the_times_of_the_schedule(
     minutes = [1, 5, 15, 30, 60, 120, 240, 240, 240]
     assert all(0.9 * 60 * m <= wait <= 1.1 * 60 * m for m, wait in zip(minutes, waits, strict=True)), waits
     assert len(set(waits[-3:])) == 3, "they come back a little apart"
+
+
+def failures(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
+    """What stands in the log above INFO, without the jobs' keys."""
+    told = [record for record in caplog.records if record.levelno > logging.INFO]
+    assert not [record for record in told if record.exc_info]
+    return [(r.levelname, re.sub(r"Job \S+ of \S+", "Job", r.getMessage())) for r in told]
+
+
+def test_mail_that_has_to_wait_is_one_warning_and_an_error_when_it_is_given_up(
+    outbox: Queue, server: Server, relay: Relay, time_now: FrozenClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.answers = {"RCPT TO:<ANN": BUSY}
+    push(outbox)
+    receiver = QueueReceiver(outbox, deliver=Outbox(relay, give_up_after=DAY, warn_after=0, reports=False).deliver)
+    work(receiver)
+    (job,) = jobs(outbox, "delayed")
+    assert job.due is not None
+    at = f"{datetime.fromtimestamp(job.due, UTC):%Y-%m-%dT%H:%M:%SZ}"
+    assert failures(caplog) == [("WARNING", f"Job is tried again at {at}: ann@y.test: {BUSY}")]
+    caplog.clear()
+    time_now.tick(2 * DAY)
+    work(receiver)
+    assert failures(caplog) == [("ERROR", f"Job failed: ann@y.test: gave up after 24 hours: {BUSY}")]
+
+
+def test_a_refused_connection_is_one_warning_without_a_traceback(
+    outbox: Queue, free_port: Callable[[], int], caplog: pytest.LogCaptureFixture
+) -> None:
+    push(outbox)
+    work(worker(outbox, Relay("127.0.0.1", free_port(), timeout=5)))
+    [(level, line)] = failures(caplog)
+    assert level == "WARNING"
+    assert re.fullmatch(r"Job is tried again at \S+Z: ann@y\.test: relay 127\.0\.0\.1:\d+: .*refused.*", line), line
+
+
+def test_who_fails_and_who_waits_in_one_attempt_stand_in_one_line(
+    outbox: Queue, server: Server, relay: Relay, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.answers = {"RCPT TO:<ANN": UNKNOWN, "RCPT TO:<BEN": BUSY}
+    push(outbox, "ann@y.test", "ben@y.test", "joe@y.test")
+    work(worker(outbox, relay))
+    [(level, line)] = failures(caplog)
+    assert level == "ERROR"
+    told = rf"Job failed: ann@y.test: {UNKNOWN}; tried again at \S+Z: ben@y.test: {BUSY}"
+    assert re.fullmatch(told, line), line
 
 
 def test_the_schedule_is_one_text_and_a_slip_in_it_is_told() -> None:

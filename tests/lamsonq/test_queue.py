@@ -12,7 +12,7 @@ import pytest
 
 from lamsonq import about, attempt, queue
 from lamsonq.backends.maildir_names import new_key as new_id
-from lamsonq.envelope import Envelope, Notify
+from lamsonq.envelope import Envelope, Notify, restored, session_of
 from lamsonq.errors import QueueError
 from lamsonq.jobs import Job, Put, derived_key
 from lamsonq.mail import MailRequest, MailResponse
@@ -70,6 +70,19 @@ def test_a_queue_keeps_what_is_known_of_the_session_beside_the_message(here: Pat
     assert message.envelope == envelope
     assert (message.auth.spf, message.auth.dkim) == ("pass", "none")
     queue.backend.close()
+
+
+def test_what_is_kept_of_the_session_is_written_as_it_always_was() -> None:
+    envelope = Envelope(
+        "a@x", ("b@x",), "queue", 1.5, helo="mx", notify=Notify(notify={"b@x": "NEVER"}), trace="T: x\r\n"
+    )
+    kept = {"session": '{"helo":"mx","notify":{"notify":{"b@x":"NEVER"}},"trace":"T: x\\r\\n"}'}
+    assert session_of(envelope) == kept
+    assert restored("a@x", ("b@x",), "queue", 1.5, kept) == envelope
+    assert session_of(Envelope("a@x", ("b@x",), "queue", 1.5)) == {}
+    later = {"session": '{"helo":"mx","of_a_later_version":[1]}'}
+    assert restored("a@x", (), None, 0.0, later) == Envelope("a@x", (), helo="mx")
+    assert restored("a@x", (), None, 0.0, {"session": "somebody else's"}) == Envelope("a@x", ())
 
 
 def test_pop_gives_the_oldest_message_as_it_came_and_deletes_it(posts: Queue) -> None:

@@ -362,6 +362,61 @@ def CRASH(message, who=None):
     assert b"ill@y.test" not in reports[0].Data.replace(b"well@y.test", b"")
 
 
+def test_a_delivery_that_was_kept_is_reported_once_when_its_functions_have_handled_it(
+    start: Start, handlers: Any, router: RoutingBase
+) -> None:
+    queue = router.UNDELIVERABLE_QUEUE = Queue("run/undeliverable")
+    module = handlers("""
+@route("ann@y.test")
+@stateless
+def FIRST(message):
+    calls.append("first")
+    if calls.count("first") == 1:
+        raise Later("soon", at=1.0)
+
+@route("ann@y.test")
+@stateless
+def SECOND(message):
+    calls.append("second")
+    if calls.count("second") == 1:
+        raise Later("soon", at=1.0)
+""")
+    reports: list[MailRequest] = []
+    with Client(start(reports=reports.append)) as client:
+        client.say("MAIL FROM:<joe@x.test>")
+        assert client.say("RCPT TO:<ann@y.test> NOTIFY=SUCCESS").startswith("250")
+        client.say("DATA")
+        assert client.say(MESSAGE + b".").startswith("250")
+        assert waits_until(lambda: sorted(module.calls) == ["first", "first", "second", "second"])
+        assert waits_until(lambda: queue.backend.counts()["ready"] + queue.backend.counts()["reserved"] == 0)
+    assert len(reports) == 1
+    assert b"Action: delivered" in reports[0].Data
+
+
+def test_a_message_that_a_function_pushes_on_is_not_reported_as_delivered(
+    start: Start, handlers: Any, here: Path
+) -> None:
+    handlers("""
+from lamsonq.queue import Queue
+@route("(who)@y.test", who="on|here")
+@stateless
+def ON(message, who=None):
+    if who == "on":
+        Queue("run/elsewhere").push(message)
+""")
+    reports: list[MailRequest] = []
+    with Client(start(reports=reports.append)) as client:
+        client.say("MAIL FROM:<joe@x.test>")
+        for who in ("on", "here"):
+            assert client.say(f"RCPT TO:<{who}@y.test> NOTIFY=SUCCESS").startswith("250")
+        client.say("DATA")
+        assert client.say(MESSAGE + b".").startswith("250")
+    assert waits_until(lambda: reports)
+    assert b"here@y.test" in reports[0].Data
+    assert b"on@y.test" not in reports[0].Data
+    assert Queue("run/elsewhere").count() == 1
+
+
 @pytest.mark.parametrize("text", ["no\r\n250 ok", "no\n250 ok", "no\x00\x1b[2J", "n\u00f6\u2028", "x" * 5000])
 def test_no_reply_can_be_injected(start: Start, text: str) -> None:
     def refuse(_message: MailRequest) -> None:

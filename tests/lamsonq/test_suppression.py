@@ -102,6 +102,19 @@ def test_only_an_unknown_address_at_rcpt_is_learned(
     assert [one.address for one in store.all()] == (["ann@y.test"] if is_learned else [])
 
 
+def test_a_report_that_is_refused_suppresses_nobody(
+    here: Path, store: Suppressions, relay: Relay, server: Server
+) -> None:
+    server.answers = {"RCPT": "550 5.1.1 no such user"}
+    outbox = Queue("run/outbox")
+    outbox.push(MailResponse(From="joe@ours.test", To="ann@y.test", Subject="x", Body="y"))
+    receiver = QueueReceiver(outbox, deliver=relay.deliver)
+    while receiver.run_once():
+        pass
+    assert server.said("RCPT") == ["RCPT TO:<ann@y.test>", "RCPT TO:<joe@ours.test>"]
+    assert [one.address for one in store.all()] == ["ann@y.test"]
+
+
 def test_a_suppressed_recipient_is_reported_once_and_no_report_loops(
     here: Path, store: Suppressions, relay: Relay, server: Server
 ) -> None:
