@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
-import msgspec
+from msgspec import structs
 
 from lamsonq.address import canonical
 from lamsonq.attempt import collected
@@ -96,7 +96,7 @@ def _without_wish(job: Job) -> Job:
         return job
     envelope = envelope_of(job)
     wishes = {path: _without_success(words) for path, words in envelope.notify.notify.items()}
-    kept = replace(envelope, notify=msgspec.structs.replace(envelope.notify, notify=wishes))
+    kept = structs.replace(envelope, notify=structs.replace(envelope.notify, notify=wishes))
     return replace(job, metadata={**job.metadata, **session_of(kept)})
 
 

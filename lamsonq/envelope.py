@@ -11,7 +11,6 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
 
 import msgspec
 
@@ -42,8 +41,7 @@ class Notify(msgspec.Struct, frozen=True, omit_defaults=True):
 UNASKED = Notify()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Session:
+class _Session(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What is known of the session: fields of the envelope, and, where they say anything, of the record in a job's
     metadata."""
 
@@ -56,11 +54,10 @@ class _Session:
     trace: str = ""
 
 
-_DEFAULTS = {field.name: field.default for field in fields(_Session)}
+_SILENT = _Session()
 
 
-@dataclass(frozen=True, slots=True)
-class Envelope(_Session):
+class Envelope(_Session, frozen=True):
     """Who sent a message to whom, exactly as it was received, case kept.
 
     `mail_from` is "" for the null sender and None where nobody recorded one. `peer` is a socket's `(host, port)` or
@@ -78,19 +75,26 @@ class Envelope(_Session):
 
 def session_of(envelope: Envelope) -> dict[str, str]:
     """What a job's metadata keep of an envelope: nothing when there is nothing to tell."""
-    told = {name: getattr(envelope, name) for name in _DEFAULTS}
-    kept = {name: value for name, value in told.items() if value != _DEFAULTS[name]}
-    return {SESSION: msgspec.json.encode(kept).decode()} if kept else {}
+    kept = _Session(
+        helo=envelope.helo,
+        login=envelope.login,
+        tls=envelope.tls,
+        notify=envelope.notify,
+        auth=envelope.auth,
+        protocol=envelope.protocol,
+        trace=envelope.trace,
+    )
+    return {} if kept == _SILENT else {SESSION: msgspec.json.encode(kept).decode()}
 
 
 def restored(
     sender: str | None, recipients: tuple[str, ...], peer: object, received: float, metadata: Mapping[str, str]
 ) -> Envelope:
     """The envelope that a job was made from. What cannot be read of the session is left out."""
-    kept = _Session()
+    kept = _SILENT
     if SESSION in metadata:
         try:
             kept = msgspec.json.decode(metadata[SESSION], type=_Session)
         except msgspec.MsgspecError:
             pass  # somebody else's field of this name: the message is worth more
-    return Envelope(sender, recipients, peer, received, **{name: getattr(kept, name) for name in _DEFAULTS})
+    return Envelope(sender, recipients, peer, received, **msgspec.structs.asdict(kept))

@@ -23,10 +23,11 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
-from dataclasses import replace
 from socket import gethostname
 from typing import Any
 from urllib.parse import parse_qs
+
+from msgspec import structs
 
 from lamsonq import mail
 from lamsonq.address import canonical
@@ -184,7 +185,7 @@ class Ingress:
 
     def _traced(self, envelope: Envelope, content: bytes, id: str) -> tuple[Envelope, bytes]:
         trace = received_field(envelope, self.hostname, id, _OPENED_BY_HTTP)
-        return replace(envelope, trace=trace.decode()), content
+        return structs.replace(envelope, trace=trace.decode()), content
 
 
 def _path(name: str, text: str, *, null: bool = False) -> str:

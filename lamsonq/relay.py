@@ -34,10 +34,11 @@ import logging
 import smtplib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from email.message import Message
 from ssl import CERT_NONE, PROTOCOL_TLS_CLIENT, SSLCertVerificationError, SSLContext, create_default_context
 from typing import TYPE_CHECKING, NamedTuple
+
+from msgspec import structs
 
 from lamsonq import clock, mail
 from lamsonq.address import canonical
@@ -420,7 +421,7 @@ def _request(
     """The message for a queue, by rule 9; it is there since now."""
     envelope = mail.Envelope(sender, tuple(recipients), None, clock.now(), trace=trace)
     if kept is not None:
-        envelope = replace(kept, mail_from=sender, rcpt_tos=tuple(recipients), received=clock.now())
+        envelope = structs.replace(kept, mail_from=sender, rcpt_tos=tuple(recipients), received=clock.now())
     return mail.MailRequest(None, sender, list(recipients), data, envelope=envelope)
 
 

@@ -27,10 +27,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from socket import gethostname
 from socket import socket as Socket
 from ssl import SSLContext
+
+from msgspec import structs
 
 from lamsonq import mail
 from lamsonq.authentication import Verifier, authentication_results, without_forged
@@ -466,10 +467,10 @@ class SMTPReceiver:
         """The envelope with our trace fields and verdicts (RFC 5321 section 4.4, RFC 8601)."""
         trace = received_field(envelope, self.hostname, id, envelope.protocol or self.protocol)
         if self.verifier is None:
-            return replace(envelope, trace=trace.decode()), content
+            return structs.replace(envelope, trace=trace.decode()), content
         auth, content = _checked(envelope, content, self.verifier, self.authserv_id)
         trace = authentication_results(auth, self.authserv_id) + trace
-        return replace(envelope, auth=auth, trace=trace.decode()), content
+        return structs.replace(envelope, auth=auth, trace=trace.decode()), content
 
     def commit(
         self, envelope: mail.Envelope, content: bytes, groups: Sequence[tuple[str, ...]], tell: Callable[[str], None]
