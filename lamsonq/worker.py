@@ -20,7 +20,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from queue import Empty, SimpleQueue
 
 from lamsonq import clock, deferred, events, schedule
@@ -33,6 +33,7 @@ from lamsonq.mail import MailRequest
 from lamsonq.queue import Queue
 from lamsonq.routing import Router, RoutingBase
 from lamsonq.source import RETRY_AFTER, Owed, Source
+from lamsonq.threads import Threads
 
 LOG = logging.getLogger()
 """The root logger, as the tutorial shows these lines."""
@@ -199,14 +200,17 @@ class QueueReceiver:
         for source in self.sources:
             LOG.info("Queue receiver started on queue dir %s", source.queue.dir)
         events.tell("start", None)
-        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="lamsonq-queue")
+        pool = Threads(self.workers, "lamsonq-queue")
         try:
             if one_shot:
                 self._work_off(pool)
             else:
                 self._work(pool)
         finally:
-            pool.shutdown(wait=not self._left_running, cancel_futures=self._left_running)
+            if self._left_running:
+                pool.drop()
+            else:
+                pool.close(wait=True)
             events.tell("stop", None)
             self._drained.set()
 
@@ -285,7 +289,7 @@ class QueueReceiver:
 
     # -- the fetchers ------------------------------------------------------------------------------------------
 
-    def _work(self, pool: ThreadPoolExecutor) -> None:
+    def _work(self, pool: Threads) -> None:
         fetchers = [threading.Thread(target=self._fetch_or_stop, args=(s, pool), daemon=True) for s in self.sources[1:]]
         for fetcher in fetchers:
             fetcher.start()
@@ -301,14 +305,14 @@ class QueueReceiver:
         if self._failure is not None:
             raise self._failure
 
-    def _fetch_or_stop(self, source: Source, pool: ThreadPoolExecutor) -> None:
+    def _fetch_or_stop(self, source: Source, pool: Threads) -> None:
         try:
             self._fetch(source, pool, chief=False)
         except BaseException as error:  # raised again where `start` was called
             self._failure = error
             self.stop()
 
-    def _fetch(self, source: Source, pool: ThreadPoolExecutor, *, chief: bool) -> None:
+    def _fetch(self, source: Source, pool: Threads, *, chief: bool) -> None:
         """Keep the threads supplied from one queue; the chief also looks after what is under way."""
         idle_since: float | None = None
         while not self._stopping.is_set():
@@ -339,7 +343,7 @@ class QueueReceiver:
             if not self._stopping.is_set():
                 self._wait(source, self._patience(chief))
 
-    def _work_off(self, pool: ThreadPoolExecutor) -> None:
+    def _work_off(self, pool: Threads) -> None:
         """Until all queues are empty and nothing is under way. Raises the QueueError of one that could not be used,
         when the others are."""
         broken: dict[Source, QueueError] = {}
@@ -496,11 +500,11 @@ class QueueReceiver:
                 self._credit[source] = 0.0
             self._changed.notify_all()
 
-    def _submit(self, source: Source, pool: ThreadPoolExecutor, job: Job) -> None:
+    def _submit(self, source: Source, pool: Threads, job: Job) -> None:
         def spawn(function: Callable[[], None]) -> None:
             with self._changed:
                 self._busy += 1
-            pool.submit(self._in_thread, source, function)
+            pool.submit(partial(self._in_thread, source, function))
 
         self._taken += 1
         if self.max_jobs is not None and self._taken >= self.max_jobs and not self.worn_out:
