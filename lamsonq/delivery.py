@@ -15,12 +15,12 @@ Rules:
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from msgspec import structs
 
+from lamsonq import clock
 from lamsonq.address import canonical
 from lamsonq.attempt import collected
 from lamsonq.envelope import SESSION, Envelope, session_of
@@ -52,7 +52,7 @@ def report_of(envelope: Envelope, data: bytes, handled: Iterable[str], hostname:
         author=f"postmaster@{hostname}",
         reporting=hostname,
         arrived=envelope.received,
-        now=time.time(),
+        now=clock.now(),
         envid=notify.envid,
     )
     return MailRequest("lamsonq", "", [sender], body)

@@ -65,7 +65,7 @@ def work(posts: Queue, router: RoutingBase, outbox: Queue) -> None:
 
 def reports(outbox: Queue) -> list[MailRequest]:
     store = outbox.backend
-    return [message_of(job, "") for key in store.keys() if (job := store.get(key))]
+    return [message_of(job, "") for key in store.keys("ready") if (job := store.get(key))]
 
 
 def told(outbox: Queue) -> list[str]:
