@@ -260,7 +260,7 @@ class Backend(Protocol):
 
     capabilities: frozenset[str]
     """What not every store can: "limits" (`limit`), "transactions" (`put` with `conn`), "processes" (several processes
-    see the same queue), "files" (each message is a file)."""
+    see the same queue), "files" (each message is a file), "batches" (`finish`)."""
 
     def new_key(self) -> str:
         """A key that no other process, thread or machine makes; keys sort in the order in which they were made."""
@@ -293,6 +293,10 @@ class Backend(Protocol):
 
         Raises LeaseLost.
         """
+
+    def finish(self, jobs: Sequence[Job], outcome: Done) -> list[Job]:
+        """Settle all of these at once, of which nothing came; back come those whose reservation no longer held. Where
+        that costs less than to settle each."""
 
     def touch(self, job: Job) -> None:
         """Raises LeaseLost when this reservation no longer holds; where claims have a lease, renews it."""

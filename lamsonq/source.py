@@ -9,6 +9,8 @@ Rules:
 4. A job that comes too late is not run.
 5. Where a relay takes the messages, lamsonq.outbound says what becomes of a failure, and who is told. That a function
    has handled a message is reported where its sender asked for it, in the settle that ends its job (lamsonq.delivery).
+6. A job of which nothing is left, not even the state of a conversation, may be settled with others like it: by the
+   fetcher, before it takes or waits for the next. Where the store has batches, that is one transaction for all.
 """
 
 from __future__ import annotations
@@ -75,6 +77,11 @@ class Source:
         self.keep_dead = keep_dead
         self.reports = reports
         self.owed: deque[tuple[Job, str]] = deque()
+        self.finished: deque[Job] = deque()
+        """What rule 6 is about."""
+        self.gathers = False
+        """Whether somebody sees to it."""
+        self._sleeps = False
 
     def bind(self) -> None:
         """See whether the queue can be used so. Raises Refusal."""
@@ -181,7 +188,12 @@ class Source:
         if isinstance(outcome, Done | Expired):
             if isinstance(outcome, Done) and self.reports is not None:
                 puts = [*puts, *reported(self.reports, job, puts, own_name() or gethostname())]
-            self._settle_job(job, outcome, puts)
+            if self.gathers and not puts and isinstance(outcome, Done) and call is not None and call.stateful is None:
+                self.finished.append(job)
+                if self._sleeps:
+                    self.queue.backend.wake()
+            else:
+                self._settle_job(job, outcome, puts)
             return
         if self.outbox is not None and call is not None:
             self._settle_outbound(self.outbox, job, outcome)
@@ -248,10 +260,41 @@ class Source:
             events.tell("lease_lost", job)
             raise
         except Exception as error:  # a full disk, most often: nothing was published, and giving back needs no space
-            LOG.error("Job %s of %s could not be settled: %s", job.key, self.queue.dir, reason_of(error))
-            self.owed.append((job, f"it could not be settled: {reason_of(error)}"))
+            self._owe(job, error)
             store.wake()  # the fetcher tries to give it back
             raise Owed(job.key) from error
+
+    def _owe(self, job: Job, error: Exception) -> None:
+        LOG.error("Job %s of %s could not be settled: %s", job.key, self.queue.dir, reason_of(error))
+        self.owed.append((job, f"it could not be settled: {reason_of(error)}"))
+
+    def settle_finished(self) -> None:
+        """Rule 6."""
+        if not self.finished:
+            return
+        jobs = [self.finished.popleft() for _ in range(len(self.finished))]
+        outcome = DONE if self.archive is None else KEPT
+        try:
+            lost = self.queue.backend.finish(jobs, outcome)
+        except Exception as error:
+            for job in jobs:
+                self._owe(job, error)
+            return
+        for job in jobs:
+            if any(job is other for other in lost):
+                LOG.warning("job %s was taken away while it was handled; this attempt's result is dropped", job.key)
+                events.tell("lease_lost", job)
+            else:
+                events.tell_settled(job, outcome)
+
+    def wait(self, seconds: float) -> None:
+        """Sleep until something comes, or something is finished. Raises QueueError."""
+        self._sleeps = True
+        try:
+            if not self.finished:
+                self.queue.backend.wait(seconds)
+        finally:
+            self._sleeps = False
 
     def purge(self) -> None:
         """Delete what has been kept long enough."""
@@ -263,8 +306,14 @@ class Source:
             except QueueError as error:
                 LOG.error("What is %s in %s could not be purged: %s", state, self.queue.dir, error)
 
-    def give_back_owed(self) -> None:
-        """Give back what could not be settled, uncounted; as often as it takes."""
+    @property
+    def behind(self) -> bool:
+        """Whether something is to be settled yet."""
+        return bool(self.owed or self.finished)
+
+    def catch_up(self) -> None:
+        """Settle what is finished, and give back what could not be settled, uncounted; as often as it takes."""
+        self.settle_finished()
         for job, reason in [self.owed.popleft() for _ in range(len(self.owed))]:
             try:
                 self.queue.backend.settle(job, Later(reason, clock.now() + RETRY_AFTER, counted=False))

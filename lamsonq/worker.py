@@ -50,6 +50,9 @@ AWAITING = 1000
 RIVAL_PATIENCE = 0.05
 """Seconds that a free thread is kept for a queue whose turn it is and whose fetcher is just taking a job."""
 
+FINISHED_PATIENCE = 0.005
+"""Seconds for which what is finished may wait for company, to be settled."""
+
 LOOK_EVERY = 5.0
 """Seconds between two looks for periodic functions that have been imported meanwhile."""
 
@@ -196,6 +199,8 @@ class QueueReceiver:
     def start(self, one_shot: bool = False) -> None:
         """Work the queues until `stop`; with `one_shot` until they are empty. Blocks."""
         self.bind()
+        for source in self.sources:
+            source.gathers = "batches" in source.queue.backend.capabilities
         self._drained.clear()
         for source in self.sources:
             LOG.info("Queue receiver started on queue dir %s", source.queue.dir)
@@ -226,7 +231,7 @@ class QueueReceiver:
             jobs = source.reserve(1)
             for job in jobs:
                 (self._see_through_here if here else self._see_through)(source, job)
-            source.give_back_owed()
+            source.catch_up()
             if jobs:
                 return True
         events.tell("empty", None)
@@ -318,7 +323,7 @@ class QueueReceiver:
         while not self._stopping.is_set():
             if chief:
                 self._look_after()
-            source.give_back_owed()
+            source.catch_up()
             free = self._ask(source)
             if not free:
                 continue
@@ -353,7 +358,7 @@ class QueueReceiver:
             while self._hungry and not self._stopping.is_set():
                 self._look_after()
                 source = self._first_of(self._rivals())
-                source.give_back_owed()
+                source.catch_up()
                 free = self._ask(source)
                 found = found or not free
                 if not free:
@@ -396,7 +401,7 @@ class QueueReceiver:
     def _wait(self, source: Source, seconds: float) -> None:
         """Sleep until something comes; a queue looks after its claims then, which may fail as taking jobs may."""
         try:
-            source.queue.backend.wait(seconds)
+            source.wait(seconds)
         except QueueError as error:
             self._bear(source, error)
 
@@ -409,11 +414,13 @@ class QueueReceiver:
     def _quiet(self) -> bool:
         """Whether nothing is under way."""
         with self._changed:
-            return not self._busy and not self._running and not any(source.owed for source in self.sources)
+            return not self._busy and not self._running and not any(source.behind for source in self.sources)
 
     def _patience(self, chief: bool) -> float:
         """Seconds to sleep while nothing comes: somebody must look at the clocks of functions that run."""
-        patience = min(self.sleep, 1.0) if self._running or any(source.owed for source in self.sources) else self.sleep
+        patience = (
+            min(self.sleep, 1.0) if self._running or any(source.behind for source in self.sources) else self.sleep
+        )
         if chief and self._next_tick is not None:
             patience = min(patience, max(0.0, self._next_tick - clock.now()))
         return patience
@@ -461,6 +468,9 @@ class QueueReceiver:
                     continue
             if now >= until:
                 return False
+            if source.finished:  # it is not to wait for long: if this process died it would run again
+                wait = min(wait, now + FINISHED_PATIENCE)
+                until = min(until, wait)
             self._changed.wait(wait - now)
         return False
 
@@ -534,9 +544,9 @@ class QueueReceiver:
         while True:
             self._give_up_the_late()
             for source in self.sources:
-                source.give_back_owed()
+                source.catch_up()
             with self._changed:
-                if not self._running and not any(source.owed for source in self.sources):
+                if not self._running and not any(source.behind for source in self.sources):
                     return
                 if time.monotonic() >= (self._give_back_at or 0):
                     break

@@ -262,6 +262,16 @@ class Memory:
             results.update(zip(numbers, store.put([puts[number] for number in numbers]), strict=True))
         return results
 
+    def finish(self, jobs: Sequence[Job], outcome: Done) -> list[Job]:
+        """Raises QueueError, and then some of them may have been settled."""
+        lost = []
+        for job in jobs:
+            try:
+                self.settle(job, outcome)
+            except LeaseLost:
+                lost.append(job)
+        return lost
+
     def touch(self, job: Job) -> None:
         with self._store.changed:
             self._held(job)

@@ -35,7 +35,7 @@ from lamsonq.backends.sqlite_outgoing import Outgoing, write_down
 from lamsonq.backends.sqlite_reserve import Reserving
 from lamsonq.backends.sqlite_rows import Row, insert, row_of
 from lamsonq.errors import BrokerError, LeaseLost, QueueError, SettingsError
-from lamsonq.jobs import Job, Limit, Outcome, Put
+from lamsonq.jobs import Done, Job, Limit, Outcome, Put
 
 
 def open_queue(url: str, *, pop_limit: int = 0, oversize_dir: str | None = None) -> SQLite:
@@ -58,7 +58,7 @@ def _parsed(url: str) -> tuple[str, str]:
 class SQLite(Reserving):
     """A queue in a SQLite file; see lamsonq.jobs.Backend. `now` tells seconds since the epoch."""
 
-    capabilities = frozenset({"processes", "limits", "transactions"})
+    capabilities = frozenset({"processes", "limits", "transactions", "batches"})
 
     def __init__(
         self,
@@ -173,10 +173,35 @@ class SQLite(Reserving):
         results = {number: result is not False for number, result in zip(rows, kept, strict=True)}
         handed = self._outgoing.hand_over(dict(zip(numbers, others.values(), strict=True))) if others else {}
         results.update(zip(others, (handed[number] for number in numbers), strict=True))
-        if len(job.body) > INLINE_MAX and time.monotonic() >= self._tidy_at:
+        self._tidy_after([job])
+        return [results[number] for number in range(len(puts))]
+
+    def finish(self, jobs: Sequence[Job], outcome: Done) -> list[Job]:
+        """Raises QueueError when nothing was settled."""
+        now = self._now()
+        ends = [sqlite_settle.end(job, outcome, now) for job in jobs]
+
+        def act(connection: Any) -> list[Job]:
+            lost = []
+            for job, end in zip(jobs, ends, strict=True):
+                try:
+                    end(connection)
+                except LeaseLost:
+                    lost.append(job)
+            return lost
+
+        with self._about():
+            lost = self._database.write(act)
+        for job in jobs:
+            self._settled(job.claim)
+        self._tidy_after(jobs)
+        return lost
+
+    def _tidy_after(self, jobs: Sequence[Job]) -> None:
+        """Some of these were perhaps large."""
+        if any(len(job.body) > INLINE_MAX for job in jobs) and time.monotonic() >= self._tidy_at:
             self._tidy_at = time.monotonic() + 1
             sqlite_bodies.tidy(self._database)
-        return [results[number] for number in range(len(puts))]
 
     def touch(self, job: Job) -> None:
         query = "select 1 from jobs where id = ? and token = ? and state = 'reserved'"
