@@ -14,7 +14,7 @@ import contextlib
 import contextvars
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 from typing import TypeVar
 
@@ -39,7 +39,7 @@ class About:
 
     def for_call(self, handler: str | None, recipient: str) -> About:
         """The same message in the hands of one function."""
-        return replace(self, handler=handler or "", recipient=recipient)
+        return About(self.id, self.queue, handler or "", recipient, self.keys, self.pid)
 
     def next_key(self) -> str | None:
         """A key for something that is to be kept of this message, if its id may be used for that."""

@@ -6,7 +6,7 @@ Rules:
 1. `read` understands what routes are mostly made of: text, classes, groups, alternatives, repeats. Of anything else
    (lookarounds, backreferences, inline flags) it says that it may match every address and take any time.
 2. It never promises too much. An address that an expression matches begins and ends as one of its shapes does, and
-   matching takes at most as many steps as `Reading.steps` says. That some address does so does not mean that it matches.
+   matching takes at most as many steps as `Reading.steps` says. Others may do so, too.
 3. Only ASCII is compared, in lower case. The four other characters that `re.IGNORECASE` takes for an ASCII letter (the
    dotted and the dotless i, the Kelvin sign, the long s) are that letter.
 """
@@ -49,7 +49,7 @@ _ASCII_OF = str.maketrans({chr(c): chr(c).lower() for c in range(128)} | {"İ": 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Texts that begin with `head` and end with `tail`, in lower case; when it is `whole`, the one text that both are."""
+    """Texts that begin with `head` and end with `tail`, in lower case; when it is `whole`, the one text that is both."""
 
     head: str
     tail: str
@@ -74,7 +74,7 @@ class Reading:
         """The steps that matching an address of this length takes at most; infinite where there is no saying."""
         if self.degree > DEGREE_MAX or self.ways + self.work > STEPS_MAX:
             return math.inf
-        return (self.ways + self.work) * (length + 1.0) ** self.degree
+        return (self.ways + self.work) * math.pow(length + 1, self.degree)
 
 
 ANY = Shape("", "")

@@ -151,7 +151,10 @@ class Ingress:
     async def _takes(self, address: str) -> bool:
         if not self.router.table.routes:
             return True
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self.router.takes, address)
+        taken = self.router.takes_at_once(address)
+        if taken is None:
+            taken = await asyncio.get_running_loop().run_in_executor(self._pool, self.router.takes, address)
+        return taken
 
     async def _body(self, headers: MutableMapping[bytes, bytes], receive: Receive) -> bytes:
         declared = headers.get(b"content-length", b"0")

@@ -2,8 +2,8 @@
 
     python tests/bench/matching.py [messages]
 
-The tables are those of a manager of mailing lists and of a host of blogs. The loop is `fullmatch` of one expression after
-the other. A delivery makes the message of its bytes, finds its route among 100, and runs a function that does nothing;
+The tables are those of a manager of mailing lists and of a host of blogs. The loop is `fullmatch` of one expression
+after the other. A delivery makes the message of its bytes, finds its route among 100, and runs a function that does nothing;
 where `salmon-mail` can be imported, its Router does the same with the same message.
 """
 
@@ -11,7 +11,9 @@ import importlib
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import cycle
 from typing import Any
 
 from lamsonq.mail import MailRequest
@@ -83,18 +85,23 @@ def _compare_deliveries(messages: int) -> None:
         makers["salmon"] = (importlib.import_module("salmon.mail").MailRequest, theirs.deliver)
     except ImportError as error:
         print(f"(without Salmon: {error})")
-    works = []
+    works: list[Callable[[], object]] = []
     for build, deliver in makers.values():
-        to = iter(addresses * (messages * ROUNDS * 2 // 100 + 2))
-        works.append(lambda build=build, to=to: build("peer", "joe@example.com", next(to), DATA))
-        works.append(
-            lambda build=build, to=to, deliver=deliver: deliver(build("peer", "joe@example.com", next(to), DATA))
-        )
+        made = partial(_made, build, cycle(addresses))
+        works += [made, partial(_delivered, made, deliver)]
     figures = _by_turns(works, messages)
     for number, name in enumerate(makers):
         build_time, whole = figures[2 * number : 2 * number + 2]
         print(f"{name}: {1 / build_time:.0f} messages made per second, {1 / whole:.0f} made and delivered", end="")
         print(f" ({figures[-1] / whole:.2f} x Salmon's)" if name == "ours" and "salmon" in makers else "")
+
+
+def _made(build: Callable[..., Any], addresses: Iterator[str]) -> Any:
+    return build("peer", "joe@example.com", next(addresses), DATA)
+
+
+def _delivered(make: Callable[[], Any], deliver: Callable[[Any], object]) -> object:
+    return deliver(make())
 
 
 def _by_turns(works: list[Callable[[], object]], times: int) -> list[float]:
