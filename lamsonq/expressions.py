@@ -49,7 +49,7 @@ _ASCII_OF = str.maketrans({chr(c): chr(c).lower() for c in range(128)} | {"İ": 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Texts that begin with `head` and end with `tail`, in lower case; when it is `whole`, the one text that is both."""
+    """Texts that begin with `head` and end with `tail`, in lower case; `whole`: the one text that is both."""
 
     head: str
     tail: str

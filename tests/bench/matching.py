@@ -3,8 +3,8 @@
     python tests/bench/matching.py [messages]
 
 The tables are those of a manager of mailing lists and of a host of blogs. The loop is `fullmatch` of one expression
-after the other. A delivery makes the message of its bytes, finds its route among 100, and runs a function that does nothing;
-where `salmon-mail` can be imported, its Router does the same with the same message.
+after the other. A delivery makes the message of its bytes, finds its route among 100, and runs a function that does
+nothing; where `salmon-mail` can be imported, its Router does the same with the same message.
 """
 
 import importlib
