@@ -23,6 +23,7 @@ from functools import lru_cache
 
 LOCAL_PART_MAX = 64
 DOMAIN_MAX = 255
+LABEL_MAX = 63
 ADDRESSES_MAX = 1000
 """How many addresses of one header are read when a stranger wrote it."""
 
@@ -104,7 +105,9 @@ def _objection(address: str) -> str:
 
 
 def _is_domain(domain: str) -> bool:
-    if any(len(label.encode()) > 63 for label in domain.split(".")):
+    if domain.isascii() and len(domain) <= LABEL_MAX:
+        return True
+    if any(len(label.encode()) > LABEL_MAX for label in domain.split(".")):
         return False
     if domain.isascii():
         return True

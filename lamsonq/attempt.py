@@ -324,7 +324,7 @@ class Attempt:
             return
         finally:
             self._thread = None
-        if inspect.isawaitable(value):
+        if value is not None and inspect.isawaitable(value):
             self._await(value, context)
         else:
             self._returned(value)

@@ -152,7 +152,8 @@ class Ingress:
     async def _takes(self, address: str) -> bool:
         if not self.router.table.routes:
             return True
-        return await asyncio.to_thread(self.router.takes, address)
+        taken = self.router.takes_at_once(address)
+        return await asyncio.to_thread(self.router.takes, address) if taken is None else taken
 
     async def _body(self, headers: MutableMapping[bytes, bytes], receive: Receive) -> bytes:
         declared = headers.get(b"content-length", b"0")

@@ -13,7 +13,6 @@ Rules:
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterator, Sequence
 from email.message import Message
@@ -114,9 +113,10 @@ class MailRequest:
 
     def addressed(self, recipient: str) -> MailRequest:
         """This message for one recipient: the same bytes, its own header edits."""
-        other = copy.copy(self)
+        other = self.__class__.__new__(self.__class__)
+        other.__dict__.update(self.__dict__)
         other._edits = dict(self._edits)
-        other.route_to = _recipients((recipient,))
+        other.route_to = [recipient] if recipient in self.route_to else _recipients((recipient,))
         other.To = other.route_to[0] if other.route_to else ""
         return other
 

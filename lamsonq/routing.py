@@ -73,6 +73,9 @@ CONVERSATION = "lamsonq.routing.CONVERSATION"
 """The target of a job that is bound to no function yet, but to the sender's conversation: to whichever stateful
 function that asks for when the job is run."""
 
+STEPS_AT_ONCE = 100_000
+"""Steps of matching that are a moment: a third of a millisecond, on an address that is made to need them all."""
+
 RELOAD_INTERVAL = 1.0
 """Seconds between two looks at the handlers' files, with `RELOAD = True`."""
 
@@ -215,13 +218,20 @@ class RoutingBase:
         self.reload_if_changed()
         return any(True for _ in self.table.matches(canonical(address)))
 
+    def takes_at_once(self, address: str) -> bool | None:
+        """What `takes` says, where it is sure to say so in a moment; None where an expression may take its time on an
+        address that somebody has made for it, or files have to be read anew."""
+        if self.RELOAD or self.table.steps(canonical(address)) > STEPS_AT_ONCE:
+            return None
+        return self.takes(address)
+
     def plan(self, message: MailRequest) -> list[Call]:
         """The calls that this message asks for, recipient by recipient, in the order of the routes. Runs nothing."""
         self.reload_if_changed()
         table = self.table
         calls: list[Call] = []
         for recipient in message.route_to:
-            calls += self._plan_for(table, message.addressed(recipient), recipient)
+            calls += self._plan_for(table, message, recipient)
         return calls
 
     def _plan_for(self, table: Table, message: MailRequest, recipient: str) -> list[Call]:
@@ -237,9 +247,8 @@ class RoutingBase:
                     at = at if candidates else len(calls)
                     candidates.append((handler, route_, captures))
         if candidates:
-            calls.insert(
-                at, self._choose(table, message, recipient, candidates) or self._nobody(message, candidates[0])
-            )
+            own = message.addressed(recipient)
+            calls.insert(at, self._choose(table, own, recipient, candidates) or self._nobody(own, candidates[0]))
         return calls
 
     def _nobody(self, message: MailRequest, candidate: Candidate) -> Call:

@@ -414,11 +414,13 @@ class SMTPReceiver:
     def takes(self, address: str) -> bool | asyncio.Future[bool]:
         """Whether a route's expression matches; where no handlers are loaded everything is taken.
 
-        An expression may take its time on an address that somebody has made for it: so it is asked in a thread.
+        Where that may take its time, it is asked in a thread, so that others have their turn between two expressions;
+        during one of them nobody has, because `re` does not let go of the interpreter.
         """
         if not self.router.table.routes:
             return True
-        return self._loop.run_in_executor(self._lookups, self.router.takes, address)
+        taken = self.router.takes_at_once(address)
+        return self._loop.run_in_executor(self._lookups, self.router.takes, address) if taken is None else taken
 
     async def asks(self, check: Check, dialogue: Dialogue) -> str | None:
         try:

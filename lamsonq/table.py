@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from lamsonq.errors import RouteError
+from lamsonq.expressions import Index, Reading, read
 from lamsonq.marks import MODULES, Marks, ModuleMarks, StateKeyGenerator, marks_of
 
 _CAPTURE = re.compile(r"(?<!\\)\(([A-Za-z_]\w*)\)")
@@ -40,6 +41,7 @@ class Route:
 
     expression: str
     compiled: re.Pattern[str]
+    reading: Reading
     handlers: list[Handler]
 
 
@@ -51,13 +53,22 @@ class Table:
     modules: dict[str, StateKeyGenerator | None] = field(default_factory=dict)
     states: dict[str, set[str]] = field(default_factory=dict)
     handlers: dict[str, Handler] = field(default_factory=dict)
+    _order: list[Route] = field(default_factory=list)
+    _index: Index = field(default_factory=Index)
 
     def matches(self, address: str) -> Iterator[tuple[Route, dict[str, str]]]:
         """The routes that match the whole address, in order, with their captures."""
-        for route in self.routes.values():
+        for number in self._index.candidates(address):
+            route = self._order[number]
             found = route.compiled.fullmatch(address)
             if found is not None:
                 yield route, {name: value for name, value in found.groupdict().items() if value is not None}
+
+    def steps(self, address: str) -> float:
+        """The steps that `matches` takes at most, some of them several of the processor's; infinite where there is no
+        saying."""
+        size = len(address)
+        return sum(self._order[number].reading.steps(size) for number in self._index.candidates(address))
 
     def register(self, expression: str, handler: Handler, where: str) -> None:
         """Add a handler under a resolved expression; only while the table is being made."""
@@ -67,7 +78,9 @@ class Table:
                 compiled = re.compile(expression, re.IGNORECASE)
             except re.error as error:
                 raise RouteError(f"{where}: {expression!r} is not a regular expression: {error}") from error
-            found = self.routes[expression] = Route(expression, compiled, [])
+            found = self.routes[expression] = Route(expression, compiled, read(expression), [])
+            self._index.add(len(self._order), found.reading.shapes)
+            self._order.append(found)
         if handler not in found.handlers:
             found.handlers.append(handler)
         self.handlers[handler.name] = handler

@@ -105,6 +105,30 @@ def test_a_recipient_that_no_route_takes_is_refused_and_the_others_are_not(start
     assert [call[1] for call in noted.calls] == ["two@y.test"]
 
 
+def test_only_an_expression_that_may_take_its_time_is_asked_in_another_thread(
+    start: Start, router: RoutingBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for expression in (r"(?P<who>[a-z]+)@quick\.test", r"(?P<who>([a-z]+)+)@slow\.test"):
+        router.register_route(expression, lambda _message, who: who)
+    asked: dict[str, str] = {}
+    takes = router.takes
+
+    def watched(address: str) -> bool:
+        asked[address] = threading.current_thread().name.partition("_")[0]
+        return takes(address)
+
+    monkeypatch.setattr(router, "takes", watched)
+    with Client(start()) as client:
+        replies = client.begin("joe@quick.test", "joe@slow.test", "0@quick.test", "0@slow.test")
+    assert [reply[:3] for reply in replies] == ["250", "250", "250", "550", "550"]
+    assert asked == {
+        "joe@quick.test": "lamsonq-smtp",
+        "joe@slow.test": "lamsonq-rcpt",
+        "0@quick.test": "lamsonq-smtp",
+        "0@slow.test": "lamsonq-rcpt",
+    }
+
+
 def test_without_routes_every_recipient_is_taken(start: Start) -> None:
     taken: list[MailRequest] = []
     with Client(start(deliver=taken.append)) as client:
