@@ -46,6 +46,11 @@ def is_path_address(address: str) -> bool:
     return not _objection(address)
 
 
+def is_domain(text: str) -> bool:
+    """Whether this can stand behind the @ of an address: `x.org`, or `[10.0.0.1]`."""
+    return is_path_address(f"a@{text}")
+
+
 def parse_path(argument: str, *, null: bool = False, postmaster: bool = False) -> tuple[str, str]:
     """The address and what follows it, of a MAIL or RCPT argument: `<a@b> SIZE=3` gives `("a@b", " SIZE=3")`.
 

@@ -718,7 +718,9 @@ class Session(Wire):
         chunks += piece or b""
         if self._last_piece:
             return self._take_whole(None if piece is None else bytes(chunks))
-        if piece is None:  # one reply, whoever would be answered for at the end; the pieces behind it come to no transaction
+        if (
+            piece is None
+        ):  # one reply, whoever would be answered for at the end; the pieces behind it come to no transaction
             self.say(self._fault_of(None) or "")
             self._forget()
         else:
