@@ -119,7 +119,7 @@ def test_the_hosts_that_strangers_may_send_to_go_to_the_receiver(toml: Path) -> 
     assert settings.machine(environ={}).receiver.config()["hosts"] is None
     toml.write_text('[receiver]\nhosts = ["Example.org"]\n')
     here = settings.machine(environ={}).receiver.config()
-    assert SMTPReceiver(**here).hosts == LMTPReceiver(**here).hosts == {"example.org"}
+    assert SMTPReceiver(**here).hosts == LMTPReceiver(**here).hosts == frozenset(["example.org"])
     here = settings.machine(environ={"LAMSONQ_RECEIVER__HOSTS": "a.org, b.org"}).receiver.config()
     assert here["hosts"] == ["a.org", "b.org"]
 
