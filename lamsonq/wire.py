@@ -7,9 +7,8 @@ Rules:
    does, and a reply is never overtaken.
 2. A command ends with CRLF and holds no control character (RFC 5321 section 2.3.8); anything else is refused and not
    executed. A message ends with CRLF.CRLF and with nothing else (section 4.1.1.4).
-3. Memory is bounded: a command by COMMAND_MAX, what is sent ahead by AHEAD_MAX, a message by the limit of its reader (and
-   a third of it, for the dots that are doubled). A
-   client that does not read its replies is not read from.
+3. Memory is bounded: a command by COMMAND_MAX, what is sent ahead by AHEAD_MAX, a message by the limit of its reader,
+   and a third of it for doubled dots. A client that does not read its replies is not read from.
 4. Time is bounded: a command has to arrive whole within `command_timeout`; a message may pause for `data_timeout`, and
    has to keep up RATE_MIN besides. While we work there is no clock for the client. A connection that is closed is
    gone after CLOSE_TIMEOUT, also when the client reads nothing.
