@@ -48,6 +48,11 @@ def is_path_address(address: str) -> bool:
     return not _objection(address)
 
 
+def is_domain(text: str) -> bool:
+    """Whether this can stand behind the @ of an address: `x.org`, or `[10.0.0.1]`."""
+    return is_path_address(f"a@{text}")
+
+
 def parse_path(argument: str, *, null: bool = False, postmaster: bool = False) -> tuple[str, str]:
     """The address and what follows it, of a MAIL or RCPT argument: `<a@b> SIZE=3` gives `("a@b", " SIZE=3")`.
 
@@ -157,6 +162,21 @@ def bare_address(text: str) -> str:
     return next(iter(addresses_in(text, 1)), "")
 
 
+def parseaddr(text: str | None) -> tuple[str, str]:
+    """The display name and the address, as they are written, of the first element that has an address; else "" twice.
+
+    For headers of strangers, in place of `email.utils.parseaddr`: that one raises RecursionError for a header of many
+    parentheses.
+    """
+    mailbox = next((mailbox for mailbox in mailboxes_in(text or "") if mailbox.address), Mailbox("", ""))
+    return unquoted(mailbox.name), mailbox.address
+
+
+def unquoted(phrase: str) -> str:
+    """A display name without its quotes: `"Smith, J."` gives `Smith, J.`"""
+    return _quoted_string.sub(lambda found: _pair.sub(r"\1", found[1]), phrase)
+
+
 def addresses_in(header_text: str, limit: int | None = ADDRESSES_MAX) -> list[str]:
     """Every address of an address header, bare, lower-cased, once each, in order; at most `limit`."""
     found: dict[str, None] = {}
@@ -219,6 +239,8 @@ class _Element:
             yield Mailbox(name, address, path)
 
 
+_quoted_string = re.compile(r'"((?:[^"\\]|\\.)*+)"', re.DOTALL)
+_pair = re.compile(r"\\(.)", re.DOTALL)
 _BROKEN = frozenset('")[]\\')
 _token = re.compile(r'"(?:[^"\\]|\\.)*+"|\[[^\[\]\\]*+\]|\\.|[^"\[\]\\(),:;<>]+|.', re.DOTALL)
 _comment_mark = re.compile(r"\\.|[()]", re.DOTALL)

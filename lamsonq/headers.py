@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from encodings.aliases import aliases
 
-from lamsonq.address import mailboxes_in
+from lamsonq.address import mailboxes_in, unquoted
 
 BLOCK_MAX = 128 * 1024
 FIELDS_MAX = 1000
@@ -168,13 +168,9 @@ def _addresses(text: str, render: Callable[[str], str]) -> str:
     """An address list with its display names rendered anew."""
     elements = []
     for mailbox in mailboxes_in(text):
-        name, address = render(_unquoted(mailbox.name)), mailbox.address
+        name, address = render(unquoted(mailbox.name)), mailbox.address
         elements.append(f"{name} <{address}>" if name and address else name or address)
     return ", ".join(filter(None, elements))
-
-
-def _unquoted(phrase: str) -> str:
-    return re.sub(r'"((?:[^"\\]|\\.)*)"', lambda found: re.sub(r"\\(.)", r"\1", found[1]), phrase)
 
 
 def _quoted(phrase: str) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from email.message import Message
 from functools import cached_property
 
-from lamsonq.address import addresses_in, bare_address, canonical, is_path_address, parse_path
+from lamsonq.address import addresses_in, bare_address, canonical, is_path_address, parse_path, parseaddr
 from lamsonq.bounce import BounceAnalyzer, detect_if_likely
 from lamsonq.envelope import Envelope
 from lamsonq.headers import Field, HeaderBlock, check_name, check_value, shown, undecoded, written
@@ -37,6 +37,7 @@ __all__ = [
     "bare_address",
     "is_path_address",
     "parse_path",
+    "parseaddr",
 ]
 
 ROUTABLE_TO_HEADER = "to"

@@ -701,7 +701,12 @@ class Session(Wire):
             self.dismiss("501 5.5.4 Syntax: BDAT size [LAST]")  # how much of what comes is no command, nobody knows
             return
         self._last_piece = bool(last)
-        self.read_octets(int(size), self._take_piece)
+        fits = len(self._chunks or b"") + int(size) <= self.server.size_limit
+        if not fits:
+            # RFC 3030 section 2: what is refused is read all the same, however much it is, and dropped; who is told
+            # no before he has sent it may be cut off before he reads it, and comes again.
+            self.drops()
+        self.read_octets(int(size), self._take_piece, keep=fits)
 
     def _take_piece(self, piece: bytes | None) -> Work | None:
         assert self.envelope is not None
@@ -711,14 +716,15 @@ class Session(Wire):
         chunks = self._chunks if self._chunks is not None else bytearray()
         self._chunks = chunks
         chunks += piece or b""
-        too_much = piece is None or len(chunks) > self.server.size_limit
         if self._last_piece:
-            return self._take_whole(None if too_much else bytes(chunks))
-        if too_much:  # one reply, whoever would be answered for at the end; the pieces behind it come to no transaction
+            return self._take_whole(None if piece is None else bytes(chunks))
+        if (
+            piece is None
+        ):  # one reply, whoever would be answered for at the end; the pieces behind it come to no transaction
             self.say(self._fault_of(None) or "")
             self._forget()
         else:
-            self.say(f"250 2.0.0 {len(piece or b'')} octets received")
+            self.say(f"250 2.0.0 {len(piece)} octets received")
         return None
 
     def keeps(self, octets: int) -> bool:
@@ -727,17 +733,18 @@ class Session(Wire):
         if not self.envelope.rcpt_tos:
             return False  # BDAT without a transaction
         octets += len(self._chunks or b"")
-        if octets > self.server.size_limit + 8:
-            self._release()
-            return False
         traffic = self.server.traffic
         if not traffic.has_room(octets - self._reserved):
             self._no_room = True
-            self._release()
             return False
         traffic.memory += octets - self._reserved
         self._reserved = octets
         return True
+
+    def drops(self) -> None:
+        if self._chunks is not None:
+            self._chunks.clear()
+        self._release()
 
     def _release(self) -> None:
         self.server.traffic.memory -= self._reserved
@@ -759,6 +766,8 @@ class Session(Wire):
             return "554 5.4.6 Too many hops: this message goes round in circles"
         if not self.server.carries_bare and has_bare_line_end(content):
             return "550 5.6.0 Lines end in <CR><LF>: a bare <CR> or <LF> is refused (RFC 5321 section 2.3.8)"
+        if not self.server.carries_bare and b"\0" in content:
+            return "550 5.6.0 A message holds no <NUL> (RFC 2045 section 2.8)"
         return None
 
     def _take_whole(self, content: bytes | None) -> Work | None:

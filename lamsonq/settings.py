@@ -22,7 +22,7 @@ import logging.config
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from ssl import SSLContext, SSLError, create_default_context
 from types import ModuleType
@@ -31,6 +31,7 @@ from typing import Annotated, Any, Literal, TypedDict, TypeVar, get_args, get_or
 import msgspec
 import tomli
 
+from lamsonq.address import is_domain
 from lamsonq.errors import Refusal, SettingsError, UsageError, reason_of
 from lamsonq.limits import Limits
 from lamsonq.logins import Logins
@@ -46,6 +47,12 @@ Count = Annotated[int, msgspec.Meta(ge=1)]
 Bytes = Annotated[int, msgspec.Meta(ge=0)]
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
 SecondsOrNone = Annotated[float, msgspec.Meta(ge=0)]
+File = Annotated[str, msgspec.Meta(min_length=1, description="the path of a file")]
+"""A description is what a value that does not fit is told."""
+
+
+class _Unfit(ValueError):
+    """A value that does not fit to the others of its table: which, what was wanted and what was found."""
 
 
 class QueueConfig(TypedDict):
@@ -68,6 +75,7 @@ class ReceiverConfig(TypedDict):
     tls: TLS | None
     logins: Logins | None
     login_required: bool
+    hosts: list[str] | None
     limits: Limits
     trusted: list[str]
     proxies: list[str]
@@ -96,9 +104,10 @@ class ReceiverTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
     `workers` are threads, `timeout` is for one call of a handler; below `min_free` bytes of free disk mail is put off.
     With `certificate_file` (and `key_file`, if the key stands apart) TLS is spoken: `tls` is "offered", "required" or
-    "implicit". With `logins_file` one may log in, with `login_required` one has to. `proxies` and `trusted` are lists
-    of networks: who speaks the PROXY protocol, and who has no limits. `refuse_bare` refuses a message with a bare CR or
-    LF. `verify` looks at SPF, DKIM, DMARC and ARC, in the name of `authserv_id`.
+    "implicit". With `logins_file` one may log in, with `login_required` one has to. `hosts` are the domains that
+    strangers may send to, on top of what the routes say. `proxies` and `trusted` are lists of networks: who speaks the
+    PROXY protocol, and who has no limits. `refuse_bare` refuses a message with a bare CR or LF, or with a NUL. `verify`
+    looks at SPF, DKIM, DMARC and ARC, in the name of `authserv_id`.
     """
 
     host: str = "127.0.0.1"
@@ -108,11 +117,12 @@ class ReceiverTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     timeout: Seconds = 300.0
     size_limit: Bytes = 32 * 1024 * 1024
     min_free: Bytes = MIN_FREE
-    certificate_file: str | None = None
-    key_file: str | None = None
+    certificate_file: File | None = None
+    key_file: File | None = None
     tls: Literal["offered", "required", "implicit"] | None = None
-    logins_file: str | None = None
+    logins_file: File | None = None
     login_required: bool = False
+    hosts: list[str] | None = None
     proxies: list[str] = msgspec.field(default_factory=list)
     trusted: list[str] = msgspec.field(default_factory=list)
     refuse_bare: bool = False
@@ -120,11 +130,19 @@ class ReceiverTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     authserv_id: str | None = None
     limits: LimitsTable = msgspec.field(default_factory=lambda: LimitsTable())
 
-    def config(self) -> ReceiverConfig:
-        """Raises SettingsError when a certificate or the logins cannot be used, and for what is no network."""
+    def __post_init__(self) -> None:
+        for name in ("tls", "key_file"):
+            if getattr(self, name) is not None and self.certificate_file is None:
+                raise _Unfit(name, "receiver.certificate_file, too (in PEM)", "none")
         for name in ("proxies", "trusted"):
             for text in getattr(self, name):
                 _check_network(name, text)
+        for host in self.hosts or ():
+            if not is_domain(host):
+                raise _Unfit("hosts", "domains, as example.org", f"the str {json.dumps(host)}")
+
+    def config(self) -> ReceiverConfig:
+        """Raises SettingsError when a certificate or the logins cannot be used."""
         return ReceiverConfig(
             host=self.host,
             port=self.port,
@@ -136,6 +154,7 @@ class ReceiverTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
             tls=self._certificate(),
             logins=None if self.logins_file is None else Logins(self.logins_file),
             login_required=self.login_required,
+            hosts=self.hosts,
             limits=self.limits.limits(),
             trusted=self.trusted,
             proxies=self.proxies,
@@ -146,8 +165,6 @@ class ReceiverTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
     def _certificate(self) -> TLS | None:
         if self.certificate_file is None:
-            if self.tls or self.key_file:
-                raise SettingsError("receiver.tls needs a certificate: receiver.certificate_file, in PEM")
             return None
         return TLS(
             self.certificate_file,
@@ -180,7 +197,7 @@ def _check_network(name: str, text: str) -> None:
     try:
         ipaddress.ip_network(text)
     except ValueError as error:
-        raise SettingsError(f"receiver.{name}: {error}; a network is written as 10.0.0.0/8") from error
+        raise _Unfit(name, "networks, as 10.0.0.0/8", f"the str {json.dumps(text)}: {error}") from error
 
 
 class DKIMTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -188,7 +205,7 @@ class DKIMTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
     domain: str
     selector: str
-    key_file: str
+    key_file: File
 
 
 class RelayTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -201,10 +218,10 @@ class RelayTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     port: Port = 25
     username: str | None = None
     password: str | None = None
-    password_file: str | None = None
+    password_file: File | None = None
     ssl: bool = False
     starttls: bool = False
-    ca_file: str | None = None
+    ca_file: File | None = None
     lmtp: bool = False
     clear_login: bool = False
     timeout: Seconds = 30.0
@@ -327,6 +344,10 @@ class _Check:
         except TypeError:
             missing = next(f.name for f in msgspec.structs.fields(kind) if f.required and f.name not in values)
             raise SettingsError(f"{self.origin(keys)}: {'.'.join(keys)}: {missing} is missing") from None
+        except _Unfit as unfit:
+            key, wanted, found = unfit.args
+            place = (*keys, key)
+            raise SettingsError(f"{self.origin(place)}: {'.'.join(place)}: expected {wanted}, found {found}") from None
 
     def value(self, kind: Any, value: object, keys: tuple[str, ...]) -> object:
         if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
@@ -336,14 +357,16 @@ class _Check:
             tables = value if isinstance(value, list) else [value]
             return [self.record(record, table, (*keys, str(number))) for number, table in enumerate(tables)]
         from_environment = keys in self.origins
-        if from_environment and get_origin(kind) is list:
+        kinds = (kind, *get_args(kind))
+        if from_environment and any(get_origin(one) is list for one in kinds):
             value = [item.strip() for item in str(value).split(",") if item.strip()]
         try:
             return msgspec.convert(value, kind, strict=not from_environment)
         except msgspec.ValidationError as error:
-            choice = next((get_args(one) for one in (kind, *get_args(kind)) if get_origin(one) is Literal), ())
+            choice = next((get_args(one) for one in kinds if get_origin(one) is Literal), ())
             # msgspec says of a word that is none of these only that it is none.
-            wanted = f"one of {', '.join(json.dumps(word) for word in choice)}" if choice else _wanted(str(error))
+            wanted = f"one of {', '.join(json.dumps(word) for word in choice)}" if choice else _description(kinds)
+            wanted = wanted or _wanted(str(error))
             raise self.wrong(keys, wanted, value) from error
 
     def wrong(self, keys: tuple[str, ...], wanted: str, found: object) -> SettingsError:
@@ -363,6 +386,11 @@ class _Check:
             if place[: len(keys)] == keys:
                 return name
         return self.path
+
+
+def _description(kinds: Iterable[Any]) -> str:
+    metas = (meta for kind in kinds for meta in getattr(kind, "__metadata__", ()))
+    return next((meta.description for meta in metas if meta.description), "")
 
 
 def _wanted(complaint: str) -> str:

@@ -21,7 +21,6 @@ import hashlib
 import logging
 import os
 import re
-import stat
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -29,6 +28,7 @@ from lamsonq import clock
 from lamsonq.address import addresses_in
 from lamsonq.errors import SettingsError
 from lamsonq.headers import Field, HeaderBlock, undecoded
+from lamsonq.keyfile import refuse_shared
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -200,13 +200,10 @@ def _read(path: str) -> bytes:
     """The key's octets, by rule 5."""
     try:
         with open(path, "rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            octets = file.read(64 * 1024)
+            refuse_shared("DKIM", path, file.fileno())
+            return file.read(64 * 1024)
     except OSError as error:
         raise SettingsError(f"DKIM: the key {path} cannot be read: {error.strerror}") from error
-    if mode & (stat.S_IRWXO | stat.S_IWGRP):
-        raise SettingsError(f"DKIM: others than its owner can use the key {path} (mode {mode & 0o777:o}): chmod 600 it")
-    return octets
 
 
 def _loaded(path: str, octets: bytes) -> RSAPrivateKey | Ed25519PrivateKey:

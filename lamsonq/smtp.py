@@ -34,6 +34,7 @@ from ssl import SSLContext
 from msgspec import structs
 
 from lamsonq import mail
+from lamsonq.address import is_domain
 from lamsonq.authentication import Verifier, authentication_results, without_forged
 from lamsonq.commit import LOG, Committer, trouble
 from lamsonq.delivery import Reports, report_of
@@ -81,10 +82,11 @@ class SMTPReceiver:
     `Logins` does; with `login_required` nobody else may send. `hosts` are the domains that strangers may send to, on
     top of what the routes say. `limits` hold per client and for all; the networks of `trusted` ("10.0.0.0/8") have none
     of their own. Those of `proxies` tell by the PROXY protocol whom they connect for. `refuse_bare` refuses a message
-    with a bare CR or LF, which otherwise is carried as it is. `on_connect`, `on_mail` and `on_rcpt` are checks of your
-    own: they get a `Dialogue`, and raise SMTPError to refuse. With `verify` SPF, DKIM, DMARC and ARC are looked at
-    before a handler runs (`message.auth`), in the name of `authserv_id` (None: `hostname`). `reports` takes the report
-    that a message was delivered, where its sender asks for one (RFC 3461): with it, or with `deliver`, DSN is offered.
+    with a bare CR or LF, or with a NUL, which otherwise is carried as it is. `on_connect`, `on_mail` and `on_rcpt` are
+    checks of your own: they get a `Dialogue`, and raise SMTPError to refuse. With `verify` SPF, DKIM, DMARC and ARC are
+    looked at before a handler runs (`message.auth`), in the name of `authserv_id` (None: `hostname`). `reports` takes
+    the report that a message was delivered, where its sender asks for one (RFC 3461): with it, or with `deliver`, DSN
+    is offered.
 
     Raises ValueError for arguments that cannot be.
 
@@ -127,6 +129,9 @@ class SMTPReceiver:
             raise ValueError(f"workers={workers}: an {self.protocol}Receiver needs at least one")
         if isinstance(hosts, str):
             raise ValueError(f"hosts={hosts!r}: a list of domains is wanted, hosts=[{hosts!r}]")
+        for domain in hosts or ():
+            if not is_domain(domain):
+                raise ValueError(f"hosts: {domain!r} is no domain; one is written as example.org")
         self.host = host
         self.port = port
         self.socket = socket or None
@@ -208,8 +213,8 @@ class SMTPReceiver:
         if public and self.deliver is not None and not limited:
             raise SettingsError(
                 f"{self.protocol}Receiver on {self.host} would take mail for everybody, from everybody: name the"
-                " domains that you take mail for, hosts=[...], or load the handlers, or ask for a login"
-                " (login_required=True)"
+                " domains that you take mail for, hosts=[...] (in settings.toml: receiver.hosts), or load the handlers,"
+                " or ask for a login (login_required=True)"
             )
 
     @property

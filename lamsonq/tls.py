@@ -4,7 +4,8 @@ Rules:
 
 1. A certificate and its key are looked at again when a client connects, at most every LOOK_AGAIN seconds: what a
    renewal has written counts from then on. Nobody has to restart anything, and no session is cut.
-2. What cannot be used when the receiver starts ends the boot. Later it is one line in the log, and the certificate that
+2. A key that others on this machine can use is not used, as one of DKIM.
+3. What cannot be used when the receiver starts ends the boot. Later it is one line in the log, and the certificate that
    works stays.
 """
 
@@ -16,6 +17,7 @@ import ssl
 import time
 
 from lamsonq.errors import SettingsError
+from lamsonq.keyfile import refuse_shared
 
 LOG = logging.getLogger()
 
@@ -54,7 +56,7 @@ class TLS:
         return self._context
 
     def refresh(self) -> None:
-        """Look at the files now (rule 2)."""
+        """Look at the files now (rule 3)."""
         self._looked = time.monotonic()
         signature = self._signature()
         if signature == self._seen:
@@ -72,6 +74,7 @@ class TLS:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         try:
             context.load_cert_chain(self.certificate_file, self.key_file, password=_no_password)
+            refuse_shared("receiver", self.key_file or self.certificate_file)
         except (OSError, ValueError) as error:
             raise SettingsError(f"receiver: cannot use {self._files()} for TLS: {_why(error)}") from error
         return context

@@ -8,8 +8,8 @@ Rules:
    does, and a reply is never overtaken.
 2. A command ends with CRLF and holds no control character (RFC 5321 section 2.3.8); anything else is refused and not
    executed. A message ends with CRLF.CRLF and with nothing else (section 4.1.1.4).
-3. Memory is bounded: a command by COMMAND_MAX, what is sent ahead by AHEAD_MAX, a message by the limit of its reader. A
-   client that does not read its replies is not read from.
+3. Memory is bounded: a command by COMMAND_MAX, what is sent ahead by AHEAD_MAX, a message by the limit of its reader,
+   and a third of it for doubled dots. A client that does not read its replies is not read from.
 4. Time is bounded: a command has to arrive whole within `command_timeout`; a message may pause for `data_timeout`, and
    has to keep up RATE_MIN besides. While we work there is no clock for the client. A connection that is closed is
    gone after CLOSE_TIMEOUT, also when the client reads nothing.
@@ -355,7 +355,8 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
 
     def read_message(self, limit: int, finish: Callable[[bytes | None], Work | None]) -> None:
         """What comes now is a message, up to CRLF.CRLF. `finish` gets it without its dot-stuffing (RFC 5321 section
-        4.5.2), or None when it is larger than `limit` octets.
+        4.5.2), or None when it is larger than `limit` octets, for which the doubled dots do not count (RFC 1870 section
+        5), or when `keeps` did not let it in.
 
         One search over large chunks: aiosmtpd's own loop keeps an object for every line, so that a flood of empty lines
         costs gigabytes.
@@ -369,26 +370,24 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
     def _take_message(self) -> bool:
         held = self._held
         end = held.find(_END, self._seen)
-        self._too_much = self._too_much or not self.keeps(len(held) if end < 0 else end)
+        # A line with a doubled dot has three octets besides it at least: this is the most that a message may come with.
+        self._try_to_keep(end if end >= 0 else max(0, len(held) - 4), self._limit + self._limit // 3)
         if end < 0:
-            if self._too_much or len(held) > self._limit + len(_END):
-                self._too_much = True
+            if self._too_much:
                 self._received += max(0, len(held) - 4)
                 del held[:-4]
             self._seen = max(0, len(held) - 4)
             self._keep_clock(self._received + len(held))
             return False
-        content = None
-        if not self._too_much and end <= self._limit:
-            content = _without_stuffing(held, end + 2)
+        content = None if self._too_much else _without_stuffing(held, end + 2)
         del held[: end + len(_END)]
-        self._deliver(content)
+        self._deliver(None if content is None or len(content) > self._limit else content)
         return True
 
-    def read_octets(self, count: int, finish: Callable[[bytes | None], Work | None]) -> None:
-        """What comes now are `count` octets, as they are (RFC 3030 section 2). `finish` gets them, or None when
-        `keeps` did not let them in."""
-        self._finish, self._limit, self._too_much = finish, count, False
+    def read_octets(self, count: int, finish: Callable[[bytes | None], Work | None], *, keep: bool = True) -> None:
+        """What comes now are `count` octets, as they are (RFC 3030 section 2). `finish` gets them, or None without
+        `keep` and when `keeps` did not let them in: then they were dropped as they came."""
+        self._finish, self._limit, self._too_much = finish, count, not keep
         self._seen = 0
         self._start_clock()
         self._take = self._take_octets
@@ -396,7 +395,7 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
     def _take_octets(self) -> bool:
         held = self._held
         missing = self._limit - self._received
-        self._too_much = self._too_much or not self.keeps(min(len(held), missing))
+        self._try_to_keep(min(len(held), missing), self._limit)
         if len(held) < missing:
             if self._too_much:
                 self._received += len(held)
@@ -408,9 +407,18 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
         self._deliver(content)
         return True
 
+    def _try_to_keep(self, octets: int, most: int) -> None:
+        """So much of a message is here: drop what has come of it, and what will, if that is too much."""
+        if not self._too_much and (octets > most or not self.keeps(octets)):
+            self._too_much = True
+            self.drops()
+
     def keeps(self, octets: int) -> bool:  # noqa: ARG002 - for who derives from this
         """Whether so many octets of the message that comes may be kept in memory."""
         return True
+
+    def drops(self) -> None:
+        """Nothing of the message that comes is kept any more."""
 
     def _deliver(self, content: bytes | None) -> None:
         self._seen = 0

@@ -3,6 +3,8 @@
 import time
 
 from lamsonq import settings
+from lamsonq.mail import MailRequest
+from lamsonq.routing import Router
 from lamsonq.testing import RouterConversation, assert_in_state, clear_queue, delivered, queue
 
 settings.boot("config.testing")
@@ -47,6 +49,17 @@ def test_a_post_waits_in_the_queue_for_the_index() -> None:
     sender = a_sender("fourth")
     sender.say(BLOG, "This is for the index.")
     assert delivered("This is for the index", to_queue=queue("run/posts"))
+
+
+def test_a_from_header_that_is_none_keeps_nothing_from_being_posted_and_answered() -> None:
+    from app.model import post
+
+    name = f"test.blog.{time.time():.0f}.strange"
+    message = MailRequest(None, "stranger@sender.com", [f"{name}@osb.{HOST}"], b"From: " + b"(" * 500_000 + b"\n\nHi")
+    clear_queue()
+    Router.deliver(message)
+    assert post.find(name) is not None
+    assert delivered("Subject: Your page is ready")
 
 
 def test_a_bounce_is_not_answered() -> None:

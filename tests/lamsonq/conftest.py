@@ -123,6 +123,7 @@ def certificate(authority: trustme.CA, tmp_path: Path) -> Callable[..., str]:
 
     def write(name: str = "127.0.0.1", ca: trustme.CA = authority, file: str = "mx.pem") -> str:
         path = tmp_path / file
+        path.touch(0o600)
         ca.issue_cert(name).private_key_and_cert_chain_pem.write_to_path(str(path))
         return str(path)
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lamsonq.address import canonical, mailboxes_in
-from lamsonq.mail import addresses_in, bare_address, is_path_address, parse_path
+from lamsonq.mail import addresses_in, bare_address, is_path_address, parse_path, parseaddr
 
 GOOD = [
     "joe@example.org",
@@ -179,6 +179,24 @@ def test_addresses_are_read_from_a_header(text: str, expected: list[str]) -> Non
 def test_a_display_name_keeps_its_quotes() -> None:
     found = [(m.name, m.address) for m in mailboxes_in('"Smith, J" <j@x>, k@l')]
     assert found == [('"Smith, J"', "j@x"), ("", "k@l")]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Joe <Joe@X.org>", ("Joe", "Joe@X.org")),
+        (r'"Smith, \"J\"" <j@x.org>, k@x.org', ('Smith, "J"', "j@x.org")),
+        ("j@x.org", ("", "j@x.org")),
+        ("nobody, Joe <j@x.org>", ("Joe", "j@x.org")),
+        ("nobody", ("", "")),
+        ("", ("", "")),
+        (None, ("", "")),
+        ("(" * 500_000, ("", "")),
+        ("(" * 500_000 + ")" * 500_000 + "j@x.org", ("", "j@x.org")),
+    ],
+)
+def test_name_and_address_are_read_from_a_header_whatever_it_holds(text: str | None, expected: tuple[str, str]) -> None:
+    assert parseaddr(text) == expected
 
 
 def test_at_most_a_thousand_addresses_of_a_stranger_are_read() -> None:

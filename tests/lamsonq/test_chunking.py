@@ -168,8 +168,23 @@ def test_a_size_beyond_everything_takes_no_memory(serve: Serve, size: str) -> No
         assert receiver.traffic.memory == 0
 
 
-@pytest.mark.parametrize("content", [b"a\rb\r\n", b"a\nb\r\n", b"a\r\n.\n", b"\r", b"a\r\r\n"])
-def test_bare_line_ends_are_refused_where_they_are_to_be(serve: Serve, content: bytes) -> None:
+@pytest.mark.parametrize(("before", "size"), [(0, 1_000_001), (600_000, 400_001)])
+def test_of_a_piece_that_is_announced_too_large_nothing_is_kept(serve: Serve, before: int, size: int) -> None:
+    receiver = serve(size_limit=1_000_000)
+    with Client(receiver) as client:
+        client.send(BEGIN + bdat(b"x" * before))
+        assert client.replies(3) == ["250", "250", "250"]
+        client.send(b"BDAT %d LAST\r\n" % size + b"y" * (size - 1))
+        [session] = receiver._sessions
+        assert waits_until(lambda: session._received == size - 1)
+        assert (receiver.traffic.memory, len(session._held), len(session._chunks or b"")) == (0, 0, 0)
+        client.send(b"yNOOP\r\n")  # in step again behind the last octet
+        assert client.replies(2) == ["552", "250"]
+    assert serve.taken == []
+
+
+@pytest.mark.parametrize("content", [b"a\rb\r\n", b"a\nb\r\n", b"a\r\n.\n", b"\r", b"a\r\r\n", b"a\0b\r\n"])
+def test_bare_line_ends_and_nul_are_refused_where_they_are_to_be(serve: Serve, content: bytes) -> None:
     for refuse, reply in ((True, "550"), (False, "250")):
         with Client(serve(refuse_bare=refuse)) as client:
             client.send(BEGIN + bdat(content[:1]) + bdat(content[1:], last=True))

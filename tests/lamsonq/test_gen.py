@@ -224,7 +224,7 @@ def test_a_port_in_use_is_one_line(osb: Path) -> None:
     ("path", "change", "code", "told"),
     [
         ("config/settings.toml", (r"port = 8823", 'prot = "88x"'), 5, "receiver.prot: there is no such setting"),
-        ("app/handlers/post.py", (r"^from app.model import post$", "import nosuch"), 2, "app/handlers/post.py:6"),
+        ("app/handlers/post.py", (r"^from app.model import post$", "import nosuch"), 2, "app/handlers/post.py:5"),
         ("app/handlers/post.py", (r"^def START", "def START("), 2, "SyntaxError"),
         ("app/handlers/post.py", (r"osb\\\\\.", r"(blog)@"), 2, "uses (blog), which neither the route nor"),
         ("config/boot.py", (r"^settings\.receiver.*?\n", ""), 2, "config.boot sets no settings.receiver"),

@@ -468,8 +468,8 @@ def test_a_setting_that_cannot_be_is_named(here: Any) -> None:
     (here / "config").mkdir()
     path = here / "config" / "settings.toml"
     for text, why in {
-        '[receiver]\nproxies = ["10.0.0.1/8"]\n': "receiver.proxies: .* a network is written as",
-        '[receiver]\ntls = "required"\n': "receiver.tls needs a certificate: receiver.certificate_file",
+        '[receiver]\nproxies = ["10.0.0.1/8"]\n': "receiver.proxies: expected networks, as 10.0.0.0/8, found .*10.0.0",
+        '[receiver]\ntls = "required"\n': "receiver.tls: expected receiver.certificate_file, too",
         "[receiver.limits]\nmemory = -1\n": "receiver.limits.memory: expected an int >= 0",
         "[receiver.limits]\nconections = 1\n": "did you mean connections",
     }.items():

@@ -24,6 +24,7 @@ def _shown(part: str) -> str:
     return str(block)
 
 
+POSTING = _shown("parseaddr(message['from'])")
 QUEUE_LINES = _shown("settings.receiver = QueueReceiver(settings.queue_config['queue'],\n")
 SETTINGS_LINES = _shown("queue_handlers = ['app.handlers.index']")
 INDEX = _shown('logging.debug("Got message from %s", message[')
@@ -120,6 +121,15 @@ def test_the_tutorial_runs_word_by_word(shell: Shell) -> None:
     ]
     assert not list((shell.folder / "run").glob("*.pid"))
     assert not [pid for pid in pids if _runs(pid)]
+
+
+def test_the_handler_of_the_tutorial_runs_word_by_word(here: Path) -> None:
+    Shell(here)("lamsonq", "gen", "osb")
+    handler = here / "osb/app/handlers/post.py"
+    generated = handler.read_text()
+    first, last = generated.index("@route("), generated.index("@route_like(")
+    handler.write_text(generated[:first] + POSTING + "\n\n" + generated[last:])
+    assert re.search(r"\d+ passed", Shell(here / "osb")("pytest"))
 
 
 def test_the_readme_names_the_commands_that_there_are() -> None:

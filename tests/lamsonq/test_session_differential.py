@@ -108,6 +108,9 @@ def test_content_of_dots_and_line_ends_in_random_pieces() -> None:
             body = b"".join(chance.choices(FRAGMENTS, k=chance.randint(0, 25)))
             if b"\r\n.\r\n" in b"\r\n" + body + b"\r\n":
                 continue  # it ends there; what follows would be commands
+            dots = (b"\r\n" + body).count(b"\r\n.")
+            if len(body) + 2 - dots <= Taker.size_limit < len(body) + 2:
+                continue  # aiosmtpd counts doubled dots, too: RFC 1870 section 5 does not
             octets += b"MAIL FROM:<a@x.test>\r\nRCPT TO:<b@y.test>\r\nDATA\r\n" + body + b"\r\n.\r\n"
         octets += b"QUIT\r\n"
         stock, mine = asyncio.run(both(octets, chance.choices(range(len(octets)), k=chance.randint(0, 12))))

@@ -338,10 +338,44 @@ def test_a_key_of_another_certificate_ends_the_boot(here: Path, authority: trust
     for name in ("one", "two"):
         issued = authority.issue_cert("127.0.0.1")
         issued.cert_chain_pems[0].write_to_path(f"{name}.crt")
+        Path(f"{name}.key").touch(0o600)
         issued.private_key_pem.write_to_path(f"{name}.key")
     assert TLS("one.crt", "one.key").context()
     with pytest.raises(SettingsError, match=r"cannot use one.crt and two.key for TLS: the key is not this certificate"):
         TLS("one.crt", "two.key")
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_key_that_others_can_use_ends_the_boot(here: Path, authority: trustme.CA, *, apart: bool) -> None:
+    issued = authority.issue_cert("127.0.0.1")
+    issued.private_key_and_cert_chain_pem.write_to_path("mx.pem")
+    issued.cert_chain_pems[0].write_to_path("mx.crt")  # what everybody may read
+    files = ("mx.crt", "mx.pem") if apart else ("mx.pem",)
+    Path("mx.crt").chmod(0o644)
+    for mode in (0o644, 0o604, 0o660):
+        Path("mx.pem").chmod(mode)
+        with pytest.raises(
+            SettingsError,
+            match=rf"receiver: others than its owner can use the key mx\.pem \(mode {mode:o}\): chmod 600",
+        ):
+            TLS(*files)
+    Path("mx.pem").chmod(0o640)  # readable by a group that is its own
+    assert TLS(*files).context()
+
+
+def test_a_renewed_key_that_others_can_use_leaves_the_old_one(
+    certificate: Certificate, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("lamsonq.tls.LOOK_AGAIN", -1.0)
+    path = Path(certificate())
+    tls = TLS(str(path))
+    before = tls.context()
+    certificate()
+    path.chmod(0o644)
+    assert tls.context() is before
+    assert "chmod 600 it; going on with the certificate of before" in caplog.text
+    path.chmod(0o600)
+    assert tls.context() is not before
 
 
 # -- logins -------------------------------------------------------------------------------------------------------

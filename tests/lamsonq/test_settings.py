@@ -12,6 +12,8 @@ import pytest
 
 from lamsonq import settings
 from lamsonq.errors import Refusal, SettingsError, UsageError
+from lamsonq.lmtp import LMTPReceiver
+from lamsonq.smtp import SMTPReceiver
 
 TOML = """
 hosts = ["test.com", "localhost"]
@@ -95,6 +97,45 @@ def test_broken_toml_names_the_line(toml: Path) -> None:
 def test_a_file_that_is_not_there_is_named(toml: Path) -> None:
     toml.unlink()
     assert refusal() == "config/settings.toml: cannot be read: No such file or directory"
+
+
+@pytest.mark.parametrize("name", ["CERTIFICATE_FILE", "KEY_FILE", "LOGINS_FILE"])
+def test_an_empty_path_is_told_that_a_file_is_wanted(toml: Path, name: str) -> None:
+    expected = f'receiver.{name.lower()}: expected the path of a file, found the str ""'
+    assert refusal({f"LAMSONQ_RECEIVER__{name}": ""}) == f"LAMSONQ_RECEIVER__{name}: {expected}"
+    toml.write_text(f'[receiver]\n{name.lower()} = ""\n')
+    assert refusal() == f"config/settings.toml: {expected}"
+
+
+@pytest.mark.parametrize(("key", "value"), [("key_file", "mx.key"), ("tls", "required")])
+def test_what_needs_a_certificate_says_so_without_one(toml: Path, key: str, value: str) -> None:
+    expected = f"receiver.{key}: expected receiver.certificate_file, too (in PEM), found none"
+    assert refusal({f"LAMSONQ_RECEIVER__{key.upper()}": value}) == f"LAMSONQ_RECEIVER__{key.upper()}: {expected}"
+    toml.write_text(f'[receiver]\n{key} = "{value}"\n')
+    assert refusal() == f"config/settings.toml: {expected}"
+
+
+def test_the_hosts_that_strangers_may_send_to_go_to_the_receiver(toml: Path) -> None:
+    assert settings.machine(environ={}).receiver.config()["hosts"] is None
+    toml.write_text('[receiver]\nhosts = ["Example.org"]\n')
+    here = settings.machine(environ={}).receiver.config()
+    assert SMTPReceiver(**here).hosts == LMTPReceiver(**here).hosts == frozenset(["example.org"])
+    here = settings.machine(environ={"LAMSONQ_RECEIVER__HOSTS": "a.org, b.org"}).receiver.config()
+    assert here["hosts"] == ["a.org", "b.org"]
+
+
+@pytest.mark.parametrize("host", ["@example.org", "*.example.org", "", "joe@example.org", "example.org."])
+def test_a_host_that_is_no_domain_is_refused(toml: Path, host: str) -> None:
+    toml.write_text(f'[receiver]\nhosts = ["example.net", "{host}"]\n')
+    expected = f'receiver.hosts: expected domains, as example.org, found the str "{host}"'
+    assert refusal() == f"config/settings.toml: {expected}"
+    with pytest.raises(ValueError, match=r"hosts: '.*' is no domain; one is written as example\.org"):
+        SMTPReceiver(hosts=["example.net", host])
+
+
+def test_hosts_that_are_one_text_are_told_that_a_list_is_wanted(toml: Path) -> None:
+    toml.write_text('[receiver]\nhosts = "example.org"\n')
+    assert refusal() == 'config/settings.toml: receiver.hosts: expected a list, found the str "example.org"'
 
 
 def test_toml_of_version_1_1_is_read(toml: Path) -> None:

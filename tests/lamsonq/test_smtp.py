@@ -260,6 +260,15 @@ def test_a_message_that_is_too_large_is_refused_and_the_session_goes_on(start: S
     assert [len(message.Data) for message in taken] == [1000]
 
 
+@pytest.mark.parametrize(("line", "count"), [(b".\r\n", 333), (b"...\r\n", 200), (b".x" * 49 + b"\r\n", 10)])
+def test_doubled_dots_do_not_count_towards_the_size(start: Start, line: bytes, count: int) -> None:
+    taken: list[MailRequest] = []
+    with Client(start(deliver=taken.append, size_limit=1000)) as client:
+        assert client.mail(data=(b"." + line) * count).startswith("250")
+        assert client.mail(data=(b"." + line) * (count + 1)).startswith("552")
+    assert [message.Data for message in taken] == [line * count]
+
+
 def test_a_flood_of_empty_lines_costs_little(start: Start) -> None:
     taken: list[MailRequest] = []
     data = b"\r\n" * (4 << 20)

@@ -151,6 +151,7 @@ def papers() -> Iterator[Papers]:
         for number, blob in enumerate(mine.cert_chain_pems):
             blob.write_to_path(files.certificate, append=number > 0)
         mine.private_key_pem.write_to_path(files.key)
+        Path(files.key).chmod(0o600)
         authority.cert_pem.write_to_path(files.authority)
         logins.add(files.logins, NAME, PASSWORD)
         yield files
