@@ -396,6 +396,25 @@ class BackendConformance:
         other.settle(again, DONE)
         assert counted(other) == {}
 
+    def test_several_jobs_are_finished_at_once(self, stores: Stores) -> None:
+        queue = stores.open()
+        for n in range(4):
+            push(queue, b"%d" % n)
+        jobs = queue.reserve(4)
+        assert queue.finish(jobs[:2], DONE) == []
+        assert queue.finish(jobs[2:3], KEPT) == []
+        assert counted(queue) == {"reserved": 1, "done": 1}
+        assert queue.finish([], DONE) == []
+
+    def test_of_jobs_that_are_finished_at_once_those_that_were_lost_come_back(self, stores: Stores) -> None:
+        queue = stores.open()
+        for _ in range(3):
+            push(queue)
+        first, second, third = queue.reserve(3)
+        queue.settle(second, Later(counted=False))
+        assert queue.finish([first, second, third], DONE) == [second]
+        assert counted(queue) == {"ready": 1}
+
     def test_a_job_that_was_never_reserved_cannot_be_settled(self, stores: Stores) -> None:
         queue = stores.open()
         key = push(queue)

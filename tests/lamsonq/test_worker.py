@@ -6,13 +6,14 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from lamsonq.errors import Failure, Later, Refusal, SettingsError, SMTPError, Undelivered
+from lamsonq.errors import Failure, Later, QueueError, Refusal, SettingsError, SMTPError, Undelivered
+from lamsonq.jobs import Done, Job
 from lamsonq.mail import MailRequest
 from lamsonq.policy import MAX_ATTEMPTS
 from lamsonq.queue import Queue
@@ -21,6 +22,8 @@ from lamsonq.routing import RoutingBase
 from lamsonq.state import MemoryStorage, SQLiteStorage
 from lamsonq.testing import frozen_clock
 from lamsonq.worker import QueueReceiver
+
+from .clients import waits_until
 
 Mail = Callable[..., MailRequest]
 Module = Callable[..., str]
@@ -821,3 +824,58 @@ def test_a_message_for_a_conversation_that_is_in_another_queue_goes_there_once(
         QueueReceiver(posts, router=router).start(one_shot=True)
     assert sorted(sys.modules[front].CALLS) == ["copy", "copy", "start"]
     assert (posts.count(), other.count()) == (0, 2)
+
+
+def test_what_functions_have_finished_is_settled_together(
+    router: RoutingBase, module: Module, mail: Mail, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = Queue("sqlite:run/q.db?queue=posts")
+    together = threading.Barrier(4)
+    name = module("@route('desk@example.com')\n@stateless\ndef START(message): CALLS[0].wait(10)\n")
+    router.load([name])
+    sys.modules[name].CALLS.append(together)
+    for _ in range(4):
+        queue.push(mail())
+    finished: list[int] = []
+    finish = queue.backend.finish
+
+    def noted(jobs: Sequence[Job], outcome: Done) -> list[Job]:
+        finished.append(len(jobs))
+        return finish(jobs, outcome)
+
+    monkeypatch.setattr(queue.backend, "finish", noted)
+    QueueReceiver(queue, router=router, workers=4).start(one_shot=True)
+    assert sum(finished) == 4
+    assert sum(queue.backend.counts().values()) == 0
+
+
+def test_what_is_finished_is_settled_while_its_receiver_waits_for_more(
+    router: RoutingBase, module: Module, mail: Mail, here: Path
+) -> None:
+    queue = Queue("sqlite:run/q.db?queue=posts")
+    router.load([module("@route('desk@example.com')\n@stateless\ndef START(message): CALLS.append(1)\n")])
+    receiver = QueueReceiver(queue, router=router, sleep=60)
+    thread = threading.Thread(target=receiver.start)
+    thread.start()
+    try:
+        for _ in range(3):
+            queue.push(mail())
+            assert waits_until(lambda: sum(queue.backend.counts().values()) == 0)
+    finally:
+        receiver.stop()
+        thread.join(10)
+
+
+def test_what_is_finished_and_cannot_be_settled_is_given_back(
+    router: RoutingBase, module: Module, mail: Mail, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = Queue("sqlite:run/q.db?queue=posts")
+    router.load([module("@route('desk@example.com')\n@stateless\ndef START(message): CALLS.append(1)\n")])
+    queue.push(mail())
+
+    def full(_jobs: object, _outcome: object) -> list[Job]:
+        raise QueueError("the disk is full")
+
+    monkeypatch.setattr(queue.backend, "finish", full)
+    QueueReceiver(queue, router=router).start(one_shot=True)
+    assert queue.backend.counts()["delayed"] == 1

@@ -1,0 +1,74 @@
+"""The threads that functions run in."""
+
+import threading
+
+import pytest
+
+from lamsonq.threads import Threads
+
+PATIENCE = 10.0
+
+
+def test_functions_run_at_the_same_time_up_to_the_number_of_threads() -> None:
+    threads = Threads(3, "test")
+    together, gate, fourth = threading.Barrier(4), threading.Event(), threading.Event()
+
+    def wait() -> None:
+        together.wait(PATIENCE)
+        gate.wait(PATIENCE)
+
+    for _ in range(3):
+        threads.submit(wait)
+    threads.submit(fourth.set)
+    together.wait(PATIENCE)
+    assert not fourth.is_set()
+    gate.set()
+    assert fourth.wait(PATIENCE)
+    threads.close(wait=True)
+
+
+def test_a_thread_that_is_free_is_used_again() -> None:
+    threads = Threads(5, "test")
+    used: list[int] = []
+    for _ in range(20):
+        done = threading.Event()
+        threads.submit(lambda: used.append(threading.get_ident()))
+        threads.submit(done.set)
+        assert done.wait(PATIENCE)
+    assert len(set(used)) <= 2
+    threads.close(wait=True)
+
+
+def test_a_function_that_fails_ends_no_thread(caplog: pytest.LogCaptureFixture) -> None:
+    threads, done = Threads(1, "test"), threading.Event()
+    threads.submit(lambda: 1 / 0)
+    threads.submit(done.set)
+    assert done.wait(PATIENCE)
+    assert "ZeroDivisionError" in caplog.text
+    threads.close(wait=True)
+
+
+def test_what_was_taken_is_done_when_they_are_closed_and_nothing_more_is_taken() -> None:
+    threads, done = Threads(2, "test"), []
+    for n in range(50):
+        threads.submit(lambda n=n: done.append(n))  # type: ignore[misc]
+    threads.close(wait=True)
+    assert sorted(done) == list(range(50))
+    with pytest.raises(RuntimeError, match="closed"):
+        threads.submit(done.clear)
+
+
+def test_what_no_thread_has_begun_with_can_be_forgotten() -> None:
+    threads, gate, begun, done = Threads(1, "test"), threading.Event(), threading.Event(), []
+
+    def wait() -> None:
+        begun.set()
+        gate.wait(PATIENCE)
+
+    threads.submit(wait)
+    threads.submit(lambda: done.append(1))
+    assert begun.wait(PATIENCE)
+    threads.drop()
+    gate.set()
+    threads.close(wait=True)
+    assert done == []
