@@ -397,8 +397,8 @@ class RoutingBase:
         conversation = self._conversation(module, message)
         if conversation is None:
             return START
-        store = self.STATE_STORE
-        state = (store.found_by(*conversation, key) if key else None) or store.get(*conversation) or START
+        now, found = self.STATE_STORE.look(*conversation, key)
+        state = found or now or START
         if state in table.states.get(module, ()):
             return state
         elsewhere = state.rpartition(".")[0]
@@ -427,10 +427,8 @@ class RoutingBase:
             queue = self.queues.get(module)
             if queue is not None and all(put.store is not queue.backend for put in attempt.puts):
                 attempt.put(Put(queue.backend, job_of(message, new_key(queue.backend))))
-        store = self.STATE_STORE
         # What changes nothing need not be written; but a job that has changed it before is to be forgotten.
-        again = {c for c in changes if store.found_by(*c, attempt.key) is not None}
-        return {c: state for c, state in changes.items() if c in again or store.get(*c) != state}
+        return {c: state for c, state in changes.items() if self.STATE_STORE.look(*c, attempt.key) != (state, None)}
 
     # -- running a plan -----------------------------------------------------------------------------------------
 

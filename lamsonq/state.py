@@ -62,6 +62,10 @@ class StateStorage:
         """The state that this very job found when it changed it, if it was not settled since."""
         return None
 
+    def look(self, key: str, sender: str, job: str) -> tuple[str, str | None]:
+        """What `get` and `found_by` say: one question, where the store can answer both."""
+        return self.get(key, sender), self.found_by(key, sender, job) if job else None
+
     def forget(self, changes: Mapping[Conversation, str], job: str) -> None:
         """The job is settled and will not come again."""
 
@@ -175,9 +179,14 @@ class SQLiteStorage(StateStorage):
         self._write(_Write(execute, waits=True))
 
     def found_by(self, key: str, sender: str, job: str) -> str | None:
-        query = "select found from conversations where key = ? and sender = ? and job = ? and job != ''"
-        row = self._one(query, key, sender, job)
-        return row[0] if row else None
+        return self.look(key, sender, job)[1]
+
+    def look(self, key: str, sender: str, job: str) -> tuple[str, str | None]:
+        row = self._one("select state, found, job from conversations where key = ? and sender = ?", key, sender)
+        if row is None:
+            return START, None
+        state, found, by = row
+        return state, found if by == job != "" else None
 
     def forget(self, changes: Mapping[Conversation, str], job: str) -> None:
         def execute(database: sqlite3.Connection) -> None:
