@@ -36,6 +36,9 @@ from lamsonq.routing import RoutingBase, unplanned
 LOG = logging.getLogger()
 """The root logger: the names before these lines are part of what users of Lamson grep for."""
 
+LOOK_EVERY = 1.0
+"""Seconds between two looks at a call that waits for a thread or for its conversation."""
+
 _T = TypeVar("_T")
 
 Group = tuple[str, ...]
@@ -289,10 +292,10 @@ class _Run:
     def _time_left(self) -> float:
         """Seconds until the next look; 0 or less when it is overdue."""
         if self._attempt is None:
-            return 1.0  # it waits for a thread
+            return LOOK_EVERY  # it waits for a thread
         started = self._attempt.started
         if started is None:
-            return min(self._begun + PATIENCE - time.monotonic(), 1.0)
+            return min(self._begun + PATIENCE - time.monotonic(), LOOK_EVERY)
         return started + self._committer.timeout - time.monotonic()
 
     def _overdue(self) -> Result | None:

@@ -304,7 +304,7 @@ def test_a_handler_that_crashes_counts_as_failed(desk: MailProject) -> None:
     with (desk.path / "handlers.py").open("a") as handlers:
         handlers.write("    if message['subject'] == 'crash':\n        raise RuntimeError('no luck')\n")
     with (desk.path / "config" / "boot.py").open("a") as boot:
-        boot.write("from lamsonq import tally\ntally.EVERY = 0.05\n")
+        boot.write("from lamsonq import child, tally\nchild.EVERY = tally.EVERY = 0.05\n")
     parent = desk.start()
     assert send(desk.port, "<a>") == 250
     assert send(desk.port, "<b>", "crash") == 250
