@@ -197,7 +197,16 @@ def seconds_for_a_message(receiver: SMTPReceiver) -> float:
     return time.monotonic() - begun
 
 
-@pytest.mark.parametrize("begun", [b"", b"EHLO a\r\nMAIL FR", BEGIN + b"DATA\r\nslow", BEGIN + b"BDAT 9\r\nx"])
+@pytest.mark.parametrize(
+    "begun",
+    [
+        BEGIN + b"DATA\r\nslow",
+        *(
+            pytest.param(octets, marks=pytest.mark.slow)
+            for octets in (b"", b"EHLO a\r\nMAIL FR", BEGIN + b"BDAT 9\r\nx")
+        ),
+    ],
+)
 def test_a_thousand_clients_that_only_begin_keep_out_nobody(serve: Serve, many_files: None, begun: bytes) -> None:
     receiver = serve()
     clients = []
@@ -214,7 +223,14 @@ def test_a_thousand_clients_that_only_begin_keep_out_nobody(serve: Serve, many_f
     assert receiver.traffic.memory == 0
 
 
-@pytest.mark.parametrize("command", [b"NOOP\r\n", b"RSET\r\n", b"EHLO a\r\n", b"FOO\r\n", b"VRFY x\r\n"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        b"NOOP\r\n",
+        b"FOO\r\n",
+        *(pytest.param(c, marks=pytest.mark.slow) for c in (b"RSET\r\n", b"EHLO a\r\n", b"VRFY x\r\n")),
+    ],
+)
 def test_a_client_that_reads_no_replies_is_not_read_from(serve: Serve, command: bytes) -> None:
     receiver = serve(limits=Limits(bad_commands=0))
     with Client(receiver) as client:
