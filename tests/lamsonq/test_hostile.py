@@ -260,6 +260,7 @@ def test_a_hundred_thousand_commands_in_one_go_are_answered_one_by_one(serve: Se
         assert seconds_for_a_message(receiver) < 1
 
 
+@pytest.mark.slow
 def test_a_storm_of_connections_leaves_nothing(serve: Serve) -> None:
     receiver = serve()
     for number in range(1500):

@@ -71,6 +71,7 @@ def test_a_second_start_is_refused_and_force_cannot_take_the_lock(project: Proje
     assert not gone(parent)
 
 
+@pytest.mark.slow
 def test_of_starts_at_the_same_time_exactly_one_wins(project: Project) -> None:
     with ThreadPoolExecutor(5) as pool:
         done = list(pool.map(lambda _: project.run("start"), range(5)))
@@ -308,6 +309,7 @@ os.fork = counted
 CANNOT_FORK = "cannot start a process: Resource temporarily unavailable"
 
 
+@pytest.mark.slow
 def test_a_parent_that_cannot_fork_keeps_trying_and_the_server_lives(project: Project) -> None:
     project.boot(NO_FORKS)
     parent = project.start("-workers", "2")

@@ -677,7 +677,7 @@ def test_a_parent_that_is_killed_while_it_loads_anew_leaves_no_orphan(project: P
     assert project.run("status").returncode == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGQUIT, marks=pytest.mark.slow)])
 def test_a_second_term_or_a_quit_gives_back_at_once_and_uncounted_what_a_handler_is_busy_with(
     desk: MailProject, number: int
 ) -> None:
