@@ -28,8 +28,8 @@ import logging
 import re
 import ssl
 import threading
-from collections.abc import Callable, Coroutine, Mapping
-from functools import lru_cache
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from functools import cache, lru_cache
 from typing import Any, ClassVar
 
 from aiosmtpd import smtp
@@ -65,7 +65,7 @@ CHUNK = 1 << 18
 """Octets that are taken from a socket at once, at most."""
 
 _END = b"\r\n.\r\n"
-_CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
+_COMMAND = re.compile(rb"[^\x00-\x1f\x7f]*+\r\n")
 _UNPRINTABLE = re.compile(r"[^ -~]")
 
 Work = Coroutine[Any, Any, None] | asyncio.Future[None]
@@ -96,9 +96,11 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
 
     command_timeout = 300.0
     data_timeout = 180.0
+    _ready = False
 
     def __init__(self, handler: object, **options: Any) -> None:
         super().__init__(handler, **options)
+        self._ready = True
         self._held = bytearray()
         """What has come and is not worked off; while a message comes, all of it up to now."""
         self._seen = 0
@@ -120,6 +122,11 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
         self._too_much = False
         self._began = 0.0
         self._received = 0
+
+    def __dir__(self) -> Iterable[str]:
+        """While aiosmtpd looks for its commands, which it does at every connection, there are no other names: to look
+        through all of them would cost as much as a message."""
+        return super().__dir__() if self._ready else _commands_of(type(self))
 
     # -- the connection ----------------------------------------------------------------------------------------
 
@@ -318,7 +325,7 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
         if self._skipping or len(line) > COMMAND_MAX:
             self._skipping = False
             self._misspoken("500 5.5.6 Command line too long")
-        elif _CONTROL.search(line, 0, len(line) - 2) or not line.endswith(b"\r\n"):
+        elif not _COMMAND.fullmatch(line):
             self._misspoken("500 5.5.2 A command is one line that ends with <CR><LF>")
         else:
             self._obey(line[:-2])
@@ -537,6 +544,11 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
                 self.transport.abort()
         if self.transport is not None:
             self._look_again()
+
+
+@cache
+def _commands_of(kind: type[Wire]) -> tuple[str, ...]:
+    return tuple(name for name in dir(kind) if name.startswith(("smtp_", "auth_")))
 
 
 def _without_stuffing(held: bytearray, end: int) -> bytes:

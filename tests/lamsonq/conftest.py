@@ -1,6 +1,7 @@
 """What several tests of the framework share: handler modules written on the spot, and a folder of one's own."""
 
 import itertools
+import os
 import socket
 import ssl
 import sys
@@ -18,6 +19,15 @@ from lamsonq.routing import RoutingBase
 from lamsonq.smtp import SMTPReceiver
 
 _numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unsynced() -> Iterator[None]:
+    """Syncs of this process are asked for, counted and made to fail, but spare the disk: what only a power failure
+    would show, no test can see. What servers ask the kernel for is read from outside (test_durability)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import dns.resolver
 from dnslib import QTYPE, RCODE, RR, DNSError, DNSRecord  # type: ignore[import-untyped]
@@ -149,7 +150,8 @@ class Dns(BaseResolver):  # type: ignore[misc]
         self.broken, self.silent = broken, silent
         self.questions: list[tuple[str, str]] = []
         self._server = DNSServer(self, address="127.0.0.1", port=0, logger=DNSLogger(logf=lambda _: None))
-        self._server.start_thread()
+        serve = partial(self._server.server.serve_forever, poll_interval=0.01)  # as long as `close` waits for it
+        threading.Thread(target=serve, daemon=True).start()
         self.resolver = dns.resolver.Resolver(configure=False)
         self.resolver.nameservers = ["127.0.0.1"]
         self.resolver.port = self._server.server.server_address[1]

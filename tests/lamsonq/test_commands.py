@@ -443,7 +443,13 @@ def test_several_processes_with_queues_in_memory_are_refused(project: Path, rece
     lamsonq("start")
 
 
-@pytest.mark.parametrize("receiver", ["QueueReceiver('sqlite:run/q.db')", "QueueReceiver('run/p', deliver=print)"])
+@pytest.mark.parametrize(
+    "receiver",
+    [
+        "QueueReceiver('sqlite:run/q.db')",
+        pytest.param("QueueReceiver('run/p', deliver=print)", marks=pytest.mark.slow),
+    ],
+)
 def test_several_processes_share_directories_and_databases(project: Path, receiver: str) -> None:
     undeliverable = "memory:undeliverable" if "deliver" in receiver else "run/undeliverable"  # nothing goes there
     Path("config/boot.py").write_text(

@@ -304,6 +304,7 @@ def _verify(secrets: list[str], start: Any, found: Any) -> None:
             found.put(number)
 
 
+@pytest.mark.slow
 def test_of_many_processes_that_come_with_a_secret_at_once_one_gets_the_message(here: Path) -> None:
     engine = ConfirmationEngine("run/pending", SQLiteConfirmationStorage("run/confirmations.db"))
     secrets = [secret_in(engine.register(f"blog{n}", post()), f"blog{n}") for n in range(20)]

@@ -233,7 +233,14 @@ FAULTS: dict[type[Memory], str] = {
 }
 
 
-@pytest.mark.parametrize(("fault", "test"), FAULTS.items(), ids=lambda value: getattr(value, "__name__", value))
+LONG = {ForgetsToWake}  # waits for two seconds in vain
+
+
+@pytest.mark.parametrize(
+    ("fault", "test"),
+    [pytest.param(*each, marks=pytest.mark.slow if each[0] in LONG else ()) for each in FAULTS.items()],
+    ids=lambda value: getattr(value, "__name__", value),
+)
 def test_the_suite_finds_a_backend_that_is_at_fault(fault: type[Memory], test: str) -> None:
     class Stores(MemoryStores):
         kind = fault

@@ -122,9 +122,9 @@ assert sizes and sizes[0] > len(html), sizes
         ("", "<div>", 1),
         ("<!-->", "<div>", 1),  # a comment that ends at once: not so for who looks for "-->"
         ("<svg><title>", "<div>", 1),  # no text as in HTML, but elements
-        ("<svg>", "<g>", 1),
-        ("", "<table><td>", 2),  # four elements
-        ("", "<template>", 1),
+        pytest.param(("<svg>", "<g>", 1), marks=pytest.mark.slow),
+        pytest.param(("", "<table><td>", 2), marks=pytest.mark.slow),  # four elements
+        pytest.param(("", "<template>", 1), marks=pytest.mark.slow),
     ],
     ids=lambda document: "".join(document[:2]),
 )

@@ -11,7 +11,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 import pytest
@@ -30,15 +30,36 @@ PAGE = Path(__file__).parents[2] / "docs" / "mail-over-http.md"
 Post = Callable[..., tuple[int, dict[str, str]]]
 
 
-class _Posts:
-    """A real server in a thread, and a client of it."""
+class _Server:
+    """A real server in a thread. Its start and its end take a while, so that several applications may take turns on
+    one, without being told of them."""
 
-    def __init__(self, application: Any) -> None:
+    def __init__(self, *, lifespan: Literal["on", "off"]) -> None:
+        self.application: Any = None
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self.listener.getsockname()[1]
-        self.server = uvicorn.Server(uvicorn.Config(application, log_level="error", lifespan="on"))
+        self.server = uvicorn.Server(
+            uvicorn.Config(self.serve, interface="asgi3", log_level="error", lifespan=lifespan)
+        )
         self.thread = threading.Thread(target=self.server.run, args=([self.listener],), daemon=True)
+
+    def start(self) -> None:
         self.thread.start()
+
+    async def serve(self, scope: Any, receive: Any, send: Any) -> None:
+        await self.application(scope, receive, send)
+
+    def close(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(10)
+
+
+class _Posts:
+    """A client of an application."""
+
+    def __init__(self, server: _Server, application: Any) -> None:
+        self.port = server.port
+        server.application = application
 
     def __call__(
         self,
@@ -57,24 +78,24 @@ class _Posts:
         connection.close()
         return response.status, told
 
-    def close(self) -> None:
-        self.server.should_exit = True
-        self.thread.join(10)
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[_Server]:
+    running = _Server(lifespan="off")
+    running.start()
+    yield running
+    running.close()
 
 
 @pytest.fixture
-def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., _Posts]]:
+def serve(server: _Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., _Posts]:
     monkeypatch.chdir(tmp_path)
-    running: list[_Posts] = []
 
     def begin(deliver: Callable[[MailRequest], object], **options: Any) -> _Posts:
         options.setdefault("router", RoutingBase())
-        running.append(_Posts(Ingress(deliver, TOKEN, hostname="mx.test", **options)))
-        return running[-1]
+        return _Posts(server, Ingress(deliver, TOKEN, hostname="mx.test", **options))
 
-    yield begin
-    for server in running:
-        server.close()
+    return begin
 
 
 def test_a_message_is_on_disk_when_200_is_said(serve: Callable[..., _Posts]) -> None:
@@ -238,18 +259,19 @@ def test_a_request_that_ends_early_leaves_nothing() -> None:
     assert sent[0]["status"] == 400
 
 
-def test_the_page_shows_an_application_that_works(
-    serve: Callable[..., _Posts], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_page_shows_an_application_that_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(os.environ, "INGRESS_TOKEN", TOKEN)
     page = PAGE.read_text()
     monkeypatch.setattr("lamsonq.ingress.Router.table", RoutingBase().table)  # as in a process of its own
     names: dict[str, Any] = {}
     exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], names)
-    post = _Posts(names["application"])
+    server = _Server(lifespan="on")
+    post = _Posts(server, names["application"])
+    server.start()
     try:
         status, told = post()
     finally:
-        post.close()
+        server.close()
     assert status == 200
     assert Queue("run/incoming").keys() == [told["id"]]

@@ -399,7 +399,8 @@ def times_out(client: Wire) -> None:
     "end", [quits, resets, closes_in_a_message, goes_while_it_is_handled, talks_nonsense, speaks_http, times_out]
 )
 def test_after_every_kind_of_end_nothing_is_counted(serve: Serve, end: Callable[[Wire], None]) -> None:
-    receiver = serve(limits=Limits(command_timeout=1.0, connections_per_address=2))
+    timeout = 0.1 if end is times_out else 20.0
+    receiver = serve(limits=Limits(command_timeout=timeout, connections_per_address=2))
     with Wire(receiver) as staying:
         for _ in range(3):
             with Wire(receiver) as client:

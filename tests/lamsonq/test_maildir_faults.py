@@ -42,12 +42,6 @@ OUTCOMES: dict[str, Callable[[], Outcome]] = {
 ONE_OUTCOME = ["done", *(pytest.param(outcome, marks=pytest.mark.slow) for outcome in list(OUTCOMES)[1:])]
 
 
-@pytest.fixture(autouse=True)
-def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Syncs are counted and may fail, but the disk is spared: nothing here is about a power failure."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
-
-
 @pytest.fixture
 def clock() -> Clock:
     return Clock()

@@ -155,6 +155,7 @@ def _push_unique(path: str, told: Any) -> None:
     told.send(sum(kept(queue, unique=f"u{number}") for number in range(40)))
 
 
+@pytest.mark.slow
 def test_of_racing_processes_one_puts_each_unique_job(queue: Maildir) -> None:
     queue.folders.make()
     pipes = [FORK.Pipe() for _ in range(4)]

@@ -224,7 +224,7 @@ def test_an_attempt_that_hangs_is_tried_again(outbox: Queue, relay: Relay, monke
     push(outbox)
     hanging = threading.Event()
     monkeypatch.setattr(relay, "transfer", lambda _message: hanging.wait(20))
-    receiver = QueueReceiver(outbox, deliver=Outbox(relay, timeout=0.1).deliver)
+    receiver = QueueReceiver(outbox, deliver=Outbox(relay, timeout=0.1).deliver, sleep=0.05)
     thread = threading.Thread(target=receiver.start)
     thread.start()
     thread.join(20)  # it asks to be replaced

@@ -71,7 +71,9 @@ def test_the_blocks_run(section: str, store: str, read: Callable[[str], Run]) ->
 def test_the_tests_that_it_shows_pass(section: str, here: Path, read: Callable[[str], Run]) -> None:
     [path] = [block.path for block in PAGE.of(section) if block.path]
     read("memory").section(section)
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", path], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--basetemp=tmp", path], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout
 
 

@@ -774,6 +774,7 @@ def dovecot(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(here, ignore_errors=True)
 
 
+@pytest.mark.slow
 def test_dovecot_takes_mail_over_lmtp_and_refuses_whom_it_does_not_know(dovecot: Path) -> None:
     relay = Relay(str(dovecot / "lmtp"), timeout=10)
     errors = failures_of(relay, received("a@x.test", "b@y.test", "nobody@y.test", "c@y.test"))

@@ -304,7 +304,7 @@ def test_a_handler_that_crashes_counts_as_failed(desk: MailProject) -> None:
     with (desk.path / "handlers.py").open("a") as handlers:
         handlers.write("    if message['subject'] == 'crash':\n        raise RuntimeError('no luck')\n")
     with (desk.path / "config" / "boot.py").open("a") as boot:
-        boot.write("from lamsonq import tally\ntally.EVERY = 0.05\n")
+        boot.write("from lamsonq import child, tally\nchild.EVERY = tally.EVERY = 0.05\n")
     parent = desk.start()
     assert send(desk.port, "<a>") == 250
     assert send(desk.port, "<b>", "crash") == 250
@@ -677,7 +677,7 @@ def test_a_parent_that_is_killed_while_it_loads_anew_leaves_no_orphan(project: P
     assert project.run("status").returncode == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGQUIT, marks=pytest.mark.slow)])
 def test_a_second_term_or_a_quit_gives_back_at_once_and_uncounted_what_a_handler_is_busy_with(
     desk: MailProject, number: int
 ) -> None:

@@ -554,13 +554,11 @@ def CRASH(message):
     assert len(noted.calls) == 2
 
 
-def test_what_has_to_wait_is_worked_off_by_the_same_process(
-    start: Start, handlers: Any, router: RoutingBase, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lamsonq.jobs.exponential", lambda _failures: 0.05)
+def test_what_has_to_wait_is_worked_off_by_the_same_process(start: Start, handlers: Any, router: RoutingBase) -> None:
     noted = handlers("""
 @route("later@y.test")
 @stateless
+@deferrable(backoff=lambda failures: 0.05)
 def LATER(message):
     calls.append(message.To)
     if len(calls) == 1:
@@ -627,8 +625,9 @@ def test_a_spool_keeps_the_message_with_all_its_recipients_before_250(start: Sta
 
 
 def test_a_function_that_hangs_leaves_its_stack_and_asks_for_a_new_process(
-    start: Start, handlers: Any, router: RoutingBase
+    start: Start, handlers: Any, router: RoutingBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("lamsonq.commit.LOOK_EVERY", 0.1)
     noted = handlers('@route("a@y.test")\n@stateless\ndef HANG(message):\n    gate.wait()\n')
     receiver = start(timeout=0.2)
     with Client(receiver) as client:
@@ -657,6 +656,7 @@ def test_who_waits_too_long_for_his_conversation_comes_again(
     start: Start, handlers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lamsonq.commit.PATIENCE", 0.2)
+    monkeypatch.setattr("lamsonq.commit.LOOK_EVERY", 0.1)
     noted = handlers("""
 @route("a@y.test")
 def START(message):

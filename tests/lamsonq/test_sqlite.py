@@ -816,7 +816,10 @@ def test_an_idle_worker_does_not_look_again_and_again(make: Callable[..., SQLite
     assert len(looks) < 40
 
 
-def test_a_waiting_worker_hears_of_a_job_that_a_program_of_its_own_puts(make: Callable[..., SQLite]) -> None:
+def test_a_waiting_worker_hears_of_a_job_that_a_program_of_its_own_puts(
+    make: Callable[..., SQLite], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lamsonq.backends.sqlite_wake.LOOK_EVERY", 0.1)
     queue = make(now=time.time)
     assert queue.reserve(1) == []
 

@@ -394,8 +394,9 @@ def test_a_relay_that_is_down_leaves_the_job_bound_to_its_function(
 
 
 def test_async_functions_that_another_one_blocks_are_not_at_fault(
-    router: RoutingBase, module: Module, mail: Mail, posts: Queue
+    router: RoutingBase, module: Module, mail: Mail, posts: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("lamsonq.attempt.RESPONDS_WITHIN", 0.1)
     name = module(
         """
         import threading
@@ -412,7 +413,7 @@ def test_async_functions_that_another_one_blocks_are_not_at_fault(
     )
     router.load([name])
     posts.push(mail("guilty@example.com"))
-    thread = threading.Thread(target=QueueReceiver("run/posts", router=router, timeout=0.5).start)
+    thread = threading.Thread(target=QueueReceiver("run/posts", router=router, timeout=0.5, sleep=0.05).start)
     thread.start()
     assert sys.modules[name].HERE.wait(5)
     posts.push(mail("innocent@example.com"))

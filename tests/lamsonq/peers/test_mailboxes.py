@@ -54,6 +54,7 @@ def mutt(posts: Queue, tmp_path: Path) -> Callable[[], Mutt]:
     return lambda: Mutt(Path(posts.dir), tmp_path)
 
 
+@pytest.mark.slow
 def test_mutt_lists_opens_and_flags_what_waits_and_leaves_it_whole(
     mutt: Callable[[], Mutt], posts: Queue, handled: Handled
 ) -> None:

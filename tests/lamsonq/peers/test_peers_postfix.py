@@ -203,6 +203,7 @@ def smarthost(papers: Papers) -> Iterator[Smarthost]:
             dovecot.close()
 
 
+@pytest.mark.slow
 def test_an_outbox_goes_through_a_smarthost_with_tls_and_a_login(
     smarthost: Smarthost, papers: Papers, posts: Queue, handled: Handled, serve: Serve
 ) -> None:
@@ -220,6 +221,7 @@ def test_an_outbox_goes_through_a_smarthost_with_tls_and_a_login(
     assert smarthost.postfix.logged("sasl_username=out")
 
 
+@pytest.mark.slow
 def test_a_smarthost_that_does_not_know_the_password_is_tried_again_later(
     smarthost: Smarthost, papers: Papers, posts: Queue, serve: Serve
 ) -> None:
@@ -236,15 +238,20 @@ def test_a_smarthost_that_does_not_know_the_password_is_tried_again_later(
 
 ENDS = [
     b"\n.\n",
-    b"\n.\r\n",
-    b"\r.\r",
-    b"\r.\r\n",
-    b"\r\n.\n",
     b"\r\n.\r",
-    b"\n.\r",
-    b"\r\n\0.\r\n",
-    b"\r\n.\0\r\n",
-    b"\r\r\n.\r\r\n",
+    *(
+        pytest.param(end, marks=pytest.mark.slow)
+        for end in (
+            b"\n.\r\n",
+            b"\r.\r",
+            b"\r.\r\n",
+            b"\r\n.\n",
+            b"\n.\r",
+            b"\r\n\0.\r\n",
+            b"\r\n.\0\r\n",
+            b"\r\r\n.\r\r\n",
+        )
+    ),
 ]
 """What some servers take for the end of a message, and others carry on (RFC 5321 section 4.1.1.4 knows one)."""
 
