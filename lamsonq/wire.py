@@ -547,7 +547,7 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
 
 
 @cache
-def _commands_of(kind: type[Wire]) -> tuple[str, ...]:
+def _commands_of(kind: type) -> tuple[str, ...]:
     return tuple(name for name in dir(kind) if name.startswith(("smtp_", "auth_")))
 
 
