@@ -126,7 +126,8 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
     def __dir__(self) -> Iterable[str]:
         """While aiosmtpd looks for its commands, which it does at every connection, there are no other names: to look
         through all of them would cost as much as a message."""
-        return super().__dir__() if self._ready else _commands_of(type(self))
+        kind: type = type(self)
+        return super().__dir__() if self._ready else _commands_of(kind)
 
     # -- the connection ----------------------------------------------------------------------------------------
 
