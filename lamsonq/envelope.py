@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from lamsonq.records import make_ready
 from lamsonq.verdicts import UNCHECKED, Auth
 
 SESSION = "session"
@@ -72,6 +73,7 @@ class _Session(msgspec.Struct, frozen=True, omit_defaults=True):
     trace: str = ""
 
 
+make_ready(_Session)
 _NOTHING = _Session()
 
 
