@@ -28,6 +28,8 @@ from typing import Any, TypeVar, get_type_hints
 
 import msgspec
 
+from lamsonq.records import make_ready
+
 T = TypeVar("T")
 
 _carried: dict[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {}
@@ -207,6 +209,7 @@ def _told_by(value: Any, kind: Any) -> Any:
 def _from_told(told: Any, kind: Any) -> Any:
     if isinstance(kind, type) and kind in _carried:
         return _carried[kind][1](told)
+    make_ready(kind)
     return msgspec.convert(told, kind, str_keys=True, dec_hook=_from_json)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 
 import msgspec
 
+from lamsonq.records import make_ready
 from lamsonq.verdicts import UNCHECKED, Auth
 
 SESSION = "session"
@@ -54,6 +55,7 @@ class _Session(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     trace: str = ""
 
 
+make_ready(_Session)
 _SILENT = _Session()
 
 

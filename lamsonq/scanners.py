@@ -27,6 +27,7 @@ import msgspec
 from lamsonq import attempt
 from lamsonq.errors import SettingsError
 from lamsonq.mail import MailRequest
+from lamsonq.records import make_ready
 from lamsonq.transaction import one_line
 
 ANSWER_MAX = 1024 * 1024
@@ -172,6 +173,9 @@ class _Learned(msgspec.Struct):
     """What of its answer to `/learnspam` and `/learnham` is read."""
 
     success: bool = False
+
+
+make_ready(_Scan, _Learned)
 
 
 class Rspamd:

@@ -290,8 +290,9 @@ class Maildir(Desk):
                     return None
                 self._start_over()
             except PermissionError as error:
-                if error.errno != errno.EPERM:
-                    raise
+                folders = os.path.dirname(source), os.path.dirname(path)
+                if error.errno != errno.EPERM or not all(os.access(folder, os.W_OK) for folder in folders):
+                    raise  # a folder is not writable just now (chattr +i): that is no fault of the file
                 self._arrivals.leave_alone(source, "it may not be moved")
                 return None
             else:

@@ -35,6 +35,7 @@ from lamsonq.backends.maildir_names import parse_name
 from lamsonq.backends.rounds import Round
 from lamsonq.errors import Dead, Later, QueueError
 from lamsonq.jobs import KEPT, Debounce, Gate, Put, Tick
+from lamsonq.records import make_ready
 from lamsonq.reports import entries
 
 VERSION = 1
@@ -81,6 +82,9 @@ class Manifest(msgspec.Struct, frozen=True):
     fate: Fate
     publications: tuple[Publication, ...]
     version: int = VERSION
+
+
+make_ready(Manifest)
 
 
 class Target(NamedTuple):

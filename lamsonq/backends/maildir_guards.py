@@ -35,6 +35,7 @@ import msgspec
 from lamsonq.backends.durable import remove_file, sync_folder, write_file
 from lamsonq.backends.maildir_files import DELAYED, READY, Folders, Place
 from lamsonq.jobs import Gate, Passage
+from lamsonq.records import make_ready
 
 VERSION = 1
 _UNDOABLE = 8
@@ -50,6 +51,9 @@ class Number(msgspec.Struct, frozen=True):
     staged: str = ""
     before: Number | None = None
     version: int = VERSION
+
+
+make_ready(Number)
 
 
 class _Newer(OSError):

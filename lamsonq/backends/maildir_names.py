@@ -35,6 +35,7 @@ from typing import NamedTuple
 import msgspec
 
 from lamsonq.jobs import Job
+from lamsonq.records import make_ready
 from lamsonq.trace import trace_block
 
 VERSION = 1
@@ -211,6 +212,9 @@ class Record(msgspec.Struct, omit_defaults=True):
     received: float = 0.0
     metadata: dict[str, str] = {}
     unique: str | None = None
+
+
+make_ready(Record)
 
 
 def encode_block(job: Job, received: float) -> bytes:

@@ -23,6 +23,7 @@ from lamsonq.backends.rounds import Round
 from lamsonq.backends.sqlite_database import Database
 from lamsonq.errors import Dead, Later, QueueError, report_of
 from lamsonq.jobs import Backend, Debounce, Done, Gate, Job, Put, Tick
+from lamsonq.records import make_ready
 
 VERSION = 1
 _INSERT = "insert into lamsonq_outgoing (worker, store, record, body) values (?, ?, ?, ?) returning id"
@@ -41,6 +42,9 @@ class _Record(msgspec.Struct, omit_defaults=True):
     debounce: tuple[str, float, bool] | None = None
     tick: tuple[str, float] | None = None
     report: str = ""
+
+
+make_ready(_Record)
 
 
 def address_of(store: Backend) -> str:

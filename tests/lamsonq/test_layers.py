@@ -8,8 +8,8 @@ import lamsonq
 
 PACKAGE = Path(lamsonq.__file__).parent
 LAYERS = [
-    "errors space address headers mime plaintext statuscodes tally verdicts limits keyfile tls logins identity systemd"
-    " clock schedule arguments names spf dmarc expressions",
+    "errors records space address headers mime plaintext statuscodes tally verdicts limits keyfile tls logins identity"
+    " systemd clock schedule arguments names spf dmarc expressions",
     "jobs reports policy marks events",
     "envelope trace mail bounce bouncetext dsn notification response lists verp suppression signing",
     "modules table settings state about logs",

@@ -250,6 +250,38 @@ def test_a_claim_that_fails_at_any_call_is_tried_again_uncounted(
     assert at > 3
 
 
+@pytest.mark.parametrize("folder", ["new", "claimed"])
+def test_while_a_folder_is_immutable_nothing_is_claimed_and_afterwards_everything(
+    make: Callable[..., Maildir], monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    queue = make()
+    keys = [push(queue), push(queue)]
+    queue.reserve(0)
+    access = os.access
+    with monkeypatch.context() as immutable:
+        immutable.setattr(os, "rename", may_not_be_moved)
+        immutable.setattr(os, "access", lambda path, mode: folder not in path and access(path, mode))
+        with pytest.raises(QueueError, match="Operation not permitted"):
+            queue.reserve(2)
+    assert sorted(job.key for job in queue.reserve(2) + queue.reserve(2)) == keys
+
+
+def test_a_file_that_is_immutable_itself_stops_no_other(
+    make: Callable[..., Maildir], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    queue = make()
+    immutable, movable = push(queue), push(queue)
+    rename = os.rename
+    monkeypatch.setattr(os, "rename", lambda old, new: (may_not_be_moved if immutable in old else rename)(old, new))
+    assert [job.key for job in queue.reserve(2)] == [movable]
+    assert "is left alone: it may not be moved" in caplog.text
+    assert queue.state(immutable) == "ready"
+
+
+def may_not_be_moved(old: str, new: str) -> None:
+    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), old, new)
+
+
 @pytest.mark.parametrize("code", ONE_CODE)
 def test_a_delayed_job_that_cannot_be_moved_when_it_is_due_is_moved_later(
     make: Callable[..., Maildir], clock: Clock, monkeypatch: pytest.MonkeyPatch, code: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -288,6 +289,7 @@ def test_the_end_of_a_child_is_noticed_although_what_a_handler_has_forked_lives_
 # ---- a machine that is short of processes ----------------------------------------------------------------------
 
 NO_FORKS = """
+import ctypes
 import errno
 from lamsonq import supervisor
 supervisor._QUICK = 0.05
@@ -716,3 +718,41 @@ def test_a_server_may_be_the_first_process_of_a_container(project: Project) -> N
     assert "lamsonq running with PID 1\n" in done.stdout
     assert done.returncode == 0
     assert project.noted("stop(30)") == project.noted("start")
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------
+
+LARGE_BLOCKS = """
+import ctypes, os
+from lamsonq.child import Child
+
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd b c d e f".split()]
+
+def mapped():
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = Info
+    return mallinfo().hblks
+
+class Receiver:
+    stuck = False
+
+    def start(self):
+        for _ in range(3):  # after the first one glibc would take room for the next ones from its heap
+            before = mapped()
+            block = bytes(256 * 1024)
+            print(mapped() - before)
+            del block
+
+    def join(self): ...
+
+lifeline, parent = os.pipe()
+told, status = os.pipe()
+Child(Receiver(), status, lifeline, 0.0, None).live()
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33")
+def test_a_child_gives_each_large_block_back_to_the_system() -> None:
+    done = subprocess.run([sys.executable, "-c", LARGE_BLOCKS], capture_output=True, text=True, check=False)
+    assert (done.stdout.split(), done.stderr) == (["1", "1", "1"], "")

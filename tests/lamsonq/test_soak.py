@@ -33,7 +33,20 @@ def test_mixed_load_with_hostile_clients_and_killed_processes_loses_nothing(
 ) -> None:
     messages = int(os.environ.get("SOAK", "2000"))
     often = str(max(1, messages // 20_000))
-    options = [str(messages), "-mixed", "-workers", "2", "-restarts", often, "-reloads", often, "-kills", often]
+    options = [
+        str(messages),
+        "-mixed",
+        "-workers",
+        "2",
+        "-restarts",
+        often,
+        "-reloads",
+        often,
+        "-kills",
+        often,
+        "-faults",
+        often,
+    ]
     done = subprocess.run([sys.executable, SOAK, *options], cwd=tmp_path, capture_output=True, text=True, check=False)
     with capsys.disabled():
         print("\n" + "\n".join(line for line in done.stdout.splitlines() if line[:1].isdigit()))
