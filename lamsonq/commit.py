@@ -217,7 +217,8 @@ class _Commit:
 
     def job(self) -> Job:
         """For the spool: what it keeps."""
-        return job_of(self.message, self.about.id)
+        with about.about(self.about):
+            return job_of(self.message, self.about.id)
 
     def kept(self) -> None:
         """By the spool: the job is safe."""

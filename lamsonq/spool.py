@@ -52,15 +52,15 @@ class Spool:
         self._waiting: SimpleQueue[Waiting | None] = SimpleQueue()
         self._begun: dict[int, float] = {}
         """Which threads are at a put, and since when, by the monotonic clock."""
-        self._threads = 0
+        self.threads = 0
 
     def keep(self, message: Waiting) -> None:
         """Have it kept; it is told. Call it from one thread."""
-        busy = bool(self._threads) and not self._waiting.empty()
+        busy = bool(self.threads) and not self._waiting.empty()
         self._waiting.put(message)
-        if self._threads < self._most and (busy or not self._threads):
-            self._threads += 1
-            threading.Thread(target=self._work, args=(self._threads,), name="lamsonq-spool", daemon=True).start()
+        if self.threads < self._most and (busy or not self.threads):
+            self.threads += 1
+            threading.Thread(target=self._work, args=(self.threads,), name="lamsonq-spool", daemon=True).start()
 
     def hangs(self, seconds: float) -> bool:
         """Whether a put takes longer than that."""
@@ -68,7 +68,7 @@ class Spool:
 
     def close(self) -> None:
         """Nothing more will come: its threads end when they have put what waits."""
-        for _ in range(self._threads):
+        for _ in range(self.threads):
             self._waiting.put(None)
 
     def _work(self, number: int) -> None:

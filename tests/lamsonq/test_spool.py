@@ -149,8 +149,8 @@ def test_files_are_put_by_several_threads_at_once(here: object) -> None:
     queue.gate.set()
     assert not any(message.waits() for message in messages)
     assert sorted(key for put in queue.puts for key in put) == sorted(message.text for message in messages)
-    assert len({thread.name for thread in threading.enumerate()}) <= FILE_THREADS + 20
     spool.close()
+    assert 2 <= spool.threads <= FILE_THREADS
 
 
 def test_only_a_queues_own_push_is_a_spool() -> None:
