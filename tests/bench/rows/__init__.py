@@ -1,0 +1,15 @@
+"""What is measured: each module yields its contests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from ..contest import Contest, Scale
+from . import engine, sizes, spool
+
+ROWS: dict[str, Callable[[Scale], Iterator[Contest]]] = {
+    "engine": engine.contests,
+    "spool": spool.contests,
+    "sizes": sizes.contests,
+}
+"""In the order of the page that tells the figures."""
