@@ -36,16 +36,19 @@ Start = Callable[[Path], AbstractContextManager[Server]]
 
 @dataclass(frozen=True)
 class Load:
-    """`keep`: all messages of a session over one connection; otherwise a connection for each."""
+    """`keep`: all messages of a session over one connection; otherwise a connection for each. `numbered`: every message
+    has a recipient of its own, 1desk@example.com and so on."""
 
     sessions: int = 10
     size: int = 5000
     keep: bool = True
+    numbered: bool = False
 
     def send(self, port: int, count: int) -> float:
         """Send so many messages; seconds. Raises when one is refused."""
         command = [program("smtp-source") or "smtp-source", "-s", str(self.sessions), "-m", str(count)]
         command += ["-l", str(self.size), "-f", "sender@example.org", "-t", "desk@example.com"]
+        command += ["-N"] if self.numbered else []
         command += ["-M", "client.example.org", *(["-d"] if self.keep else []), f"inet:127.0.0.1:{port}"]
         began = time.perf_counter()
         subprocess.run(command, check=True, timeout=TIMEOUT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)

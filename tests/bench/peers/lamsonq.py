@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..ledger import Ledger
 from ..processes import Program, free_port, greets, running, until
 
 ROOT = Path(__file__).parents[3]
@@ -35,10 +36,81 @@ receiver.join()
 """
 
 
+DESK = """
+from lamsonq.queue import Queue
+from lamsonq.routing import route, route_like, state_key_generator
+
+
+@state_key_generator
+def conversation(module, message):
+    return f"{{module}}:{{int(message.To.partition('desk')[0] or 0) % 1000}}"
+
+
+@route("(who)@(host)", who=".+", host=".+")
+def START(message, who, host):
+    Queue("{url}").push(message)
+    return AGAIN
+
+
+@route_like(START)
+def AGAIN(message, who, host):
+    Queue("{url}").push(message)
+    return START
+"""
+"""A thousand conversations: smtp-source numbers the recipients, and its sender is always the same."""
+
+INDEX = """
+from lamsonq.routing import route, stateless
+
+
+@route("(who)@(host)", who=".+", host=".+")
+@stateless
+def START(message, who, host):
+    note()
+"""
+FRONT = """
+from config import settings
+from lamsonq.queue import Queue
+from lamsonq.routing import Router
+from lamsonq.server import SMTPReceiver
+from lamsonq.settings import load_logging
+from lamsonq.state import SQLiteStorage
+
+load_logging("config/logging.toml")
+settings.receiver = SMTPReceiver(**settings.receiver_config)
+Router.load(["app.handlers.desk"])
+Router.STATE_STORE = SQLiteStorage("run/state.db")
+Router.UNDELIVERABLE_QUEUE = Queue("run/undeliverable")
+"""
+BEHIND = """
+from config import settings
+from lamsonq.queue import Queue
+from lamsonq.routing import Router
+from lamsonq.server import QueueReceiver
+from lamsonq.settings import load_logging
+from lamsonq.state import SQLiteStorage
+
+load_logging("config/logging.toml")
+settings.receiver = QueueReceiver("{url}")
+Router.load(["app.handlers.index"])
+Router.STATE_STORE = SQLiteStorage("run/state.db")
+Router.UNDELIVERABLE_QUEUE = Queue("run/undeliverable")
+"""
+
+
 @dataclass
 class Listening:
     port: int
     pids: Sequence[int]
+
+
+@dataclass
+class Working:
+    """Servers that take mail, and note in the ledger when it is handled in another process."""
+
+    port: int
+    pids: Sequence[int]
+    ledger: Ledger
 
 
 class Project:
@@ -90,3 +162,23 @@ def sqlite(folder: Path) -> contextlib.AbstractContextManager[Listening]:
 def maildir(folder: Path) -> contextlib.AbstractContextManager[Listening]:
     """A receiver in front of a queue in a maildir."""
     return _spool(folder, MAILDIR)
+
+
+@contextlib.contextmanager
+def working(folder: Path, url: str) -> Iterator[Working]:
+    """The whole way: receiver, state function, queue, and a queue receiver in a process of its own."""
+    ledger = Ledger(folder)
+    files = {
+        "app/handlers/desk.py": DESK.format(url=url),
+        "app/handlers/index.py": ledger.note + INDEX,
+        "config/front.py": FRONT,
+        "config/behind.py": BEHIND.format(url=url),
+    }
+    project = Project(folder, files)
+    with project.started("config.front") as front, project.started("config.behind", wait=False) as behind:
+        yield Working(project.port, [front.pid, behind.pid], ledger)
+
+
+def worker(url: str, ledger: Ledger) -> dict[str, str]:
+    """The files of a project that has a queue receiver only, config.behind."""
+    return {"app/handlers/index.py": ledger.note + INDEX, "config/behind.py": BEHIND.format(url=url)}

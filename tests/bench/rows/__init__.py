@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from ..contest import Contest, Scale
-from . import engine, sizes, spool
+from . import durable, engine, job, sizes, spool
 
 ROWS: dict[str, Callable[[Scale], Iterator[Contest]]] = {
     "engine": engine.contests,
     "spool": spool.contests,
     "sizes": sizes.contests,
+    "durable": durable.contests,
+    "job": job.contests,
 }
 """In the order of the page that tells the figures."""

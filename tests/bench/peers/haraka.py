@@ -1,0 +1,38 @@
+"""Haraka with its own disk queue: the file is synced before 250, the directory is not. Nothing is delivered."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..installed import haraka
+from ..processes import free_port, greets, running, until
+from .lamsonq import Listening
+
+RELAY = "exports.hook_rcpt = (next, connection) => { connection.relaying = true; next(OK) }\n"
+
+
+def missing() -> str | None:
+    return None if haraka() else "it needs npm"
+
+
+@contextlib.contextmanager
+def durable(folder: Path) -> Iterator[Listening]:
+    port = free_port()
+    files = {
+        "config/smtp.ini": f"listen=127.0.0.1:{port}\n",
+        "config/plugins": "keep\n",
+        "config/outbound.ini": "disabled=true\n",
+        "config/log.ini": "[main]\nlevel=notice\n",
+        "config/me": "haraka.test\n",
+        "plugins/keep.js": RELAY,
+        "package.json": "{}",
+    }
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    (folder / "queue").mkdir()
+    with running([haraka() or "", "-c", str(folder)], folder) as program:
+        until(lambda: greets(port), "the 220 line", program)
+        yield Listening(port, [program.pid])
