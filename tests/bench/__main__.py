@@ -13,6 +13,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import signal
 import sys
 
 from lamsonq import __version__
@@ -30,6 +31,7 @@ def main(words: list[str]) -> int:
     if unknown := [word for word in words if word not in ROWS]:
         print(f"no such row: {', '.join(unknown)}; there are {', '.join(ROWS)}", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended, too
     scale = FULL if os.environ.get("BENCH") == "full" else SHORT
     _head(scale.rounds)
     for name in words or ROWS:

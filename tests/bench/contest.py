@@ -82,6 +82,8 @@ class Contest:
     targets: Sequence[Target] = ()
     measures: Sequence[Measure] = (RATE, CPU, MEMORY)
     note: str = ""
+    rounds: int | None = None
+    """Fewer than the scale's, for what takes very long."""
 
 
 @dataclass
@@ -107,6 +109,7 @@ def hold(contest: Contest, rounds: int) -> Result:
     """Measure every entry once a round, in turn. One that fails is left out from then on, with its reason."""
     result = Result(contest)
     result.absent.update({entry.name: entry.missing for entry in contest.entries if entry.missing})
+    rounds = contest.rounds or rounds
     for number in range(rounds):
         for entry in contest.entries:
             if entry.name in result.absent:
@@ -115,9 +118,9 @@ def hold(contest: Contest, rounds: int) -> Result:
             try:
                 sample = entry.measure()
             except Exception as error:
-                result.absent[entry.name] = f"failed: {type(error).__name__}: {error}".strip()
+                told = f"{type(error).__name__}: {error}"
+                result.absent[entry.name] = f"it failed: {told.splitlines()[0]}"
                 result.samples.pop(entry.name, None)
-                told = result.absent[entry.name]
             else:
                 result.samples.setdefault(entry.name, []).append(sample)
                 told = ", ".join(f"{key} {figure:,.2f}" for key, figure in sample.items())
@@ -149,7 +152,7 @@ def markdown(result: Result) -> Iterator[str]:
         yield ""
         yield from _table(["ratio", "median (least..most)", "target", ""], rows)
     for name, reason in result.absent.items():
-        yield from ("", f"Left out: {name}, {reason}")
+        yield from ("", f"Left out: {name}; {reason}.")
     yield ""
 
 

@@ -29,7 +29,7 @@ class Ledger:
         return self.path.stat().st_size // _LINE
 
     def wait(self, count: int) -> None:
-        until(lambda: self.count() >= count, f"{count} handled", pause=0.001)
+        until(lambda: self.count() >= count, f"{count} handled", pause=0.001, patience=300)
 
     def times(self) -> list[float]:
         """When each began, in seconds of the monotonic clock, which all processes share."""

@@ -114,15 +114,22 @@ def wakeups(pids: Sequence[int]) -> int:
     return number
 
 
-def until(condition: Callable[[], object], what: str, program: Program | None = None, pause: float = 0.005) -> None:
+def until(
+    condition: Callable[[], object],
+    what: str,
+    program: Program | None = None,
+    *,
+    pause: float = 0.005,
+    patience: float = PATIENCE,
+) -> None:
     """Wait for something that nobody tells us of."""
-    give_up_at = time.monotonic() + PATIENCE
+    give_up_at = time.monotonic() + patience
     while not condition():
         told = f"\n{program.told()}" if program else ""
         if program is not None and not program.runs():
             raise RuntimeError(f"it ended before {what}{told}")
         if time.monotonic() > give_up_at:
-            raise RuntimeError(f"not seen in {PATIENCE:.0f} s: {what}{told}")
+            raise RuntimeError(f"not seen in {patience:.0f} s: {what}{told}")
         time.sleep(pause)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,19 +21,18 @@ def missing() -> str | None:
 @contextlib.contextmanager
 def durable(folder: Path) -> Iterator[Listening]:
     port = free_port()
+    subprocess.run(
+        [haraka() or "", "-i", str(folder)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     files = {
         "config/smtp.ini": f"listen=127.0.0.1:{port}\n",
         "config/plugins": "keep\n",
         "config/outbound.ini": "disabled=true\n",
         "config/log.ini": "[main]\nlevel=notice\n",
-        "config/me": "haraka.test\n",
         "plugins/keep.js": RELAY,
-        "package.json": "{}",
     }
     for name, text in files.items():
-        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
-    (folder / "queue").mkdir()
     with running([haraka() or "", "-c", str(folder)], folder) as program:
         until(lambda: greets(port), "the 220 line", program)
         yield Listening(port, [program.pid])

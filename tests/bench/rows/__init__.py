@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from ..contest import Contest, Scale
-from . import durable, engine, job, sizes, spool
+from . import drain, durable, engine, job, queues, sizes, spool
 
 ROWS: dict[str, Callable[[Scale], Iterator[Contest]]] = {
     "engine": engine.contests,
@@ -13,5 +13,7 @@ ROWS: dict[str, Callable[[Scale], Iterator[Contest]]] = {
     "sizes": sizes.contests,
     "durable": durable.contests,
     "job": job.contests,
+    "queues": queues.contests,
+    "drain": drain.contests,
 }
 """In the order of the page that tells the figures."""
