@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from ..contest import Contest, Scale
-from . import drain, durable, engine, job, queues, sizes, spool
+from . import drain, durable, engine, job, latency, queues, sizes, spool, workers
 
 ROWS: dict[str, Callable[[Scale], Iterator[Contest]]] = {
     "engine": engine.contests,
@@ -15,5 +15,7 @@ ROWS: dict[str, Callable[[Scale], Iterator[Contest]]] = {
     "job": job.contests,
     "queues": queues.contests,
     "drain": drain.contests,
+    "workers": workers.contests,
+    "latency": latency.contests,
 }
 """In the order of the page that tells the figures."""
