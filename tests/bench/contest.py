@@ -139,9 +139,17 @@ def markdown(result: Result) -> Iterator[str]:
     present = [entry for entry in contest.entries if entry.name in result.samples]
     measures = [m for m in contest.measures if any(result.figures(entry.name, m) for entry in present)]
     yield ""
+    promises = ["when it says done"] if any(entry.promise for entry in present) else []
     yield from _table(
-        ["", "when it says done", *(measure.heading for measure in measures)],
-        [[e.name, e.promise, *(_spread(result.figures(e.name, m), m.text) for m in measures)] for e in present],
+        ["", *promises, *(measure.heading for measure in measures)],
+        [
+            [
+                e.name,
+                *([e.promise] if promises else []),
+                *(_spread(result.figures(e.name, m), m.text) for m in measures),
+            ]
+            for e in present
+        ],
     )
     rows = [
         [_named(target), _spread(ratios, _digits(target)), target.wanted(), _verdict(target, ratios)]

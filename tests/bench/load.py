@@ -7,15 +7,14 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from .contest import Sample
 from .installed import program
-from .processes import cpu, memory
+from .processes import Listening, cpu, memory
 
 MOST = 200_000
 """Messages of one measurement at most, however fast a server is."""
@@ -23,14 +22,7 @@ MOST = 200_000
 TIMEOUT = 120.0
 
 
-class Server(Protocol):
-    """A mail server that listens on the loopback: the processes that it consists of, without their children."""
-
-    port: int
-    pids: Sequence[int]
-
-
-Start = Callable[[Path], AbstractContextManager[Server]]
+Start = Callable[[Path], AbstractContextManager[Listening]]
 """Starts a server in a folder; it listens when the block begins, and has ended after it."""
 
 

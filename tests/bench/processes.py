@@ -9,6 +9,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 PATIENCE = 30.0
@@ -24,6 +25,7 @@ class Program:
         self, command: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None, name: str = "program"
     ) -> None:
         self.log = folder / f"{name}.output"
+        self.began = time.monotonic()
         with open(self.log, "ab") as output:
             self._process = subprocess.Popen(
                 command,
@@ -56,6 +58,22 @@ class Program:
 
     def told(self) -> str:
         return self.log.read_text("utf-8", "replace")[-2000:]
+
+
+@dataclass
+class Listening:
+    """A mail server on the loopback: the processes that it consists of, without their children, and how many seconds
+    after its start it said 220."""
+
+    port: int
+    pids: Sequence[int]
+    start: float
+
+
+def listening(port: int, program: Program) -> Listening:
+    """Wait for its 220."""
+    until(lambda: greets(port), "the 220 line", program)
+    return Listening(port, [program.pid], time.monotonic() - program.began)
 
 
 @contextlib.contextmanager

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..installed import python
-from ..processes import free_port, greets, running, until
-from .lamsonq import Listening
+from ..processes import Listening, free_port, listening, running
 
 SERVER = """
 import asyncio, os, time
@@ -56,8 +55,7 @@ def _serving(folder: Path, handler: str) -> Iterator[Listening]:
     port = free_port()
     command = [python() or "", "-c", SERVER.format(handler=handler, port=port)]
     with running(command, folder) as program:
-        until(lambda: greets(port), "the 220 line", program)
-        yield Listening(port, [program.pid])
+        yield listening(port, program)
 
 
 def sink(folder: Path) -> contextlib.AbstractContextManager[Listening]:

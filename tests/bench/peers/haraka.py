@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..installed import haraka
-from ..processes import free_port, greets, running, until
-from .lamsonq import Listening
+from ..processes import Listening, free_port, listening, running
 
 RELAY = "exports.hook_rcpt = (next, connection) => { connection.relaying = true; next(OK) }\n"
 
@@ -34,5 +33,4 @@ def durable(folder: Path) -> Iterator[Listening]:
     for name, text in files.items():
         (folder / name).write_text(text)
     with running([haraka() or "", "-c", str(folder)], folder) as program:
-        until(lambda: greets(port), "the 220 line", program)
-        yield Listening(port, [program.pid])
+        yield listening(port, program)

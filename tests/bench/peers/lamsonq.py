@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..ledger import Ledger
-from ..processes import Program, free_port, greets, running, until
+from ..processes import Listening, Program, free_port, listening, running
 
 ROOT = Path(__file__).parents[3]
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -99,12 +99,6 @@ Router.UNDELIVERABLE_QUEUE = Queue("run/undeliverable")
 
 
 @dataclass
-class Listening:
-    port: int
-    pids: Sequence[int]
-
-
-@dataclass
 class Working:
     """Servers that take mail, and note in the ledger when it is handled in another process."""
 
@@ -127,14 +121,12 @@ class Project:
             (self.folder / name).write_text(text)
 
     @contextlib.contextmanager
-    def started(self, boot: str, *, wait: bool = True) -> Iterator[Program]:
-        """`lamsonq start` of a boot module; `wait` for its 220."""
+    def started(self, boot: str) -> Iterator[Program]:
+        """`lamsonq start` of a boot module."""
         name = boot.rpartition(".")[2]
         command = [sys.executable, "-m", "lamsonq", "start", "-boot", boot, "-pid", f"run/{name}.pid", "--no-daemon"]
         environment = {**ENVIRONMENT, "LAMSONQ_RECEIVER__PORT": str(self.port)}
         with running(command, self.folder, environment, name) as program:
-            if wait:
-                until(lambda: greets(self.port), "the 220 line", program)
             yield program
 
 
@@ -143,15 +135,14 @@ def engine(folder: Path) -> Iterator[Listening]:
     """The receiver alone, which drops what it has taken."""
     port = free_port()
     with running([sys.executable, "-c", ENGINE.format(port=port)], folder, ENVIRONMENT) as program:
-        until(lambda: greets(port), "the 220 line", program)
-        yield Listening(port, [program.pid])
+        yield listening(port, program)
 
 
 @contextlib.contextmanager
 def _spool(folder: Path, url: str) -> Iterator[Listening]:
     project = Project(folder, {"config/spool.py": SPOOL.format(url=url)})
     with project.started("config.spool") as program:
-        yield Listening(project.port, [program.pid])
+        yield listening(project.port, program)
 
 
 def sqlite(folder: Path) -> contextlib.AbstractContextManager[Listening]:
@@ -175,8 +166,8 @@ def working(folder: Path, url: str) -> Iterator[Working]:
         "config/behind.py": BEHIND.format(url=url),
     }
     project = Project(folder, files)
-    with project.started("config.front") as front, project.started("config.behind", wait=False) as behind:
-        yield Working(project.port, [front.pid, behind.pid], ledger)
+    with project.started("config.front") as front, project.started("config.behind") as behind:
+        yield Working(listening(project.port, front).port, [front.pid, behind.pid], ledger)
 
 
 def worker(url: str, ledger: Ledger) -> dict[str, str]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from tests.lamsonq.peers.postfix import Postfix
 
 from ..installed import program
-from ..processes import free_port
-from .lamsonq import Listening
+from ..processes import Listening, free_port
 
 HOLD = """\
 smtpd_client_restrictions = static:HOLD
@@ -30,8 +30,9 @@ def missing() -> str | None:
 @contextlib.contextmanager
 def durable(folder: Path) -> Iterator[Listening]:
     port = free_port()
+    began = time.monotonic()
     postfix = Postfix(folder, port, HOLD)
     try:
-        yield Listening(port, [postfix.pid])
+        yield Listening(port, [postfix.pid], time.monotonic() - began)
     finally:
         postfix.close()

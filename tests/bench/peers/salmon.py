@@ -12,8 +12,8 @@ from pathlib import Path
 
 from ..installed import python
 from ..ledger import Ledger
-from ..processes import free_port, greets, running, until
-from .lamsonq import Listening, Working
+from ..processes import Listening, free_port, listening, running
+from .lamsonq import Working
 
 LOGGING = """
 import logging
@@ -148,8 +148,7 @@ def durable(folder: Path) -> Iterator[Listening]:
     port = _project(folder, KEEP, "", 10)
     environment = {"PYTHONPATH": str(folder)}
     with running(_command("config.boot"), folder, environment) as program:
-        until(lambda: greets(port), "the 220 line", program)
-        yield Listening(port, [program.pid])
+        yield listening(port, program)
 
 
 @contextlib.contextmanager
@@ -162,5 +161,4 @@ def working(folder: Path, *, sleep: float) -> Iterator[Working]:
         running(_command("config.boot"), folder, environment, "boot") as front,
         running(_command("config.queue"), folder, environment, "queue") as behind,
     ):
-        until(lambda: greets(port), "the 220 line", front)
-        yield Working(port, [front.pid, behind.pid], ledger)
+        yield Working(listening(port, front).port, [front.pid, behind.pid], ledger)

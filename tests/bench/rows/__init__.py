@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from ..contest import Contest, Scale
-from . import drain, durable, engine, job, latency, queues, sizes, spool, workers
+from . import drain, durable, engine, job, latency, matching, memory, queues, sizes, spool, workers
 
 ROWS: dict[str, Callable[[Scale], Iterator[Contest]]] = {
     "engine": engine.contests,
@@ -17,5 +17,7 @@ ROWS: dict[str, Callable[[Scale], Iterator[Contest]]] = {
     "drain": drain.contests,
     "workers": workers.contests,
     "latency": latency.contests,
+    "matching": matching.contests,
+    "memory": memory.contests,
 }
 """In the order of the page that tells the figures."""
