@@ -33,22 +33,35 @@ def rate(work, size):
         if done % 50 == 0 and time.perf_counter() - began > SECONDS:
             return done / (time.perf_counter() - began)
 
-handled = 0
+handled = []
 
 def handler(number):
     def START(message, who):
-        global handled
-        handled += 1
+        handled.append(1)
     return START
 """
 OURS = """
+import pathlib, tempfile
 from lamsonq.mail import MailRequest
-from lamsonq.routing import RoutingBase, stateless
+from lamsonq.routing import RoutingBase
+
+FUNCTION = '''
+@route("list{number}-(who)@example[.]com", who="[a-z0-9]+")
+@stateless
+def START{number}(message, who):
+    handled.append(1)
+'''
 
 def router_of(size):
-    router = RoutingBase()
-    for number in range(size):
-        router.register_route(f"list{number}-(?P<who>[a-z0-9]+)@example\\\\.com", stateless(handler(number)))
+    name = f"routes{size}"
+    functions = "".join(FUNCTION.format(number=number) for number in range(size))
+    with tempfile.TemporaryDirectory() as folder:
+        head = "from __main__ import handled; from lamsonq.routing import route, stateless"
+        pathlib.Path(folder, f"{name}.py").write_text(head + functions)
+        sys.path.insert(0, folder)
+        router = RoutingBase()
+        router.load([name])
+        sys.path.remove(folder)
     return router
 
 def matcher(size):
