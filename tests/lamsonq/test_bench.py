@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,19 +97,15 @@ def test_cpu_and_memory_are_those_of_the_children_too(tmp_path: Path) -> None:
         assert len(family) == 2
         assert cpu([program.pid]) >= 0.25
         assert memory([program.pid]) > 30
-    assert not [pid for pid in family if _lives(pid)]
+    until(lambda: not any(map(_lives, family)), "the end of all of them")
 
 
 def _lives(pid: int) -> bool:
-    for _ in range(100):
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except (FileNotFoundError, ProcessLookupError):
-            return False
-        if state == "Z":  # ended, and not waited for by init yet
-            return False
-        time.sleep(0.01)
-    return True
+    """Whether it has not ended; who is only not waited for yet has."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 @pytest.mark.parametrize("kind", ["Maildir", "SQLite", "RawMaildir", "RawSQLite"])
@@ -137,7 +132,7 @@ def test_every_target_names_entries_of_its_contest(monkeypatch: pytest.MonkeyPat
     for module in ("installed", "peers.aiosmtpd", "peers.salmon", "peers.tasks", "rows.queues", "rows.matching"):
         monkeypatch.setattr(f"tests.bench.{module}.python", lambda: None)
     monkeypatch.setattr("tests.bench.peers.haraka.haraka", lambda: None)
-    monkeypatch.setattr("tests.bench.peers.postfix.program", lambda name: None)
+    monkeypatch.setattr("tests.bench.peers.postfix.program", lambda _: None)
     for contests in ROWS.values():
         for each in contests(SHORT):
             names = {entry.name for entry in each.entries}
