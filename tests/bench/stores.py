@@ -2,7 +2,7 @@
 
     python -m tests.bench.stores KIND SIZE SECONDS PROCESSES
 
-One producer, then takers at one job a time. A push would survive a power failure wherever the library can do that: huey
+Producers first, then takers at one job a time. A push would survive a power failure wherever the library can do that: huey
 and litequeue are told synchronous = FULL, and NORMAL for taking, as ours. Each measurement ends after SECONDS, done or
 not, so that what is slow tells its rate as well. Runs under the interpreter that has the library; prints JSON.
 """
@@ -266,43 +266,49 @@ KINDS: dict[str, Open] = {
 }
 
 
+Work = Callable[[Store], tuple[int, float]]
+"""What one process does with the queue: how many jobs, in how many seconds."""
+
+
 def measure(kind: Open, size: int, seconds: float, processes: int) -> dict[str, float]:
     """Jobs put, and taken and settled, per second; of one process also its processor seconds per 1000 taken."""
     with tempfile.TemporaryDirectory(prefix="lamsonq-bench-", ignore_cleanup_errors=True) as place:
-        store = kind(place)
-        pushed, pushing = filled(store, size, seconds)
-        del store
+        kind(place)  # which makes what is made once
+        pushed = together(kind, place, processes, lambda store: filled(store, size // processes, seconds))
         os.sync()
-        if processes == 1:
-            worked = time.process_time()
-            taken, taking = drained(kind(place), seconds)
-            worked = time.process_time() - worked
-            return {"push": pushed / pushing, "take": taken / taking, "cpu": worked / max(taken, 1) * 1000}
-        taken, taking = together(kind, place, seconds, processes)
-        return {"take": taken / taking}
+        if processes > 1:
+            return {"push": pushed, "take": together(kind, place, processes, lambda store: drained(store, seconds))}
+        worked = time.process_time()
+        taken, taking = drained(kind(place), seconds)
+        worked = time.process_time() - worked
+        return {"push": pushed, "take": taken / taking, "cpu": worked / max(taken, 1) * 1000}
 
 
-def together(kind: Open, place: str, seconds: float, processes: int) -> tuple[int, float]:
+def together(kind: Open, place: str, processes: int, work: Work) -> float:
+    """Jobs per second of all processes; a single one is this one."""
+    if processes == 1:
+        done, took = work(kind(place))
+        return done / took
     results: Any = FORK.Queue()
     ready = FORK.Barrier(processes)
 
-    def work() -> None:
+    def begin() -> None:
         store = kind(place)
         ready.wait()
-        results.put(drained(store, seconds))
+        results.put(work(store))
 
-    workers = [FORK.Process(target=work) for _ in range(processes)]
+    workers = [FORK.Process(target=begin) for _ in range(processes)]
     for worker in workers:
         worker.start()
-    parts = [results.get(timeout=300) for _ in workers]
+    parts: list[tuple[int, float]] = [results.get(timeout=300) for _ in workers]
     for worker in workers:
         worker.join()
-    return sum(part[0] for part in parts), max(part[1] for part in parts)
+    return sum(done / took for done, took in parts)
 
 
 def filled(store: Store, size: int, seconds: float) -> tuple[int, float]:
     """How many pushes were measured, and their seconds; the rest goes in without syncs."""
-    store.push()  # which also makes what is made once
+    store.push()
     pushed, began = 0, time.perf_counter()
     while pushed < size - 1 and time.perf_counter() - began < seconds:
         store.push()

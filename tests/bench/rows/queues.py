@@ -13,15 +13,16 @@ from ..installed import python
 from ..peers.lamsonq import ROOT
 
 PUSH = Measure("push", "push per second", ",.0f")
+PUSH_TWO = Measure("push2", "push, 2 processes", ",.0f")
 TAKE = Measure("take", "claim and settle per second", ",.0f")
-TAKE_TWO = Measure("take2", "the same, 2 processes", ",.0f")
-MEASURES = (PUSH, TAKE, TAKE_TWO)
+TAKE_TWO = Measure("take2", "claim and settle, 2 processes", ",.0f")
+MEASURES = (PUSH, PUSH_TWO, TAKE, TAKE_TWO)
 
 OURS = {"memory": "Memory", "maildir": "Maildir", "SQLite": "SQLite"}
 PEERS = {  # name -> kind, promise, processes that may take from it
     "huey, SQLite": ("HueySQLite", "synced; at most once", 2),
     "litequeue": ("Litequeue", "synced; a taken job stays so", 2),
-    "persist-queue, SQLite": ("PersistSQLite", "synced; acknowledged", 1),  # two processes get the same jobs
+    "persist-queue, SQLite": ("PersistSQLite", "synced; acknowledged", 1),  # two takers get the same jobs
     "persist-queue, files": ("PersistFile", "synced; at least once", 1),
     "huey, files": ("HueyFile", "not synced; at most once", 2),
     "Salmon": ("Salmon", "file synced; at most once", 1),  # with two, it raises FileNotFoundError
@@ -73,7 +74,7 @@ def contests(scale: Scale) -> Iterator[Contest]:
             ),
         ],
         measures=(*MEASURES, CPU),
-        note="One producer; one job at a time is taken and settled.",
+        note="One job at a time is put, and taken and settled.",
     )
 
 
@@ -81,7 +82,8 @@ def _both(interpreter: str, kind: str, size: int, seconds: float, processes: int
     one = measured(interpreter, kind, size, seconds, 1)
     sample = {key: one[key] for key in ("push", "take", "cpu")}
     if processes > 1:
-        sample["take2"] = measured(interpreter, kind, size, seconds, 2)["take"]
+        two = measured(interpreter, kind, size, seconds, 2)
+        sample |= {"push2": two["push"], "take2": two["take"]}
     return sample
 
 
