@@ -2,9 +2,9 @@
 
     python -m tests.bench.stores KIND SIZE SECONDS PROCESSES
 
-Producers first, then takers at one job a time. A push would survive a power failure wherever the library can do that: huey
-and litequeue are told synchronous = FULL, and NORMAL for taking, as ours. Each measurement ends after SECONDS, done or
-not, so that what is slow tells its rate as well. Runs under the interpreter that has the library; prints JSON.
+First all push, then all take, one job at a time. A push would survive a power failure wherever the library can do that:
+huey and litequeue are told synchronous = FULL, and NORMAL for taking, as ours. Each measurement ends after SECONDS, done
+or not, so that what is slow tells its rate as well. Runs under the interpreter that has the library; prints JSON.
 """
 
 from __future__ import annotations
