@@ -1,10 +1,10 @@
 """Queues, each in a process of its own: how many jobs of 5 KB are put, and taken and settled, in a second.
 
-    python -m tests.bench.stores KIND SIZE SECONDS PROCESSES
+    python -m tests.bench.stores KIND FOLDER SIZE SECONDS PROCESSES
 
-First all push, then all take, one job at a time. A push would survive a power failure wherever the library can do that:
-huey and litequeue are told synchronous = FULL, and NORMAL for taking, as ours. Each measurement ends after SECONDS, done
-or not, so that what is slow tells its rate as well. Runs under the interpreter that has the library; prints JSON.
+First all push, then all take, one job at a time. A push would survive a power failure wherever the library can do that;
+huey and litequeue are told synchronous = FULL, and NORMAL for taking, as ours. Each measurement ends after SECONDS,
+done or not, so that what is slow tells its rate as well. Runs under the interpreter that has the library; prints JSON.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import multiprocessing
 import os
 import sqlite3
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -270,18 +269,17 @@ Work = Callable[[Store], tuple[int, float]]
 """What one process does with the queue: how many jobs, in how many seconds."""
 
 
-def measure(kind: Open, size: int, seconds: float, processes: int) -> dict[str, float]:
+def measure(kind: Open, place: str, size: int, seconds: float, processes: int) -> dict[str, float]:
     """Jobs put, and taken and settled, per second; of one process also its processor seconds per 1000 taken."""
-    with tempfile.TemporaryDirectory(prefix="lamsonq-bench-", ignore_cleanup_errors=True) as place:
-        kind(place)  # which makes what is made once
-        pushed = together(kind, place, processes, lambda store: filled(store, size // processes, seconds))
-        os.sync()
-        if processes > 1:
-            return {"push": pushed, "take": together(kind, place, processes, lambda store: drained(store, seconds))}
-        worked = time.process_time()
-        taken, taking = drained(kind(place), seconds)
-        worked = time.process_time() - worked
-        return {"push": pushed, "take": taken / taking, "cpu": worked / max(taken, 1) * 1000}
+    kind(place)  # which makes what is made once
+    pushed = together(kind, place, processes, lambda store: filled(store, size // processes, seconds))
+    os.sync()
+    if processes > 1:
+        return {"push": pushed, "take": together(kind, place, processes, lambda store: drained(store, seconds))}
+    worked = time.process_time()
+    taken, taking = drained(kind(place), seconds)
+    worked = time.process_time() - worked
+    return {"push": pushed, "take": taken / taking, "cpu": worked / max(taken, 1) * 1000}
 
 
 def together(kind: Open, place: str, processes: int, work: Work) -> float:
@@ -333,4 +331,5 @@ def drained(store: Store, seconds: float) -> tuple[int, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(KINDS[sys.argv[1]], int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]))))
+    name, folder, *numbers = sys.argv[1:]
+    print(json.dumps(measure(KINDS[name], folder, int(numbers[0]), float(numbers[1]), int(numbers[2]))))

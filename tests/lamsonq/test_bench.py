@@ -109,8 +109,8 @@ def _lives(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("kind", ["Maildir", "SQLite", "RawMaildir", "RawSQLite"])
-def test_a_store_is_filled_and_drained_by_two_processes(kind: str) -> None:
-    command = [sys.executable, "-m", "tests.bench.stores", kind, "50", "5", "2"]
+def test_a_store_is_filled_and_drained_by_two_processes(kind: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.bench.stores", kind, str(tmp_path), "50", "5", "2"]
     done = subprocess.run(command, cwd=DOCS.parent, env={**os.environ}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert '"take"' in done.stdout

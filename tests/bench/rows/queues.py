@@ -10,6 +10,7 @@ from functools import partial
 
 from ..contest import CPU, Contest, Entry, Measure, Sample, Scale, Target
 from ..installed import python
+from ..load import place
 from ..peers.lamsonq import ROOT
 
 PUSH = Measure("push", "push per second", ",.0f")
@@ -89,8 +90,10 @@ def _both(interpreter: str, kind: str, size: int, seconds: float, processes: int
 
 def measured(interpreter: str, kind: str, size: int, seconds: float, processes: int) -> Sample:
     """In a process of its own, so that no measurement leaves anything to the next."""
-    command = [interpreter, "-m", "tests.bench.stores", kind, str(size), str(seconds), str(processes)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800, check=False)
+    with place() as folder:
+        words = [kind, str(folder), str(size), str(seconds), str(processes)]
+        command = [interpreter, "-m", "tests.bench.stores", *words]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800, check=False)
     if done.returncode:
         raise RuntimeError(f"{kind}: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
     sample: Sample = json.loads(done.stdout)
