@@ -149,7 +149,9 @@ class RawSQLite:
 
 class HueySQLite:
     def __init__(self, place: str) -> None:
-        self.storage: Any = importlib.import_module("huey.storage").SqliteStorage(f"{place}/huey.db", fsync=True)
+        self.storage: Any = importlib.import_module("huey.storage").SqliteStorage(
+            filename=f"{place}/huey.db", fsync=True
+        )
         self.storage.conn.execute("pragma synchronous = full")
         self.taking = False
 
