@@ -18,10 +18,8 @@ check: $(READY)  ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy lamsonq config app tests
 
-bench: $(READY)  ## measure, and print the figures
-	$(BIN)/python tests/bench/drain_maildir.py 1000 10000 100000
-	$(BIN)/python tests/bench/latency.py
-	$(BIN)/python tests/bench/queues.py
+bench: $(READY)  ## ours and the peers: make bench ROWS="engine spool", make bench BENCH=full
+	@BENCH=$(BENCH) $(BIN)/python -m tests.bench $(ROWS)
 
 FUZZ_SECONDS ?= 600
 

@@ -92,6 +92,7 @@ class Postfix:
         # It ends its children through their process group, which has to be its own.
         command = [master, "-c", str(folder), "-d"]
         self._master = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+        self.pid = self._master.pid
         try:
             until(lambda: listens(port), "Postfix's greeting", self.log)
         except AssertionError:
