@@ -60,6 +60,9 @@ _M_MMAP_THRESHOLD = -3  # malloc.h
 _LARGE = 128 * 1024
 """Octets of a block that is mapped for itself: what glibc begins with. asyncio reads into blocks of twice this size."""
 
+LOOK_EVERY = 30.0
+"""Seconds between two looks whether a receiver is stuck that does not say so itself."""
+
 _STARTED_AFTER = 0.25  # a receiver whose start() still works after so many seconds is one that works in start()
 
 
@@ -79,6 +82,7 @@ class Child:
     stuck: bool = False
     told: bytes = b""
     tell_at: float = 0.0
+    untold: bool = False
 
     def live(self) -> int:
         _map_large_blocks()
@@ -97,6 +101,7 @@ class Child:
         event = self._next(_STARTED_AFTER)
         if event in ("started", "") or (event == "ended" and self.failure is None):  # it may have had little to do
             self._say(READY)
+        TALLY.on_news = lambda: self.events.put("news")
         while event != "ended":
             if event == "stop":
                 self._stop(self.grace if self.stops == 0 else 0.0)
@@ -108,8 +113,14 @@ class Child:
             self._tell()
             if self.deadline is not None and time.monotonic() > self.deadline:
                 break
-            event = self._next(1.0 if self.deadline is None else 0.1)
+            event = self._next(self._patience())
         return self._end()
+
+    def _patience(self) -> float:
+        """Seconds until the next look, if nothing happens."""
+        if self.deadline is not None:
+            return 0.1
+        return max(0.0, self.tell_at - time.monotonic()) if self.untold else LOOK_EVERY
 
     def _next(self, timeout: float) -> str:
         try:
@@ -145,12 +156,14 @@ class Child:
 
     def _tell(self, *, now: bool = False) -> None:
         """Tell what has been handled, if there is news and it was not told a moment ago."""
-        if now or time.monotonic() >= self.tell_at:
-            told = TALLY.told()
-            if told != self.told:
-                self.told = told
-                self.tell_at = time.monotonic() + EVERY
-                self._say(TALLY_LINE + told)
+        self.untold = not now and time.monotonic() < self.tell_at
+        if self.untold:
+            return
+        told = TALLY.told()
+        if told != self.told:
+            self.told = told
+            self.tell_at = time.monotonic() + EVERY
+            self._say(TALLY_LINE + told)
 
     def _say(self, line: bytes) -> None:
         with contextlib.suppress(OSError):  # nobody listens: the lifeline says so too; or not yet, and the pipe is full

@@ -45,6 +45,7 @@ from lamsonq.routing import Router, RoutingBase
 from lamsonq.session import Check, Dialogue, Session
 from lamsonq.sockets import BACKLOG, listen
 from lamsonq.space import MIN_FREE, Space
+from lamsonq.tally import TALLY
 from lamsonq.threads import Threads
 from lamsonq.tls import TLS
 from lamsonq.trace import received_field
@@ -302,6 +303,7 @@ class SMTPReceiver:
 
     def _ask_to_be_replaced(self) -> None:
         self._stuck = True
+        TALLY.news()
         self.stop()
 
     # -- the event loop's thread -------------------------------------------------------------------------------

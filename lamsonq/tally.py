@@ -2,7 +2,8 @@
 
 Rules:
 
-1. A child counts in memory and tells its parent now and then; nobody who handles a message waits for that.
+1. A child counts in memory and tells its parent now and then; nobody who handles a message waits for that. Who tells
+   is woken by the first news since he told; while there are none, nobody looks.
 2. The parent keeps a small file beside its pid file, written anew as a whole. It is for people who look: losing it
    loses nothing else, and no failure to write it stops a server.
 """
@@ -14,6 +15,7 @@ import json
 import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +33,7 @@ FIGURES = (
 
 
 class Tally:
-    """What this process has settled."""
+    """What this process has settled. `on_news` is called, in any thread, when there is something to tell."""
 
     def __init__(self) -> None:
         self._begin()
@@ -42,10 +44,13 @@ class Tally:
         self.failed = 0
         self.last = 0.0
         self.claimed = 0.0
+        self.on_news: Callable[[], None] = _nobody
+        self._is_known = False
 
     def on_pop(self, _job: object) -> None:
         """A job was claimed: this is a consumer of events."""
         self.claimed = time.time()
+        self.news()
 
     def count(self, success: bool) -> None:
         """One attempt was settled, by its success or by a failure that counts."""
@@ -53,11 +58,23 @@ class Tally:
             self.handled += success
             self.failed += not success
             self.last = time.time()
+        self.news()
+
+    def news(self) -> None:
+        """There is something to tell, of this or of the process."""
+        if not self._is_known:
+            self._is_known = True
+            self.on_news()
 
     def told(self) -> bytes:
         """The figures in a line, for the parent."""
+        self._is_known = False  # first: what comes from here on is news again
         with self._lock:
             return json.dumps([self.handled, self.failed, round(self.last, 3), round(self.claimed, 3)]).encode()
+
+
+def _nobody() -> None:
+    """Nobody wants to know."""
 
 
 TALLY = Tally()

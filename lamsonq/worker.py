@@ -33,6 +33,7 @@ from lamsonq.mail import MailRequest
 from lamsonq.queue import Queue
 from lamsonq.routing import Router, RoutingBase
 from lamsonq.source import RETRY_AFTER, Owed, Source
+from lamsonq.tally import TALLY
 from lamsonq.threads import Threads
 
 LOG = logging.getLogger()
@@ -578,6 +579,7 @@ class QueueReceiver:
             self._settle_instead(attempt, source, job, attempt.hung(timeout))
             if not cancelled:
                 self.stuck = self._left_running = True
+                TALLY.news()
                 self.stop()
 
     def _settle_instead(self, attempt: Attempt, source: Source, job: Job, outcome: Outcome) -> None:
