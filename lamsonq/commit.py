@@ -147,7 +147,10 @@ class Committer:
         for run in list(self.running):
             left.append(run.time_left())
             if left[-1] <= 0:
-                run.overdue()
+                try:
+                    run.overdue()
+                except Exception:  # one that cannot be ended does not keep the others
+                    LOG.exception("%s could not be ended", run.call.name or "deliver")
         if self.spool is not None and self.spool.hangs(self.timeout):
             LOG.error("Keeping messages takes longer than %g seconds; this process will be replaced", self.timeout)
             self.on_hang()
@@ -172,12 +175,15 @@ class _Commit:
 
     def begin(self) -> None:
         committer = self._committer
-        if committer.inspecting is not None:
-            committer.inspecting.submit(self._guarded(self._inspect_first))
-        elif committer.spool is not None:
-            committer.spool.keep(self)
-        else:
-            committer.spawn(self._guarded(self._take))
+        try:
+            if committer.inspecting is not None:
+                committer.inspecting.submit(self._guarded(self._inspect_first))
+            elif committer.spool is not None:
+                committer.spool.keep(self)
+            else:
+                committer.spawn(self._guarded(self._take))
+        except Exception as error:  # no thread is to be had
+            self._answer_all(trouble(error))
 
     def _inspect_first(self) -> None:
         """What takes its time, and asks others, is not to hold a thread of the functions."""
@@ -227,7 +233,8 @@ class _Commit:
     def lost(self, error: BaseException) -> None:
         """By the spool: nothing was kept."""
         with about.about(self.about):
-            self._say_failed(error)
+            if hasattr(self, "_message"):  # else it is its making that has failed
+                self._say_failed(error)
             self._answer_all(_refusal(_unkept(error)) if isinstance(error, QueueError) else trouble(error))
 
     # -- one callable ------------------------------------------------------------------------------------------
@@ -276,7 +283,10 @@ class _Commit:
             if self._committer.on_handled is not None:
                 elsewhere = {call.recipient for call, _ in failures}.union(*(carried(run.puts) for run in runs))
                 recipients = dict.fromkeys(run.call.recipient for run in runs)
-                self._committer.on_handled(part, [to for to in recipients if to not in elsewhere])
+                try:
+                    self._committer.on_handled(part, [to for to in recipients if to not in elsewhere])
+                except Exception:  # the message is handled all the same: were it refused, it would be handled twice
+                    LOG.exception("What has been handled could not be reported")
         self._answer({group: reply})
 
     def _keep(self, message: mail.MailRequest, failures: Sequence[tuple[Call, Later | Dead]]) -> list[str]:
@@ -346,7 +356,10 @@ class _Commit:
         self._known |= replies
         with about.about(self.about):
             while self._owed and self._owed[0] in self._known:
-                self._tell(self._known[self._owed.popleft()])
+                try:
+                    self._tell(self._known[self._owed.popleft()])
+                except Exception:  # a fault of the session's: the other groups are still gone on with
+                    LOG.exception("A reply could not be told")
         if self._owed:
             self._committer.spawn(self._guarded(self._take_group))
         else:
@@ -387,6 +400,7 @@ class _Run:
             self._attempt.start(self._committer.spawn)
         except Exception as error:  # a fault of ours: nothing was promised, so the client keeps the message
             LOG.exception("%s could not be run", self.call.name)
+            self.give_up()  # it may still stand in the line for its conversation, or have it
             self._end(_Unkept(reason_of(error)))
 
     @property

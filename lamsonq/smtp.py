@@ -359,7 +359,7 @@ class SMTPReceiver:
             for session in [session for session in self._sessions if session.idle_for > LEAVE_AFTER]:
                 session.dismiss(_GOODBYE)
             await asyncio.sleep(0.02)
-        if cut := [f"{run.call.name or 'deliver'} for {run.call.recipient}" for run in self._committer.running]:
+        if cut := [f"{run.call.name or 'deliver'} for {run.call.recipient}" for run in list(self._committer.running)]:
             LOG.warning(
                 "%d function(s) have not finished in time and are cut; their clients send the message again: %s",
                 len(cut),

@@ -31,7 +31,7 @@ FILE_THREADS = 8
 
 
 class Waiting(Protocol):
-    """A message that is to be kept."""
+    """A message that is to be kept. It is told one of the two, once, and raises nothing then."""
 
     def job(self) -> Job:
         """What to keep. Raises anything."""
@@ -39,7 +39,7 @@ class Waiting(Protocol):
     def kept(self) -> None:
         """It is safe."""
 
-    def lost(self, error: Exception) -> None:
+    def lost(self, error: BaseException) -> None:
         """It is not, and nothing of it is kept."""
 
 
@@ -52,24 +52,39 @@ class Spool:
         self._waiting: SimpleQueue[Waiting | None] = SimpleQueue()
         self._begun: dict[int, float] = {}
         """Which threads are at a put, and since when, by the monotonic clock."""
+        self._hung: set[float] = set()
         self.threads = 0
+        self._lock = threading.Lock()
 
     def keep(self, message: Waiting) -> None:
-        """Have it kept; it is told. Call it from one thread."""
-        busy = bool(self.threads) and not self._waiting.empty()
-        self._waiting.put(message)
-        if self.threads < self._most and (busy or not self.threads):
-            self.threads += 1
-            threading.Thread(target=self._work, args=(self.threads,), name="lamsonq-spool", daemon=True).start()
+        """Have it kept; it is told."""
+        with self._lock:
+            if not self.threads or (self.threads < self._most and not self._waiting.empty()):
+                try:
+                    self._start()
+                except RuntimeError as error:  # this machine has no more threads: those that there are have to do
+                    if not self.threads:
+                        message.lost(error)
+                        return
+            self._waiting.put(message)
+
+    def _start(self) -> None:
+        number = self.threads + 1
+        threading.Thread(target=self._work, args=(number,), name="lamsonq-spool", daemon=True).start()
+        self.threads = number
 
     def hangs(self, seconds: float) -> bool:
-        """Whether a put takes longer than that."""
-        return any(time.monotonic() - begun > seconds for begun in list(self._begun.values()))
+        """Whether a put takes longer than that; it is told once of each."""
+        hung = {begun for begun in list(self._begun.values()) if time.monotonic() - begun > seconds}
+        new = hung - self._hung
+        self._hung = hung
+        return bool(new)
 
     def close(self) -> None:
         """Nothing more will come: its threads end when they have put what waits."""
-        for _ in range(self.threads):
-            self._waiting.put(None)
+        with self._lock:
+            for _ in range(self.threads):
+                self._waiting.put(None)
 
     def _work(self, number: int) -> None:
         while (first := self._waiting.get()) is not None:
@@ -88,7 +103,7 @@ class Spool:
         while message is not None:
             try:
                 job = message.job()
-            except Exception as error:
+            except BaseException as error:  # whatever it is, the thread has more to do
                 message.lost(error)
             else:
                 messages.append(message)
@@ -109,7 +124,7 @@ class Spool:
             return
         try:
             self._queue.keep(jobs)
-        except Exception as error:  # any store
+        except BaseException as error:  # any store
             if len(jobs) == 1:
                 TALLY.count(False)
                 messages[0].lost(error)

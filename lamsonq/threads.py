@@ -10,10 +10,13 @@ Rules:
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
+import os
 import threading
 from collections.abc import Callable
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 
 class Threads:
@@ -29,17 +32,26 @@ class Threads:
         self._closed = False
 
     def submit(self, function: Callable[[], object]) -> None:
-        """Run this as soon as a thread is free. Raises RuntimeError when they are closed."""
+        """Run this as soon as a thread is free. Raises RuntimeError when they are closed, and OSError when there is
+        none, and none can be started."""
         with self._lock:
             if self._closed:
                 raise RuntimeError(f"the threads {self._name} are closed")
+            if self._free < 1 and len(self._threads) < self._most:
+                self._start()
             self._free -= 1
-            if self._free < 0 and len(self._threads) < self._most:
-                self._free += 1
-                thread = threading.Thread(target=self._run, name=f"{self._name}_{len(self._threads)}", daemon=True)
-                self._threads.append(thread)
-                thread.start()
-        self._work.put(function)
+            self._work.put(function)  # in here: behind the signs of `close` nothing is read
+
+    def _start(self) -> None:
+        thread = threading.Thread(target=self._run, name=f"{self._name}_{len(self._threads)}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # this machine has no more: those that there are have to do
+            if not self._threads:
+                raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from error
+            return
+        self._threads.append(thread)
+        self._free += 1
 
     def close(self, *, wait: bool = False) -> None:
         """Take nothing more. What was taken is done; with `wait`, before this returns."""
@@ -56,15 +68,16 @@ class Threads:
         """Take nothing more, and forget what no thread has begun with."""
         with self._lock:
             self._closed = True
-        while not self._work.empty():
-            self._work.get()
+        with contextlib.suppress(Empty):
+            while True:
+                self._work.get_nowait()
         self.close()
 
     def _run(self) -> None:
         while (function := self._work.get()) is not None:
             try:
                 function()
-            except Exception:  # whoever it is from, the thread has more to do
+            except BaseException:  # whoever it is from, the thread has more to do
                 logging.exception("a function in the thread %s failed", threading.current_thread().name)
             with self._lock:
                 self._free += 1

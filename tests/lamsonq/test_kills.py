@@ -2,7 +2,8 @@
 
 A project with an SMTP receiver and a queue receiver runs as it would for real. Clients send without a pause, and write
 down what was answered 250; the handler writes down what it handled; and a random process is killed, again and again.
-How often: the environment variable KILLS, 25 without it.
+So for each way from the last dot to the reply, and each store that the queue between the two can be: what a function
+pushes, and what the receiver itself keeps. How often in all: the environment variable KILLS, 25 without it.
 """
 
 import os
@@ -21,9 +22,18 @@ from pathlib import Path
 
 import pytest
 
-from lamsonq import fsck
+from lamsonq import databases, fsck
+from lamsonq.queue import Queue
 
 KILLS = int(os.environ.get("KILLS", "25"))
+
+MAILDIR, SQLITE = "run/{}", "sqlite:run/q.db?queue={}"
+WAYS = {
+    "handle-maildir": ("handle", MAILDIR),
+    "handle-sqlite": ("handle", SQLITE),
+    "spool-maildir": ("spool", MAILDIR),
+    "spool-sqlite": ("spool", SQLITE),
+}
 
 SETTINGS = """
 from lamsonq.server import Receiver, Relay
@@ -41,7 +51,7 @@ logging.basicConfig(filename="logs/lamsonq.log", level=logging.INFO)
 settings.receiver = {made}
 Router.STATE_STORE = SQLiteStorage("run/state.db")
 Router.UNDELIVERABLE_QUEUE = Queue("run/undeliverable")
-Router.load(["{handlers}"])
+Router.load({handlers})
 """
 FRONT = """
 from lamsonq.queue import Queue
@@ -49,12 +59,12 @@ from lamsonq.routing import route, stateless
 
 @route("desk@example.com")
 def START(message):
-    Queue("run/posts").push(message)
+    Queue("POSTS").push(message)
     return AGAIN
 
 @route("desk@example.com")
 def AGAIN(message):
-    Queue("run/posts").push(message)
+    Queue("POSTS").push(message)
     return START
 """
 BEHIND = """
@@ -67,7 +77,7 @@ HANDLED = os.open("handled", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 @route("desk@example.com")
 @stateless
 def START(message):
-    Queue("run/archive").push(message)
+    Queue("ARCHIVE").push(message)
     os.write(HANDLED, (message["message-id"] + "\\n").encode())
 
 @route("desk@example.com")
@@ -78,10 +88,12 @@ def SECOND(message):
 
 
 class Project:
-    """A project in a folder of its own, its two servers, and the clients' ledger."""
+    """A project in a folder of its own, its two servers, and the clients' ledger. What comes in goes through the queue
+    `posts`, and from there into `archive`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, way: str, store: str) -> None:
         self.folder = folder
+        self.posts, self.archive = store.format("posts"), store.format("archive")
         self.port = _free_port()
         self.accepted = folder / "accepted"
         self.servers: dict[str, subprocess.Popen[bytes]] = {}
@@ -89,17 +101,20 @@ class Project:
         self._write = threading.Lock()
         for name in ("config", "run", "logs"):
             (folder / name).mkdir()
+        deliver = None if way == "handle" else f"Queue('{self.posts}').push"
         files = {
             "config/__init__.py": "",
             "config/settings.py": SETTINGS,
             "config/boot.py": BOOT.format(
-                receiver="SMTPReceiver", made=f"SMTPReceiver('127.0.0.1', {self.port})", handlers="front"
+                receiver="SMTPReceiver",
+                made=f"SMTPReceiver('127.0.0.1', {self.port}, deliver={deliver})",
+                handlers=["front"] if way == "handle" else [],
             ),
             "config/queue.py": BOOT.format(
-                receiver="QueueReceiver", made="QueueReceiver('run/posts', 1)", handlers="behind"
+                receiver="QueueReceiver", made=f"QueueReceiver('{self.posts}', 1)", handlers=["behind"]
             ),
-            "front.py": FRONT,
-            "behind.py": BEHIND,
+            "front.py": FRONT.replace("POSTS", self.posts),
+            "behind.py": BEHIND.replace("ARCHIVE", self.archive),
         }
         for name, text in files.items():
             (folder / name).write_text(textwrap.dedent(text))
@@ -108,6 +123,7 @@ class Project:
         """Start one of the two servers, as often as it takes: a killed parent's children still hold the port."""
         command = [sys.executable, "-m", "lamsonq", "start", "--no-daemon", "-boot", f"config.{name}"]
         for _ in range(100):
+            self._status(name).unlink(missing_ok=True)  # a killed parent's
             server = subprocess.Popen([*command, "-pid", f"run/{name}.pid"], cwd=self.folder, stderr=subprocess.DEVNULL)
             self.servers[name] = server
             if self._is_up(name, server):
@@ -119,12 +135,16 @@ class Project:
             if server.poll() is not None:
                 time.sleep(0.1)
                 return False
-            if _children(server.pid) and (name == "queue" or _answers(self.port)):
+            if self._status(name).exists():  # before that, a child that dies is the end of its parent
                 return True
             time.sleep(0.02)
         server.kill()
         server.wait()
         return False
+
+    def _status(self, name: str) -> Path:
+        """The file that is there when all children are ready."""
+        return self.folder / "run" / f"{name}.status"
 
     def send_without_a_pause(self, number: int) -> None:
         count = 0
@@ -139,7 +159,8 @@ class Project:
 
     def _send(self, client: smtplib.SMTP, number: int, count: int) -> None:
         identity = f"<{number}.{count}@example.com>"
-        text = f"Message-ID: {identity}\r\nSubject: {count}\r\n\r\n{'x' * random.randint(0, 3000)}\r\n"
+        size = 100_000 if count % 50 == 0 else random.randint(0, 3000)  # a large one has a file beside the database
+        text = f"Message-ID: {identity}\r\nSubject: {count}\r\n\r\n{'x' * size}\r\n"
         client.sendmail(f"sender{number}.{count % 7}@example.com", ["desk@example.com"], text)
         with self._write, self.accepted.open("a") as ledger:
             ledger.write(identity + "\n")
@@ -169,14 +190,6 @@ def _children(pid: int) -> list[int]:
         return []
 
 
-def _answers(port: int) -> bool:
-    try:
-        with socket.create_connection(("127.0.0.1", port), 1) as client:
-            return client.recv(3) == b"220"
-    except OSError:
-        return False
-
-
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -184,9 +197,10 @@ def _free_port() -> int:
         return port
 
 
-@pytest.fixture
-def project(tmp_path: Path) -> Iterator[Project]:
-    project = Project(tmp_path)
+@pytest.fixture(params=WAYS)
+def project(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Project]:
+    monkeypatch.chdir(tmp_path)
+    project = Project(tmp_path, *WAYS[request.param])
     yield project
     project.stop.set()
     for server in project.servers.values():
@@ -194,45 +208,64 @@ def project(tmp_path: Path) -> Iterator[Project]:
             server.kill()
 
 
+def _share(way: str) -> int:
+    """How many of the KILLS are for this way."""
+    number = list(WAYS).index(way)
+    return KILLS * (number + 1) // len(WAYS) - KILLS * number // len(WAYS)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_nothing_that_was_answered_250_is_ever_lost(project: Project, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_that_was_answered_250_is_ever_lost(
+    project: Project, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    way = request.node.callspec.params["project"]
+    kills = _share(way)
     for name in ("boot", "queue"):
         project.start(name)
     clients = [threading.Thread(target=project.send_without_a_pause, args=[n]) for n in range(4)]
     for client in clients:
         client.start()
-    for _ in range(KILLS):
+    for _ in range(kills):
         time.sleep(random.uniform(0.02, 0.6))
         project.kill_someone()
     time.sleep(0.5)
     project.stop.set()
     for client in clients:
         client.join()
-    handled = project.folder / "handled"
-    _wait_until_worked(project.folder / "run/posts")
+    _wait_until_worked(Queue(project.posts))
     project.end()
-    accepted, done = project.accepted.read_text().split(), handled.read_text().split()
-    report = fsck.check(project.folder / "run", accepted, done)
-    archived = _ids_in(project.folder / "run/archive/new")
+    accepted, done = project.accepted.read_text().split(), Path("handled").read_text().split()
+    report = fsck.check("run", accepted, done)
+    archived = _ids_in(project.archive)
     with capsys.disabled():
-        print(f"\n{KILLS} kills: {len(accepted)} answered 250, {len(report.missing)} lost,", end=" ")
+        print(f"\n{way}: {kills} kills: {len(accepted)} answered 250, {len(report.missing)} lost,", end=" ")
         print(f"{len(done) - len(set(done))} handled more than once; {report}")
-    assert len(accepted) > KILLS
+    assert len(accepted) > kills
     assert report.missing == []
     assert report.good, report
     assert len(archived) == len(set(archived)), "what a handler pushed has left twice"
     assert set(accepted) <= set(archived)
 
 
-def _ids_in(folder: Path) -> list[str]:
-    found = (re.search(rb"^Message-ID: (\S+)", path.read_bytes(), re.MULTILINE) for path in folder.iterdir())
+def _ids_in(queue: str) -> list[str]:
+    """The Message-IDs of what is ready in a queue."""
+    found = (re.search(rb"^Message-ID: (\S+)", body, re.MULTILINE) for body in _bodies_in(queue))
     return [match[1].decode() for match in found if match]
 
 
-def _wait_until_worked(queue: Path) -> None:
+def _bodies_in(queue: str) -> Iterator[bytes]:
+    if queue.startswith("sqlite:"):
+        path, name = databases.parsed(queue)
+        yield from (row.body for row in databases.Database(path).rows(name))
+    else:
+        yield from (path.read_bytes() for path in Path(queue, "new").iterdir())
+
+
+def _wait_until_worked(queue: Queue) -> None:
     """Until nothing waits in the queue and nothing is claimed."""
     give_up_at = time.monotonic() + 300
-    while any(path.is_file() for folder in ("new", ".delayed/new", "claimed/*") for path in queue.glob(f"{folder}/*")):
+    while any(queue.backend.counts()[state] for state in ("ready", "delayed", "reserved")):
         assert time.monotonic() < give_up_at, "the queue is not worked any more"
         time.sleep(0.2)
+    queue.backend.close()

@@ -19,7 +19,7 @@ class Message:
     def __init__(self, text: str, *, size: int = 3, fails: bool = False) -> None:
         self.text, self.size, self.fails = text, size, fails
         self.told = threading.Event()
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
     def job(self) -> Job:
         if self.fails:
@@ -29,11 +29,11 @@ class Message:
     def kept(self) -> None:
         self.told.set()
 
-    def lost(self, error: Exception) -> None:
+    def lost(self, error: BaseException) -> None:
         self.error = error
         self.told.set()
 
-    def waits(self) -> Exception | None:
+    def waits(self) -> BaseException | None:
         assert self.told.wait(PATIENCE)
         return self.error
 
@@ -132,8 +132,9 @@ def test_a_put_that_hangs_is_seen(slow: Slow) -> None:
     message = Message("0")
     kept(spool, message)
     assert slow.begun.acquire(timeout=PATIENCE)
-    assert spool.hangs(0.0)
     assert not spool.hangs(PATIENCE)
+    assert spool.hangs(0.0)
+    assert not spool.hangs(0.0), "it is told twice"
     slow.gate.set()
     message.waits()
     spool.close()
@@ -166,3 +167,54 @@ def test_only_a_queues_own_push_is_a_spool() -> None:
     assert queue_of(lambda message: queue.push(message)) is None
     assert queue_of(queue.enqueue) is None
     assert queue_of(None) is None
+
+
+def test_whoever_has_something_kept_at_the_same_time_starts_one_thread(slow: Slow) -> None:
+    class Watched(Spool):
+        """Everybody who looks how many threads there are is held up a little."""
+
+        _number = 0
+
+        @property
+        def threads(self) -> int:
+            number = self._number
+            threading.Event().wait(0.01)
+            return number
+
+        @threads.setter
+        def threads(self, number: int) -> None:
+            self._number = number
+
+    spool = Watched(slow)
+    messages = [Message(str(n)) for n in range(4)]
+    keepers = [threading.Thread(target=spool.keep, args=[message]) for message in messages]
+    for keeper in keepers:
+        keeper.start()
+    for keeper in keepers:
+        keeper.join()
+    assert slow.begun.acquire(timeout=PATIENCE)
+    messages.append(Message("another"))
+    spool.keep(messages[-1])
+    assert not slow.begun.acquire(timeout=0.1)
+    slow.gate.set()
+    assert not any(message.waits() for message in messages)
+    spool.close()
+
+
+def test_where_no_thread_can_be_started_a_message_is_told_and_the_next_one_is_kept(
+    slow: Slow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Unstarted(threading.Thread):
+        def start(self) -> None:
+            raise RuntimeError("can't start new thread")
+
+    slow.gate.set()
+    spool, first, second = Spool(slow), Message("first"), Message("second")
+    with monkeypatch.context() as short:
+        short.setattr("lamsonq.spool.threading.Thread", Unstarted)
+        spool.keep(first)
+    spool.keep(second)
+    assert str(first.waits()) == "can't start new thread"
+    assert second.waits() is None
+    assert slow.puts == [["second"]]
+    spool.close()

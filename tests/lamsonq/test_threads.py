@@ -1,5 +1,7 @@
 """The threads that functions run in."""
 
+import queue
+import sys
 import threading
 
 import pytest
@@ -72,3 +74,46 @@ def test_what_no_thread_has_begun_with_can_be_forgotten() -> None:
     gate.set()
     threads.close(wait=True)
     assert done == []
+
+
+class Unstarted(threading.Thread):
+    """A thread of a machine that has no more of them."""
+
+    def start(self) -> None:
+        raise RuntimeError("can't start new thread")
+
+
+def test_where_no_thread_can_be_started_those_that_there_are_do_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads, gate, done = Threads(3, "test"), threading.Event(), threading.Event()
+    with monkeypatch.context() as short:
+        short.setattr("lamsonq.threads.threading.Thread", Unstarted)
+        with pytest.raises(OSError, match="unavailable"):
+            threads.submit(done.set)
+    threads.submit(lambda: gate.wait(PATIENCE))
+    with monkeypatch.context() as short:
+        short.setattr("lamsonq.threads.threading.Thread", Unstarted)
+        threads.submit(done.set)
+    gate.set()
+    assert done.wait(PATIENCE)
+    threads.close(wait=True)
+
+
+def test_a_function_that_exits_ends_no_thread() -> None:
+    threads, done = Threads(1, "test"), threading.Event()
+    threads.submit(sys.exit)
+    threads.submit(done.set)
+    assert done.wait(PATIENCE)
+    threads.close(wait=True)
+
+
+def test_forgetting_waits_for_nothing_that_a_thread_has_just_taken() -> None:
+    class JustTaken(queue.SimpleQueue):  # type: ignore[type-arg]
+        def empty(self) -> bool:
+            return False
+
+    threads = Threads(1, "test")
+    threads._work = JustTaken()
+    dropping = threading.Thread(target=threads.drop, daemon=True)
+    dropping.start()
+    dropping.join(PATIENCE / 10)
+    assert not dropping.is_alive()
