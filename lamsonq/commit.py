@@ -33,6 +33,7 @@ from lamsonq import about, mail
 from lamsonq.address import canonical
 from lamsonq.attempt import PATIENCE, Attempt, Call, key_of, publishing
 from lamsonq.backends.maildir_names import new_key as new_id
+from lamsonq.content import Content, Spilled
 from lamsonq.delivery import carried, reported_once
 from lamsonq.errors import Dead, Failure, Later, QueueError, SMTPError, Undelivered, outcome_of, reason_of
 from lamsonq.jobs import Done, Job, Put, Result
@@ -97,7 +98,7 @@ class Committer:
         self._told: deque[Callable[[], None]] = deque()
         self._is_told = False
 
-    def commit(self, envelope: mail.Envelope, content: bytes, groups: Sequence[Group], tell: Tell) -> None:
+    def commit(self, envelope: mail.Envelope, content: Content, groups: Sequence[Group], tell: Tell) -> None:
         """Take a message; `tell` gets the reply to each group, one after another, as soon as it is known.
 
         A group that is named twice gets the same reply twice. From the loop, where `tell` is called, too.
@@ -161,7 +162,7 @@ class _Commit:
     """One message on its way to its replies."""
 
     def __init__(
-        self, committer: Committer, envelope: mail.Envelope, content: bytes, groups: Sequence[Group], tell: Tell
+        self, committer: Committer, envelope: mail.Envelope, content: Content, groups: Sequence[Group], tell: Tell
     ) -> None:
         self.about = about.received(new_id())
         self._committer = committer
@@ -196,6 +197,8 @@ class _Commit:
     def _made(self) -> mail.MailRequest:
         """The message as everybody sees it."""
         envelope, content = self._envelope, self._content
+        if isinstance(content, Spilled):
+            content = content.read()
         if self._committer.inspect is not None:
             envelope, content = self._committer.inspect(envelope, content, self.about.id)
         self._content = b""

@@ -35,8 +35,9 @@ class Limits:
     `connections` are open at once, from everybody; `connections_per_address` from one client. Per client and minute:
     `connections_per_minute`, `messages_per_minute`, `recipients_per_minute`. `messages_per_connection` are taken before
     the client has to connect again, `recipients` are those of one message (RFC 5321 section 4.5.3.1.8 asks for 100).
-    `memory` is for all messages that are being received or handled. `command_timeout` is for a whole command,
-    `data_timeout` for the next piece of a message, and `bad_commands` may be sent before the client is sent away.
+    `memory` is for all messages that are being received or handled; what of one that comes is in a file does not count.
+    `command_timeout` is for a whole command, `data_timeout` for the next piece of a message, and `bad_commands` may be
+    sent before the client is sent away.
     """
 
     connections: int = 2000

@@ -3,7 +3,7 @@
 Rules:
 
 1. Nothing of what a client sends is trusted: addresses pass our own strict grammar before anything else sees them, a
-   message is kept in memory only up to the size limit, and no reply repeats a control character.
+   message is kept only up to the size limit, a large one in a file, and no reply repeats a control character.
 2. A transaction's replies come from here, until its last octet; then the receiver's `commit` takes the message and
    answers for it. Its answers are awaited, never cancelled: a client that goes away loses a reply, not its mail.
 3. Which recipients each of these answers is for, `groups` says: over SMTP there is one, for all of them.
@@ -18,7 +18,9 @@ How octets become commands, and all timers: `wire`.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import os
 import re
 import ssl
 import time
@@ -32,6 +34,7 @@ from aiosmtpd.proxy_protocol import V2_CMD, get_proxy
 
 from lamsonq import mail
 from lamsonq.address import canonical
+from lamsonq.content import Content, Spilled, has_bare_line_end
 from lamsonq.envelope import Envelope, Notify
 from lamsonq.limits import Client, Refused, Traffic
 from lamsonq.trace import HOPS_MAX, hops, protocol_word
@@ -134,7 +137,7 @@ class Server(Protocol):
         """Whether there is no room for a message of so many octets; 0 where that is not known."""
 
     def commit(
-        self, envelope: Envelope, content: bytes, groups: Sequence[tuple[str, ...]], tell: Callable[[str], None]
+        self, envelope: Envelope, content: Content, groups: Sequence[tuple[str, ...]], tell: Callable[[str], None]
     ) -> None:
         """Begin to keep or handle a message; `tell` gets the replies, one for each group of its recipients, in this
         order and from the loop.
@@ -193,9 +196,13 @@ class Session(Wire):
         self._messages = 0
         self._reserved = 0
         self._chunks: bytearray | None = None
-        """What the BDATs of this transaction have brought; None before the first."""
+        """What the BDATs of this transaction have brought and did not spill; None before the first."""
+        self._spilled: Spilled | None = None
+        """What has spilled of the message that comes."""
+        self._piece = 0
         self._last_piece = False
-        self._no_room = False
+        self._no_room = ""
+        """The reply to a message that was dropped because there was no room for it."""
         self._notify = Notify()
 
     # -- the connection ----------------------------------------------------------------------------------------
@@ -507,7 +514,7 @@ class Session(Wire):
         self._set_rset_state()
         self._chunks = None
         self._notify = Notify()
-        self._no_room = False
+        self._no_room = ""
         self._release()
 
     def _rset(self, argument: str | None) -> None:
@@ -603,8 +610,7 @@ class Session(Wire):
         if most and self._messages >= most:
             return "452 4.7.0 Too many messages on this connection, open another one"
         if self.server.full(size) or not self.server.traffic.has_room(size):
-            # RFC 1870 section 6.1: too little room at the moment for a message of the declared size.
-            return "452 4.3.1 Insufficient system storage, try again later"
+            return _NO_STORAGE  # RFC 1870 section 6.1: too little room at the moment for the declared size
         if client is not None and not client.message(self.loop.time()):
             return "450 4.7.1 Too many messages from your address in this minute, try again later"
         return None
@@ -700,13 +706,15 @@ class Session(Wire):
         if not _is_size(size) or last.upper() not in ("", "LAST"):
             self.dismiss("501 5.5.4 Syntax: BDAT size [LAST]")  # how much of what comes is no command, nobody knows
             return
+        self._piece = int(size)
         self._last_piece = bool(last)
-        fits = len(self._chunks or b"") + int(size) <= self.server.size_limit
+        before = len(self._chunks or b"") + (0 if self._spilled is None else len(self._spilled))
+        fits = before + self._piece <= self.server.size_limit
         if not fits:
             # RFC 3030 section 2: what is refused is read all the same, however much it is, and dropped; who is told
             # no before he has sent it may be cut off before he reads it, and comes again.
             self.drops()
-        self.read_octets(int(size), self._take_piece, keep=fits)
+        self.read_octets(self._piece, self._take_piece, keep=fits)
 
     def _take_piece(self, piece: bytes | None) -> Work | None:
         assert self.envelope is not None
@@ -717,14 +725,17 @@ class Session(Wire):
         self._chunks = chunks
         chunks += piece or b""
         if self._last_piece:
-            return self._take_whole(None if piece is None else bytes(chunks))
-        if (
-            piece is None
-        ):  # one reply, whoever would be answered for at the end; the pieces behind it come to no transaction
+            content = None if piece is None else bytes(chunks)
+            chunks.clear()
+            return self._take_whole(content)
+        if len(chunks) > self.spill_after:
+            piece = piece if self.spills(b"") and self.keeps(0) else None
+        if piece is None:
+            # One reply, whoever would be answered for at the end; the pieces behind it come to no transaction.
             self.say(self._fault_of(None) or "")
             self._forget()
         else:
-            self.say(f"250 2.0.0 {len(piece)} octets received")
+            self.say(f"250 2.0.0 {self._piece} octets received")
         return None
 
     def keeps(self, octets: int) -> bool:
@@ -732,13 +743,30 @@ class Session(Wire):
         assert self.envelope is not None
         if not self.envelope.rcpt_tos:
             return False  # BDAT without a transaction
-        octets += len(self._chunks or b"")
+        more = octets + len(self._chunks or b"") - self._reserved
         traffic = self.server.traffic
-        if not traffic.has_room(octets - self._reserved):
-            self._no_room = True
+        if more > 0 and not traffic.has_room(more):
+            self._no_room = "452 4.3.1 Too many messages at the moment, try again later"
             return False
-        traffic.memory += octets - self._reserved
-        self._reserved = octets
+        traffic.memory += more
+        self._reserved += more
+        return True
+
+    def spills(self, piece: bytes) -> bool:
+        """Write it to the message's file, behind what BDATs have brought."""
+        if self._chunks:
+            piece = bytes(self._chunks) + piece
+            self._chunks.clear()
+        try:
+            if self.server.full(len(piece)):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if self._spilled is None:
+                self._spilled = Spilled(checked=not self.server.carries_bare)
+            self._spilled.write(piece)
+        except OSError as error:
+            LOG.error("A large message from Peer: %r is put off, there is no room for it: %s", self.peer, error)
+            self._no_room = _NO_STORAGE
+            return False
         return True
 
     def drops(self) -> None:
@@ -747,8 +775,12 @@ class Session(Wire):
         self._release()
 
     def _release(self) -> None:
+        """Nothing of the message that comes is kept by this session any more."""
         self.server.traffic.memory -= self._reserved
         self._reserved = 0
+        if self._spilled is not None:
+            self._spilled.close()
+            self._spilled = None
 
     def groups(self, accepted: Sequence[str]) -> list[tuple[str, ...]]:
         """Which recipients each reply to a message answers for: one for all (RFC 5321 section 3.3).
@@ -757,22 +789,30 @@ class Session(Wire):
         """
         return [tuple(dict.fromkeys(accepted))]
 
-    def _fault_of(self, content: bytes | None) -> str | None:
+    def _fault_of(self, content: Content | None) -> str | None:
         """Why a message that has come is refused unseen; None when it is not."""
         if content is None:
-            no_room = "452 4.3.1 Too many messages at the moment, try again later"
-            return no_room if self._no_room else self._too_large()
-        if hops(content) > HOPS_MAX:
+            return self._no_room or self._too_large()
+        if isinstance(content, Spilled):
+            passed, bare, nul = content.hops, content.has_bare_line_end, content.has_nul
+        else:
+            strict = not self.server.carries_bare
+            passed, bare, nul = hops(content), strict and has_bare_line_end(content), strict and b"\0" in content
+        if passed > HOPS_MAX:
             return "554 5.4.6 Too many hops: this message goes round in circles"
-        if not self.server.carries_bare and has_bare_line_end(content):
+        if bare:
             return "550 5.6.0 Lines end in <CR><LF>: a bare <CR> or <LF> is refused (RFC 5321 section 2.3.8)"
-        if not self.server.carries_bare and b"\0" in content:
+        if nul:
             return "550 5.6.0 A message holds no <NUL> (RFC 2045 section 2.8)"
         return None
 
-    def _take_whole(self, content: bytes | None) -> Work | None:
-        """A message has come: have it taken; each reply to it goes out as soon as it is known."""
+    def _take_whole(self, last: bytes | None) -> Work | None:
+        """A message has come, and this is what did not spill: have it taken; each reply to it goes out as soon as it is
+        known."""
         assert self.envelope is not None
+        content: Content | None = last
+        if last is not None and self._spilled is not None:
+            content = self._spilled if self.spills(last) else None
         accepted = [canonical(path) for path in self.envelope.rcpt_tos]
         groups = self.groups(accepted)
         self.owed = len(groups)
@@ -796,6 +836,7 @@ class Session(Wire):
             notify=self._notify,
             protocol=self._word(),
         )
+        self._spilled = None
         self._release()  # the receiver counts it now
         self.server.commit(envelope, content, groups, self._pay)
         return self._answered
@@ -838,6 +879,7 @@ class Session(Wire):
     }
 
 
+_NO_STORAGE = "452 4.3.1 Insufficient system storage, try again later"
 _SSLObject = ssl.SSLObject
 _MECHANISMS = ("PLAIN", "LOGIN")
 _AFTER_TLS = frozenset({"MAIL", "RCPT", "DATA", "BDAT", "VRFY", "AUTH"})
@@ -856,12 +898,6 @@ def enhanced(reply: str) -> str:
         return reply
     code, _, words = reply.partition(" ")
     return reply if code == "220" else f"{code} {_DEFAULTS.get(code, f'{code[0]}.0.0')} {words}".rstrip()
-
-
-def has_bare_line_end(content: bytes) -> bool:
-    """Whether a CR or LF stands alone: counting is a hundred times faster than an expression."""
-    pairs = content.count(b"\r\n")
-    return content.count(b"\n") != pairs or content.count(b"\r") != pairs
 
 
 def _unmarked(sender: str) -> str:

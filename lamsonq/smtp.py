@@ -37,6 +37,7 @@ from lamsonq import mail
 from lamsonq.address import is_domain
 from lamsonq.authentication import Verifier, authentication_results, without_forged
 from lamsonq.commit import LOG, Committer, trouble
+from lamsonq.content import Content
 from lamsonq.delivery import Reports, report_of
 from lamsonq.errors import QueueError, SettingsError, SMTPError
 from lamsonq.limits import Limits, Network, Traffic, within
@@ -68,7 +69,7 @@ GIVE_WAY_AFTER = 10.0
 _GOODBYE = "421 4.3.2 Service shutting down"
 _GIVE_WAY = "421 4.7.0 Too many connections, and you have been silent the longest"
 _SPARE_FILES = 256
-"""Descriptors that are needed besides the connections."""
+"""Descriptors that are needed besides those of the clients."""
 
 
 class SMTPReceiver:
@@ -230,7 +231,7 @@ class SMTPReceiver:
         """Listen, in threads of its own; returns when it does. Raises what `bind` raises."""
         self.bind()
         self.traffic = Traffic(self.limits, self.trusted, self.processes)
-        _allow_files(self.traffic.limits.connections)
+        _allow_files(2 * self.traffic.limits.connections)  # each may bring a message that goes to a file
         mail_log = logging.getLogger("mail.log")
         if mail_log.level == logging.NOTSET:
             mail_log.setLevel(logging.ERROR)  # aiosmtpd tells every line, and at DEBUG every mail
@@ -482,11 +483,11 @@ class SMTPReceiver:
         return structs.replace(envelope, auth=auth, trace=trace.decode()), content
 
     def commit(
-        self, envelope: mail.Envelope, content: bytes, groups: Sequence[tuple[str, ...]], tell: Callable[[str], None]
+        self, envelope: mail.Envelope, content: Content, groups: Sequence[tuple[str, ...]], tell: Callable[[str], None]
     ) -> None:
         """Take a message; it is gone on with when nobody waits for the replies any more."""
         octets = len(content)
-        self.traffic.memory += octets  # it stays in memory when its client goes, too
+        self.traffic.memory += octets  # it is in memory, or soon will be, also when its client has gone
         owed = iter(groups)
         left = len(groups)
 
@@ -537,10 +538,10 @@ def _is_this_machine(host: str) -> bool:
         return host == "localhost"
 
 
-def _allow_files(connections: int) -> None:
-    """Raise the soft limit of open files as far as the connections need it and the hard one allows it."""
+def _allow_files(count: int) -> None:
+    """Raise the soft limit of open files to so many and some, as far as the hard one allows it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = connections + _SPARE_FILES
+    needed = count + _SPARE_FILES
     if soft != resource.RLIM_INFINITY and soft < needed:
         wanted = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         with contextlib.suppress(OSError, ValueError):

@@ -92,6 +92,7 @@ class Spool:
             self._begun[number] = time.monotonic()
             self._put(messages, jobs)
             del self._begun[number]
+            del first, messages, jobs  # who waits for the next message keeps none of before in memory
 
     def _taken(self, first: Waiting) -> tuple[list[Waiting], list[Job]]:
         """What waits, this thread's share of it: rule 3."""

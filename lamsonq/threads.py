@@ -79,5 +79,6 @@ class Threads:
                 function()
             except BaseException:  # whoever it is from, the thread has more to do
                 logging.exception("a function in the thread %s failed", threading.current_thread().name)
+            del function  # who waits for more to do keeps no message in memory
             with self._lock:
                 self._free += 1

@@ -8,8 +8,8 @@ Rules:
    does, and a reply is never overtaken.
 2. A command ends with CRLF and holds no control character (RFC 5321 section 2.3.8); anything else is refused and not
    executed. A message ends with CRLF.CRLF and with nothing else (section 4.1.1.4).
-3. Memory is bounded: a command by COMMAND_MAX, what is sent ahead by AHEAD_MAX, a message by the limit of its reader,
-   and a third of it for doubled dots. A client that does not read its replies is not read from.
+3. Memory is bounded: a command by COMMAND_MAX, what is sent ahead by AHEAD_MAX, a message by SPILL_AFTER; what is
+   larger `spills`. A client that does not read its replies is not read from.
 4. Time is bounded: a command has to arrive whole within `command_timeout`; a message may pause for `data_timeout`, and
    has to keep up RATE_MIN besides. While we work there is no clock for the client. A connection that is closed is
    gone after CLOSE_TIMEOUT, also when the client reads nothing.
@@ -61,6 +61,9 @@ CLOSE_TIMEOUT = 10.0
 MAIL_LOG = logging.getLogger("mail.log")
 """aiosmtpd's logger: every line of every dialogue, at INFO."""
 
+SPILL_AFTER = 1 << 20
+"""Octets of one message that wait in memory for the rest of it."""
+
 CHUNK = 1 << 18
 """Octets that are taken from a socket at once, at most."""
 
@@ -94,6 +97,7 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
     hot: ClassVar[Mapping[str, Hot]] = {}
     """The commands that are plain functions, by their verb; they come before the `smtp_` methods."""
 
+    spill_after = SPILL_AFTER
     command_timeout = 300.0
     data_timeout = 180.0
     _ready = False
@@ -102,7 +106,8 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
         super().__init__(handler, **options)
         self._ready = True
         self._held = bytearray()
-        """What has come and is not worked off; while a message comes, all of it up to now."""
+        """What has come and is not worked off. While a message comes, it begins with the two octets before what is
+        kept here of it, which tell whether a dot begins a line."""
         self._seen = 0
         """Up to where `_held` has been searched in vain."""
         self._take: Callable[[], bool] = self._take_command
@@ -362,9 +367,9 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
     # -- messages ----------------------------------------------------------------------------------------------
 
     def read_message(self, limit: int, finish: Callable[[bytes | None], Work | None]) -> None:
-        """What comes now is a message, up to CRLF.CRLF. `finish` gets it without its dot-stuffing (RFC 5321 section
-        4.5.2), or None when it is larger than `limit` octets, for which the doubled dots do not count (RFC 1870 section
-        5), or when `keeps` did not let it in.
+        """What comes now is a message, up to CRLF.CRLF. `finish` gets what did not spill of it, without dot-stuffing
+        (RFC 5321 section 4.5.2); or None when it is larger than `limit` octets, for which the doubled dots do not count
+        (RFC 1870 section 5), or when `keeps` or `spills` did not let it in.
 
         One search over large chunks: aiosmtpd's own loop keeps an object for every line, so that a flood of empty lines
         costs gigabytes.
@@ -384,6 +389,10 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
             if self._too_much:
                 self._received += max(0, len(held) - 4)
                 del held[:-4]
+            elif len(held) > self.spill_after:
+                piece = _without_stuffing(held, len(held) - 4)  # behind that, its end may have begun
+                self._limit -= len(piece)
+                self._spill(piece, len(held) - 4 - 2)
             self._seen = max(0, len(held) - 4)
             self._keep_clock(self._received + len(held))
             return False
@@ -393,8 +402,8 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
         return True
 
     def read_octets(self, count: int, finish: Callable[[bytes | None], Work | None], *, keep: bool = True) -> None:
-        """What comes now are `count` octets, as they are (RFC 3030 section 2). `finish` gets them, or None without
-        `keep` and when `keeps` did not let them in: then they were dropped as they came."""
+        """What comes now are `count` octets, as they are (RFC 3030 section 2). `finish` gets those that did not spill,
+        or None without `keep` and when `keeps` or `spills` did not let them in: then they were dropped as they came."""
         self._finish, self._limit, self._too_much = finish, count, not keep
         self._seen = 0
         self._start_clock()
@@ -408,6 +417,8 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
             if self._too_much:
                 self._received += len(held)
                 held.clear()
+            elif len(held) > self.spill_after:
+                self._spill(bytes(held), len(held))
             self._keep_clock(self._received + len(held))
             return False
         content = None if self._too_much else bytes(held[:missing])
@@ -420,6 +431,20 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
         if not self._too_much and (octets > most or not self.keeps(octets)):
             self._too_much = True
             self.drops()
+
+    def _spill(self, piece: bytes, octets: int) -> None:
+        """Give away what comes next of a message; so many octets of what is held are done with then."""
+        self._received += octets
+        del self._held[:octets]
+        if self.spills(piece):
+            self.keeps(len(self._held))
+        else:
+            self._too_much = True
+            self.drops()
+
+    def spills(self, piece: bytes) -> bool:  # noqa: ARG002 - for who derives from this
+        """Take a piece of the message that comes, behind those before it, out of memory; False when that cannot be."""
+        return False
 
     def keeps(self, octets: int) -> bool:  # noqa: ARG002 - for who derives from this
         """Whether so many octets of the message that comes may be kept in memory."""
@@ -553,12 +578,11 @@ def _commands_of(kind: type) -> tuple[str, ...]:
 
 
 def _without_stuffing(held: bytearray, end: int) -> bytes:
-    """The message between the CRLF before it and `end` (RFC 5321 section 4.5.2), copied as seldom as possible."""
+    """What is held up to `end`, without the two octets before it and without the dots that the client has doubled (RFC
+    5321 section 4.5.2), copied as seldom as possible."""
+    stuffed = held.find(b"\r\n.", 0, end) >= 0
     with memoryview(held) as view:
-        content = bytes(view[2:end])
-    if content.startswith(b"."):
-        content = content[1:]
-    return content.replace(b"\r\n.", b"\r\n")
+        return bytes(view[:end]).replace(b"\r\n.", b"\r\n")[2:] if stuffed else bytes(view[2:end])
 
 
 @lru_cache(256)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lamsonq import session as sessions
+from lamsonq.content import Content, Spilled
 from lamsonq.envelope import Envelope
 from lamsonq.errors import SMTPError
 from lamsonq.limits import Limits, Traffic
@@ -132,8 +133,9 @@ class Taker:
         return {"right": True, "wrong": False}.get(password)
 
     def commit(
-        self, envelope: Envelope, content: bytes, groups: Sequence[tuple[str, ...]], tell: Callable[[str], None]
+        self, envelope: Envelope, content: Content, groups: Sequence[tuple[str, ...]], tell: Callable[[str], None]
     ) -> None:
+        content = content.read() if isinstance(content, Spilled) else content
         assert len(content) <= SIZE_LIMIT, len(content)
         assert envelope.rcpt_tos
         assert all(groups)

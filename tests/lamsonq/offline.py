@@ -9,6 +9,7 @@ from typing import Any
 
 from aiosmtpd import smtp
 
+from lamsonq.content import Content, Spilled
 from lamsonq.limits import Limits, Traffic
 from lamsonq.session import Session
 
@@ -88,8 +89,9 @@ class Taker:
     def full(self, _size: int) -> bool:
         return False
 
-    def commit(self, envelope: Any, content: bytes, _groups: object, tell: Callable[[str], None]) -> None:
-        self.taken.append((envelope.mail_from, list(envelope.rcpt_tos), content))
+    def commit(self, envelope: Any, content: Content, _groups: object, tell: Callable[[str], None]) -> None:
+        octets = content.read() if isinstance(content, Spilled) else content
+        self.taken.append((envelope.mail_from, list(envelope.rcpt_tos), octets))
         tell("250 ok")
 
     def trouble(self, error: BaseException) -> str:

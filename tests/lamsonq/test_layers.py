@@ -11,7 +11,7 @@ LAYERS = [
     "errors records space address headers mime plaintext statuscodes tally verdicts limits keyfile tls logins identity"
     " systemd clock schedule arguments names spf dmarc expressions",
     "jobs reports policy marks events",
-    "envelope trace mail bounce bouncetext dsn notification response lists verp suppression signing",
+    "envelope trace content mail bounce bouncetext dsn notification response lists verp suppression signing",
     "modules table settings state about logs",
     "wire threads sockets connection mx transaction pidfile signatures authentication",
     "backends attempt queue relay view deferred conformance databases",
