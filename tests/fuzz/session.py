@@ -6,7 +6,7 @@ The first octet of an input is a set of flags, the second says where the rest is
 2. What is kept in memory is bounded, and none of it is left on the account when the client has gone.
 3. Replies are lines of printable ASCII, of 512 octets at most (RFC 5321 section 4.5.3.1.5).
 4. There are at most as many messages as there are ends of one: CRLF.CRLF (section 4.1.1.4) and BDAT LAST (RFC 3030).
-5. How the octets are cut changes nothing: the same replies, the same messages.
+5. How the octets are cut changes nothing, nor whether a message spills: the same replies, the same messages.
 """
 
 from __future__ import annotations
@@ -259,6 +259,7 @@ def check(data: bytes) -> None:
     strays: list[dict[str, Any]] = []
     _loop.set_exception_handler(lambda _, context: strays.append(context))
     runs = [Run(flags, _loop), Run(flags, _loop)]
+    runs[0].session.spill_after = SIZE_LIMIT // 10
     for run, pieces in zip(runs, (cut(octets, seed), cut(octets, 0)), strict=True):
         _loop.run_until_complete(run.visit(pieces))
         ends = len(_END.findall(octets)) + len(_LAST.findall(octets))
