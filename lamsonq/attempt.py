@@ -184,7 +184,8 @@ class Attempt:
         With `here=False` this thread only gets in line: who starts attempts one by one keeps their order.
         """
         threads = spawn or _run_here
-        self._spawn = lambda function: threads(about.within(self.about, function))
+        at = self.about  # not `self`, which would hold itself, and the message, until the garbage is collected
+        self._spawn = lambda function: threads(about.within(at, function))
         with about.about(self.about):
             self._enter(_run_here if here else self._spawn)
 

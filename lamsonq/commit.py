@@ -321,19 +321,29 @@ class _Commit:
     ) -> None:
         """Run these calls one after another, and go on with `then` in whatever thread the last one has ended."""
         runs: list[_Run] = []
+        if calls:
+            self._run_next(runs, calls, message, make, then)
+        else:
+            then(runs)
 
-        def begin() -> None:
-            run = _Run(self._committer, calls[len(runs)], message, make, ended)
-            runs.append(run)
-            run.begin()
-
+    def _run_next(
+        self,
+        runs: list[_Run],
+        calls: Sequence[Call],
+        message: mail.MailRequest,
+        make: Callable[..., Attempt],
+        then: Callable[[Sequence[_Run]], None],
+    ) -> None:
         def ended() -> None:
             if len(runs) < len(calls):
-                self._committer.spawn(self._guarded(begin))  # not from here: calls would be nested in each other
+                go_on = partial(self._run_next, runs, calls, message, make, then)
+                self._committer.spawn(self._guarded(go_on))  # not from here: calls would be nested in each other
             else:
                 self._guarded(partial(then, runs))()
 
-        begin() if calls else then(runs)
+        run = _Run(self._committer, calls[len(runs)], message, make, ended)
+        runs.append(run)
+        run.begin()
 
     def _guarded(self, step: Callable[[], None]) -> Callable[[], None]:
         """A step in whatever thread: what is logged in it is about this message, and if it fails the client is told."""
@@ -370,9 +380,15 @@ class _Commit:
 
 
 class _Run:
-    """One call under way. `make` is Attempt or what makes one; `ended` is called once, in whatever thread it ends."""
+    """One call under way. `make` is Attempt or what makes one; `ended` is called once, in whatever thread it ends.
+
+    What has ended holds nothing that holds it: a message is gone with its last reply, not when garbage is collected. Only
+    the traceback of one that has failed does.
+    """
 
     outcome: Result
+    pushed = False
+    """Whether the function has pushed anything, which is lost when it fails."""
 
     def __init__(
         self,
@@ -387,8 +403,7 @@ class _Run:
         self._committer = committer
         self._message = message
         self._make = make
-        self._ended = ended
-        self._has_ended = False
+        self._ended: Callable[[], None] | None = ended
         self._attempt: Attempt | None = None
         self._begun = time.monotonic()
         self._about = about.current()
@@ -406,33 +421,32 @@ class _Run:
             self.give_up()  # it may still stand in the line for its conversation, or have it
             self._end(_Unkept(reason_of(error)))
 
-    @property
-    def pushed(self) -> bool:
-        """Whether the function pushed anything, which is lost when it fails."""
-        return self._attempt is not None and bool(self._attempt.puts)
-
     def give_up(self) -> None:
-        if self._attempt is not None:
-            self._attempt.give_up()
+        attempt = self._attempt
+        if attempt is not None:
+            attempt.give_up()
 
     def _settle(self, outcome: Result, puts: Sequence[Put]) -> None:
         self.puts = puts
         self._end(outcome)
 
     def _end(self, outcome: Result) -> None:
-        if self._has_ended:
+        ended, self._ended = self._ended, None
+        if ended is None:
             return
-        self._has_ended = True
         self._committer.running.discard(self)
         if self._attempt is not None:
             self.call = self._attempt.call
+            self.pushed = bool(self._attempt.puts)
+            self._attempt = None
         self.outcome = outcome
-        self._ended()
+        ended()
 
     def time_left(self) -> float:
         """Seconds until the next look at it; 0 or less when it is overdue: in a conversation for PATIENCE, in its
         function for the time-out."""
-        started = None if self._attempt is None else self._attempt.started
+        attempt = self._attempt
+        started = None if attempt is None else attempt.started
         if started is None:
             return self._begun + PATIENCE - time.monotonic()
         return started + self._committer.timeout - time.monotonic()

@@ -17,8 +17,10 @@ import time
 from pathlib import Path
 
 RECEIVER = """
-import sys, time
+import sys
+from lamsonq.child import _map_large_blocks
 from lamsonq.smtp import SMTPReceiver
+_map_large_blocks()  # as in a process of `lamsonq start`
 receiver = SMTPReceiver("127.0.0.1", 0, deliver=lambda message: None)
 receiver.start()
 print(receiver.port, flush=True)
@@ -64,6 +66,7 @@ def measure(clients: int, megabytes: int) -> None:
             connection.sendall(b"\nQUIT\r\n")
             replies = connection.makefile("rb").read()
             assert b"\r\n250 2.0.0 Ok: handled" in replies, replies
+        time.sleep(0.5)  # what the last thread has is gone, too
         after = figures(receiver.pid)
         asks.close()
         receiver.wait(10)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import os
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,11 @@ from lamsonq import wire
 from lamsonq.content import Spilled, has_bare_line_end
 from lamsonq.limits import Limits
 from lamsonq.lmtp import LMTPReceiver
+from lamsonq.mail import MailRequest
 from lamsonq.queue import Queue
 from lamsonq.routing import RoutingBase
 from lamsonq.session import Session
+from lamsonq.smtp import SMTPReceiver
 from lamsonq.trace import HOPS_MAX
 from lamsonq.wire import Wire
 
@@ -466,3 +471,83 @@ def test_pieces_have_the_bare_line_ends_of_the_whole(pieces: list[bytes]) -> Non
         spilled.write(piece)
     assert spilled.has_bare_line_end is has_bare_line_end(b"".join(pieces))
     spilled.close()
+
+
+# -- when it is done with -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+HANDLERS = """
+import weakref
+from lamsonq.routing import route, stateless
+
+made = []
+
+@route("plain@y.test")
+@stateless
+def PLAIN(message):
+    made.append(weakref.ref(message))
+
+@route("awaits@y.test")
+@stateless
+async def AWAITS(message):
+    made.append(weakref.ref(message))
+"""
+
+
+@pytest.mark.parametrize("kind", [SMTPReceiver, LMTPReceiver])
+@pytest.mark.parametrize(
+    ("recipients", "codes"),
+    [
+        (("plain@y.test",), ["250"]),
+        (("awaits@y.test", "plain@y.test"), ["250", "250"]),
+    ],
+)
+def test_a_message_is_gone_when_its_handlers_are_done(
+    serve: Serve,
+    router: RoutingBase,
+    module: Callable[[str], str],
+    no_collection: None,
+    kind: type[SMTPReceiver],
+    recipients: tuple[str, ...],
+    codes: list[str],
+) -> None:
+    router.UNDELIVERABLE_QUEUE = Queue("run/undeliverable")
+    name = module(HANDLERS)
+    router.load([name])
+    made = sys.modules[name].made
+    with Client(serve(kind, deliver=None), greet=False) as client:
+        client.say("LHLO a" if kind is LMTPReceiver else "EHLO a")
+        client.begin(*recipients)
+        client.say("DATA")
+        client.send(LARGE + b".\r\n")
+        replies = codes if kind is LMTPReceiver else codes[:1]
+        assert client.replies(len(replies)) == replies
+        assert len(made) == len(recipients)
+        assert waits_until(lambda: not any(reference() for reference in made))
+
+
+@pytest.mark.parametrize("spooled", [True, False])
+def test_a_message_is_gone_when_it_is_kept_or_delivered(serve: Serve, no_collection: None, spooled: bool) -> None:
+    made: list[weakref.ref[MailRequest]] = []
+
+    class Noting(Queue):
+        def keep(self, jobs: Any) -> None:
+            super().keep(jobs)
+            made.extend(weakref.ref(commit.message) for commit in receiver._committer.open)
+
+    def deliver(message: MailRequest) -> None:
+        made.append(weakref.ref(message))
+
+    receiver = serve(deliver=Noting("run/posts").push if spooled else deliver)
+    with Client(receiver) as client:
+        assert client.mail(data=LARGE).startswith("250")
+        assert len(made) == 1
+        assert waits_until(lambda: made[0]() is None)
