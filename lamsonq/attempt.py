@@ -341,6 +341,8 @@ class Attempt:
         loop.run(self, value, context)
 
     def _async_done(self, task: asyncio.Task[Any]) -> None:
+        self._task = None  # its context holds this attempt
+
         def judge() -> None:
             error = asyncio.CancelledError() if task.cancelled() else task.exception()
             if error is not None:

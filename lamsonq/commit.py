@@ -382,8 +382,8 @@ class _Commit:
 class _Run:
     """One call under way. `make` is Attempt or what makes one; `ended` is called once, in whatever thread it ends.
 
-    What has ended holds nothing that holds it: a message is gone with its last reply, not when garbage is collected. Only
-    the traceback of one that has failed does.
+    What has ended holds nothing that holds it, but for the traceback of one that has failed: a message is gone with its
+    last reply, not when garbage is collected.
     """
 
     outcome: Result
