@@ -190,7 +190,6 @@ class Session(Wire):
         self.address = ""
         self.login = ""
         self._client: Client | None = None
-        self._heard = loop.time()
         self._faults = 0
         self._failed_logins = 0
         self._messages = 0
@@ -293,10 +292,6 @@ class Session(Wire):
             self.transport.abort()  # it does not read what it was told before
         else:
             self.dismiss("421 4.4.2 Timeout, closing connection")
-
-    def _reset_timeout(self, duration: float | None = None) -> None:
-        self._heard = self.loop.time()
-        super()._reset_timeout(duration)
 
     @property
     def idle_for(self) -> float:

@@ -5,8 +5,8 @@ Rules:
 1. A message that comes alone is put at once. Those that come while others are being put go together in the next put,
    and share its syncs: the busier it is, the fewer there are for each, and nobody waits for company.
 2. A put that fails is tried with each message alone: one that cannot be kept takes no other with it.
-3. A store whose writers share one sync needs one thread. Where each message is a file of its own, several threads have
-   their syncs under way together, because the kernel joins those that wait for the disk at the same time.
+3. One thread does it: several would share what waits among them, so that each had more syncs for fewer messages, and
+   they would wake each other. Measured, eight threads for a maildir were slower than one, and took twice the processor.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ BATCH_MAX = 256
 BATCH_BYTES = 8 << 20
 """Octets in one put, beyond the first message."""
 
-FILE_THREADS = 8
-
 
 class Waiting(Protocol):
     """A message that is to be kept. It is told one of the two, once, and raises nothing then."""
@@ -44,59 +42,52 @@ class Waiting(Protocol):
 
 
 class Spool:
-    """Puts messages into `queue`, in threads of its own."""
+    """Puts messages into `queue`, in a thread of its own."""
 
     def __init__(self, queue: Queue) -> None:
         self._queue = queue
-        self._most = FILE_THREADS if "files" in queue.backend.capabilities else 1
         self._waiting: SimpleQueue[Waiting | None] = SimpleQueue()
-        self._begun: dict[int, float] = {}
-        """Which threads are at a put, and since when, by the monotonic clock."""
-        self._hung: set[float] = set()
-        self.threads = 0
         self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._begun: float | None = None
+        """Since when a put is under way, by the monotonic clock."""
+        self._told: float | None = None
 
     def keep(self, message: Waiting) -> None:
         """Have it kept; it is told."""
         with self._lock:
-            if not self.threads or (self.threads < self._most and not self._waiting.empty()):
+            if self._thread is None:
+                thread = threading.Thread(target=self._work, name="lamsonq-spool", daemon=True)
                 try:
-                    self._start()
-                except RuntimeError as error:  # this machine has no more threads: those that there are have to do
-                    if not self.threads:
-                        message.lost(error)
-                        return
+                    thread.start()
+                except RuntimeError as error:  # this machine has no more threads just now
+                    message.lost(error)
+                    return
+                self._thread = thread
             self._waiting.put(message)
-
-    def _start(self) -> None:
-        number = self.threads + 1
-        threading.Thread(target=self._work, args=(number,), name="lamsonq-spool", daemon=True).start()
-        self.threads = number
 
     def hangs(self, seconds: float) -> bool:
         """Whether a put takes longer than that; it is told once of each."""
-        hung = {begun for begun in list(self._begun.values()) if time.monotonic() - begun > seconds}
-        new = hung - self._hung
-        self._hung = hung
-        return bool(new)
+        begun = self._begun
+        if begun is None or begun == self._told or time.monotonic() - begun <= seconds:
+            return False
+        self._told = begun
+        return True
 
     def close(self) -> None:
-        """Nothing more will come: its threads end when they have put what waits."""
-        with self._lock:
-            for _ in range(self.threads):
-                self._waiting.put(None)
+        """Nothing more will come: the thread ends when it has put what waits."""
+        self._waiting.put(None)
 
-    def _work(self, number: int) -> None:
+    def _work(self) -> None:
         while (first := self._waiting.get()) is not None:
             messages, jobs = self._taken(first)
-            self._begun[number] = time.monotonic()
+            self._begun = time.monotonic()
             self._put(messages, jobs)
-            del self._begun[number]
+            self._begun = None
             del first, messages, jobs  # who waits for the next message keeps none of before in memory
 
     def _taken(self, first: Waiting) -> tuple[list[Waiting], list[Job]]:
-        """What waits, this thread's share of it: rule 3."""
-        share = min(self._waiting.qsize() // self._most + 1, BATCH_MAX)
+        """What waits, up to a put's bounds."""
         messages: list[Waiting] = []
         jobs: list[Job] = []
         size = 0
@@ -110,7 +101,7 @@ class Spool:
                 messages.append(message)
                 jobs.append(job)
                 size += len(job.body)
-            if len(jobs) >= share or size > BATCH_BYTES:
+            if len(jobs) >= BATCH_MAX or size > BATCH_BYTES:
                 break
             try:
                 message = self._waiting.get_nowait()

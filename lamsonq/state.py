@@ -159,6 +159,7 @@ class SQLiteStorage(StateStorage):
         self._pending: deque[_Write] = deque()
         self._reader: sqlite3.Connection | None = None
         self._writer: sqlite3.Connection | None = None
+        self._synchronous = ""
         self._locked: list[threading.Lock] = []
 
     def get(self, key: str, sender: str) -> str:
@@ -249,9 +250,12 @@ class SQLiteStorage(StateStorage):
 
     def _transaction(self, batch: list[_Write]) -> None:
         if self._writer is None:
-            self._writer = self._open()
+            self._writer, self._synchronous = self._open(), ""
         database = self._writer
-        database.execute(f"pragma synchronous = {'full' if any(write.waits for write in batch) else 'normal'}")
+        synchronous = "full" if any(write.waits for write in batch) else "normal"
+        if synchronous != self._synchronous:
+            database.execute(f"pragma synchronous = {synchronous}")
+            self._synchronous = synchronous
         database.execute("begin immediate")
         try:
             for write in batch:

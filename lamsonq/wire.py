@@ -122,6 +122,8 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
         self._stopped_reading = False
         self._replies: list[bytes] = []
         self._deadline = float("inf")
+        self._heard = self.loop.time()
+        """When the client has said something last, or we to it."""
         self._finish: Callable[[bytes | None], Work | None]
         self._limit = 0
         self._too_much = False
@@ -533,7 +535,8 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
 
     def _reset_timeout(self, duration: float | None = None) -> None:
         """The client has as long as this for its next command. One timer looks, however often that is said."""
-        self._deadline = self.loop.time() + (duration or self.command_timeout)
+        self._heard = self.loop.time()
+        self._deadline = self._heard + (duration or self.command_timeout)
         if self._timeout_handle is None or self._timeout_handle.when() > self._deadline:
             self._look_again()
 

@@ -14,21 +14,39 @@ import contextlib
 import errno
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def write_file(path: str, *chunks: bytes) -> None:
     """Make a new file (0600) of these bytes and sync it; on an OSError there is no file."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    write_files([(path, chunks)])
+
+
+def write_files(files: Iterable[tuple[str, Sequence[bytes]]]) -> None:
+    """Make new files (0600), each of its chunks of bytes, and sync them; on an OSError there is none of them.
+
+    All are on their way to the disk before the first one is waited for: of those behind it most have arrived by then.
+    """
+    made: list[tuple[str, int]] = []
     try:
         try:
-            for chunk in chunks:
-                _write_all(fd, chunk)
-            os.fsync(fd)
+            for path, chunks in files:
+                fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+                made.append((path, fd))
+                for chunk in chunks:
+                    _write_all(fd, chunk)
+            if len(made) > 1:
+                for _, fd in made:
+                    # Linux begins to write what is dirty (mm/fadvise.c); it is no promise, the fsync is.
+                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            for _, fd in made:
+                os.fsync(fd)
         finally:
-            os.close(fd)
+            for _, fd in made:
+                os.close(fd)
     except OSError:
-        remove_file(path)
+        for path, _ in made:
+            remove_file(path)
         raise
 
 

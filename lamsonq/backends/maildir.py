@@ -31,7 +31,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from lamsonq import clock
 from lamsonq.backends.backlog import Entry
-from lamsonq.backends.durable import make_folders, remove_file, write_file
+from lamsonq.backends.durable import make_folders, remove_file, write_files
 from lamsonq.backends.maildir_arrivals import Arrivals
 from lamsonq.backends.maildir_claims import Worker, dead_workers
 from lamsonq.backends.maildir_commit import Fate, Target
@@ -157,17 +157,14 @@ class Maildir(Desk):
         return [path is not None for path in paths]
 
     def _stage(self, puts: Sequence[Put], places: Sequence[Place]) -> list[str]:
-        made: list[str] = []
-        try:
-            for put, place in zip(puts, places, strict=True):
-                path = self._guards.staging(place)
-                write_file(path, place.block, put.job.body)
-                made.append(path)
-        except OSError:
-            for path in made:
-                remove_file(path)
-            raise
-        return made
+        files: dict[str, tuple[bytes, bytes]] = {}
+        for put, place in zip(puts, places, strict=True):
+            path = self._guards.staging(place)
+            if path in files:
+                path = self._guards.staging(place, alone=False)
+            files[path] = place.block, put.job.body
+        write_files(files.items())
+        return list(files)
 
     # -- reserving ---------------------------------------------------------------------------------------------
 

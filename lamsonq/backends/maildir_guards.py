@@ -89,10 +89,11 @@ class Guards:
             self.folders.make(again=True)
             return os.open(path, flags, 0o600)
 
-    def staging(self, place: Place) -> str:
-        """Where to stage the file of a new job."""
+    def staging(self, place: Place, *, alone: bool = True) -> str:
+        """Where to stage the file of a new job; not `alone` if another of the same put may have its name."""
         # A number names the file; were there another of that name one day, what has happened would be void.
-        name = place.name._replace(mark=secrets.randbits(48) | 1) if place.guarded else place.name
+        marked = place.guarded or not alone
+        name = place.name._replace(mark=secrets.randbits(48) | 1) if marked else place.name
         return self.folders.free("tmp", name)
 
     # -- putting -----------------------------------------------------------------------------------------------

@@ -2,13 +2,15 @@
 
 import threading
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 
 from lamsonq.errors import QueueError
 from lamsonq.jobs import Job
 from lamsonq.queue import Queue, queue_of
-from lamsonq.spool import BATCH_BYTES, BATCH_MAX, FILE_THREADS, Spool
+from lamsonq.spool import BATCH_BYTES, BATCH_MAX, Spool
 
 PATIENCE = 10.0
 
@@ -140,20 +142,6 @@ def test_a_put_that_hangs_is_seen(slow: Slow) -> None:
     spool.close()
 
 
-def test_files_are_put_by_several_threads_at_once(here: object) -> None:
-    queue = Slow("run/spool")
-    spool = Spool(queue)
-    messages = [Message(str(n)) for n in range(20)]
-    kept(spool, *messages)
-    assert queue.begun.acquire(timeout=PATIENCE)
-    assert queue.begun.acquire(timeout=PATIENCE)
-    queue.gate.set()
-    assert not any(message.waits() for message in messages)
-    assert sorted(key for put in queue.puts for key in put) == sorted(message.text for message in messages)
-    spool.close()
-    assert 2 <= spool.threads <= FILE_THREADS
-
-
 def test_only_a_queues_own_push_is_a_spool() -> None:
     queue = Queue("memory:spool")
 
@@ -169,23 +157,21 @@ def test_only_a_queues_own_push_is_a_spool() -> None:
     assert queue_of(None) is None
 
 
-def test_whoever_has_something_kept_at_the_same_time_starts_one_thread(slow: Slow) -> None:
-    class Watched(Spool):
-        """Everybody who looks how many threads there are is held up a little."""
+def test_whoever_has_something_kept_at_the_same_time_starts_one_thread(
+    slow: Slow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Late(threading.Thread):
+        """Takes its time to start: meanwhile others ask whether there is one."""
 
-        _number = 0
+        started: ClassVar[list[str]] = []
 
-        @property
-        def threads(self) -> int:
-            number = self._number
+        def start(self) -> None:
             threading.Event().wait(0.01)
-            return number
+            self.started.append(self.name)
+            super().start()
 
-        @threads.setter
-        def threads(self, number: int) -> None:
-            self._number = number
-
-    spool = Watched(slow)
+    spool = Spool(slow)
+    monkeypatch.setattr("lamsonq.spool.threading", SimpleNamespace(Thread=Late))
     messages = [Message(str(n)) for n in range(4)]
     keepers = [threading.Thread(target=spool.keep, args=[message]) for message in messages]
     for keeper in keepers:
@@ -195,9 +181,9 @@ def test_whoever_has_something_kept_at_the_same_time_starts_one_thread(slow: Slo
     assert slow.begun.acquire(timeout=PATIENCE)
     messages.append(Message("another"))
     spool.keep(messages[-1])
-    assert not slow.begun.acquire(timeout=0.1)
     slow.gate.set()
     assert not any(message.waits() for message in messages)
+    assert Late.started == ["lamsonq-spool"]
     spool.close()
 
 

@@ -36,6 +36,22 @@ receiver.join()
 """
 
 
+SESSION = """
+from lamsonq.server import SMTPReceiver
+
+
+class Sink(SMTPReceiver):
+    def commit(self, envelope, content, groups, tell):
+        for _ in groups:
+            tell("250 2.0.0 Ok")
+
+
+receiver = Sink("127.0.0.1", {port}, deliver=lambda message: None)
+receiver.bind()
+receiver.start()
+receiver.join()
+"""
+
 DESK = """
 from lamsonq.queue import Queue
 from lamsonq.routing import route, route_like, state_key_generator
@@ -131,11 +147,20 @@ class Project:
 
 
 @contextlib.contextmanager
-def engine(folder: Path) -> Iterator[Listening]:
-    """The receiver alone, which drops what it has taken."""
+def _program(folder: Path, text: str) -> Iterator[Listening]:
     port = free_port()
-    with running([sys.executable, "-c", ENGINE.format(port=port)], folder, ENVIRONMENT) as program:
+    with running([sys.executable, "-c", text.format(port=port)], folder, ENVIRONMENT) as program:
         yield listening(port, program)
+
+
+def engine(folder: Path) -> contextlib.AbstractContextManager[Listening]:
+    """The receiver with a function that drops what it gets, in a thread as every function."""
+    return _program(folder, ENGINE)
+
+
+def session(folder: Path) -> contextlib.AbstractContextManager[Listening]:
+    """The SMTP session alone: a message is dropped on the event loop, as aiosmtpd's handlers do it."""
+    return _program(folder, SESSION)
 
 
 @contextlib.contextmanager
