@@ -342,6 +342,7 @@ def _free_port() -> int:
 def _certificate(folder: Path) -> Path:
     path = folder / "certificate.pem"
     trustme.CA().issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(path)
+    path.chmod(0o600)
     return path
 
 
