@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
+import shutil
 import subprocess
 import tempfile
 import time
@@ -68,9 +70,11 @@ def accepted(start: Start, load: Load, seconds: float) -> Sample:
 
 @contextlib.contextmanager
 def place() -> Iterator[Path]:
-    """A folder for a server, which other users may look into. What it held is on the disk when it goes: a disk that
-    still writes would slow down whoever is next."""
-    with tempfile.TemporaryDirectory(prefix="lamsonq-bench-", ignore_cleanup_errors=True) as made:
-        os.chmod(made, 0o755)
-        yield Path(made)
+    """A folder for a server, which other users may look into. What it held is on the disk when the next one comes: a
+    disk that still writes would slow that one down. It is removed at the end of all: for minutes after files were
+    deleted ext4 makes new ones several times as slowly (its `recently_deleted`)."""
+    made = tempfile.mkdtemp(prefix="lamsonq-bench-")
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    os.chmod(made, 0o755)
+    yield Path(made)
     os.sync()

@@ -91,7 +91,7 @@ def _sample(said: Sequence[float], ledger: Ledger) -> Sample:
 
 def _rest(pids: Sequence[int], seconds: float) -> Sample:
     """What happens while nothing happens."""
-    time.sleep(1)
+    time.sleep(5)  # what came last has been told to everybody by then
     before, used = wakeups(pids), cpu(pids)
     time.sleep(seconds)
     return {"wakeups": (wakeups(pids) - before) / seconds, "idle": (cpu(pids) - used) / seconds * 1000}
