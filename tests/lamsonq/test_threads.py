@@ -8,6 +8,8 @@ import pytest
 
 from lamsonq.threads import Threads
 
+from .clients import waits_until
+
 PATIENCE = 10.0
 
 
@@ -33,11 +35,10 @@ def test_a_thread_that_is_free_is_used_again() -> None:
     threads = Threads(5, "test")
     used: list[int] = []
     for _ in range(20):
-        done = threading.Event()
         threads.submit(lambda: used.append(threading.get_ident()))
-        threads.submit(done.set)
-        assert done.wait(PATIENCE)
-    assert len(set(used)) <= 2
+        assert waits_until(lambda: threads._free == len(threads._threads))
+    assert len(used) == 20
+    assert len(set(used)) == 1
     threads.close(wait=True)
 
 
