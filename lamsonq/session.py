@@ -741,7 +741,7 @@ class Session(Wire):
         more = octets + len(self._chunks or b"") - self._reserved
         traffic = self.server.traffic
         if more > 0 and not traffic.has_room(more):
-            self._no_room = "452 4.3.1 Too many messages at the moment, try again later"
+            self._no_room = _NO_MEMORY
             return False
         traffic.memory += more
         self._reserved += more
@@ -789,6 +789,8 @@ class Session(Wire):
         if content is None:
             return self._no_room or self._too_large()
         if isinstance(content, Spilled):
+            if not self.server.traffic.has_room(0):  # what is in a file was let in before it counted (BDAT 0 LAST)
+                return _NO_MEMORY
             passed, bare, nul = content.hops, content.has_bare_line_end, content.has_nul
         else:
             strict = not self.server.carries_bare
@@ -874,6 +876,7 @@ class Session(Wire):
     }
 
 
+_NO_MEMORY = "452 4.3.1 Too many messages at the moment, try again later"
 _NO_STORAGE = "452 4.3.1 Insufficient system storage, try again later"
 _SSLObject = ssl.SSLObject
 _MECHANISMS = ("PLAIN", "LOGIN")

@@ -139,10 +139,12 @@ class Totals:
             "last_claim": self.last_claim or None,
             "minutes": self.minutes,
         }
-        with contextlib.suppress(OSError):
+        try:
             with open(f"{self.path}.tmp", "w", encoding="ascii") as file:
                 json.dump(figures, file)
             os.replace(f"{self.path}.tmp", self.path)
+        except OSError:  # a full disk, for one: the figures of before stay, and no half file beside them
+            remove(f"{self.path}.tmp")
 
     def remove(self) -> None:
         remove(self.path)

@@ -278,6 +278,24 @@ def test_memory_for_messages_that_come_and_that_are_handled(serve: Serve) -> Non
         assert waits_until(lambda: receiver.traffic.memory == 0)
 
 
+def test_a_message_that_lies_in_a_file_is_not_let_in_by_an_empty_last_chunk(serve: Serve) -> None:
+    gate = threading.Event()
+    receiver = serve(deliver=lambda _: gate.wait(10), limits=Limits(memory=3 << 20))
+    large = (b"x" * 998 + b"\r\n") * 4000
+    with Wire(receiver) as first, Wire(receiver) as second:
+        for client in (first, second):
+            client.begin("a@y.test")
+            client.send(b"BDAT %d\r\n" % len(large) + large)
+            assert client.reply().startswith("250")  # each is in a file now
+        first.send(b"BDAT 0 LAST\r\n")
+        assert waits_until(lambda: receiver.traffic.memory >= len(large))
+        assert second.say("BDAT 0 LAST") == "452 4.3.1 Too many messages at the moment, try again later"
+        gate.set()
+        assert first.reply().startswith("250")
+        assert second.mail().startswith("250")
+        assert waits_until(lambda: receiver.traffic.memory == 0)
+
+
 def test_a_message_whose_client_has_gone_counts_until_it_is_handled(serve: Serve) -> None:
     gate = threading.Event()
     receiver = serve(deliver=lambda _: gate.wait(10))

@@ -15,6 +15,7 @@ from lamsonq import databases, survey
 from lamsonq.errors import Dead, Later
 from lamsonq.jobs import KEPT, Debounce, Job, Put
 from lamsonq.queue import Queue
+from lamsonq.tally import Totals
 
 from .cli import lamsonq, refused
 
@@ -181,3 +182,13 @@ def test_a_file_that_cannot_be_opened_is_trouble(filled: Path) -> None:
     Queue("sqlite:run/q.db?queue=b%20c").backend.close()
     Path("run/q.db").write_bytes(os.urandom(4096))
     assert "is not a database" in status()["sqlite:run/q.db"]["trouble"]
+
+
+def test_figures_that_the_disk_has_no_room_for_leave_no_half_file(tmp_path: Path) -> None:
+    half = tmp_path / "smtp.status.tmp"
+    half.symlink_to("/dev/full")
+    totals = Totals(str(tmp_path / "smtp.status"))
+    totals.write("config.boot", [], 1, 30)
+    assert list(tmp_path.iterdir()) == []
+    totals.write("config.boot", [], 1, 30)
+    assert [path.name for path in tmp_path.iterdir()] == ["smtp.status"]
