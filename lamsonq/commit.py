@@ -264,7 +264,11 @@ class _Commit:
     def _say_failed(self, error: BaseException) -> None:
         message = self.message
         told = (message.Peer, message.From, message.route_to)
-        LOG.error("Exception while processing message from Peer: %r, From: %r, to To %r.", *told, exc_info=error)
+        line = "Exception while processing message from Peer: %r, From: %r, to To %r."
+        if isinstance(error, QueueError):  # it says in a line what to do; thousands of tracebacks would fill the disk
+            LOG.error(f"{line} %s", *told, error)
+        else:
+            LOG.error(line, *told, exc_info=error)
 
     # -- the router --------------------------------------------------------------------------------------------
 

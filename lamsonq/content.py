@@ -7,7 +7,8 @@ Rules:
 2. It lies in `run/`, which is on a disk, and on the one whose room `space` watches: /tmp may be memory itself. Where
    nothing can be written in `run/` it lies where `tempfile` puts it.
 3. It is read once, by the thread that works on the message: so many are in memory as there are threads, however many
-   clients send one. It is not synced: a message is promised when it is kept, and until then it is the client's.
+   clients send one; with `verify`, also those that were looked at and wait. It is not synced: a message is promised
+   when it is kept, and until then it is the client's.
 """
 
 from __future__ import annotations

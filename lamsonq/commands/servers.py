@@ -407,6 +407,8 @@ def status(ctx: click.Context, pid: str, run: str | None, as_json: bool) -> None
     else:
         for server in servers:
             click.echo(f"{server['pid_file']}: {_line(server)}")
+        if not servers:
+            click.echo(f"lamsonq not running: no pid file in {run}.", err=True)
     ctx.exit(0 if servers and all(server["running"] for server in servers) else 1)
 
 

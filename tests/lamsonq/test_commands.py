@@ -293,6 +293,11 @@ def test_status_tells_who_runs_by_its_exit_code(project: Path) -> None:
     assert listed == f"run/queue.pid: lamsonq running with PID {pid}\nrun/smtp.pid: lamsonq not running.\n"
 
 
+def test_status_of_all_says_so_where_there_is_no_server(project: Path) -> None:
+    told = lamsonq("status", "-ALL", "run", code=1)
+    assert (told.stdout, told.stderr) == ("", "lamsonq not running: no pid file in run.\n")
+
+
 def test_status_of_all_tells_of_a_file_that_is_no_pid_file(project: Path) -> None:
     Path("run/aaa.pid").symlink_to("elsewhere")
     Path("run/bbb.pid").write_text("4711\n")

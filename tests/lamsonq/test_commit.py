@@ -137,6 +137,19 @@ def test_a_store_that_fails_in_whatever_way_is_451_and_the_next_message_is_kept(
     assert queue.count() == 1
 
 
+def test_a_store_that_has_no_room_is_one_line_for_each_message(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    class Full(Queue):
+        def keep(self, jobs: Sequence[Job]) -> None:
+            raise QueueError(f"no room for {len(jobs)}")
+
+    receiver = serve(deliver=Full("memory:full").push)
+    with Client(receiver) as client:
+        assert client.mail().startswith("451 ")
+    assert "]. no room for 1" in caplog.text
+    assert "Exception while processing message from Peer: ('127.0.0.1'" in caplog.text
+    assert "Traceback" not in caplog.text
+
+
 def test_a_plan_that_fails_is_451_for_each_recipient(serve: Serve, handlers: Any, router: RoutingBase) -> None:
     noted = handlers('@route("(who)@y.test", who=".+")\n@stateless\ndef TAKE(message, who):\n    CALLS.append(who)\n')
     receiver = serve(LMTPReceiver, deliver=None)
