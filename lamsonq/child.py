@@ -58,7 +58,7 @@ FAILED = b"failed "
 
 _M_MMAP_THRESHOLD = -3  # malloc.h
 _LARGE = 128 * 1024
-"""Octets of a block that is mapped for itself: what glibc begins with. asyncio reads into blocks of twice this size."""
+"""Octets of a block that is mapped for itself: what glibc begins with. Messages may be larger."""
 
 LOOK_EVERY = 30.0
 """Seconds between two looks whether a receiver is stuck that does not say so itself."""

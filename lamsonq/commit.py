@@ -208,7 +208,7 @@ class _Commit:
 
     @property
     def message(self) -> mail.MailRequest:
-        if not hasattr(self, "_message"):
+        if not hasattr(self, "_message"):  # no cached_property: before Python 3.12 all messages would share its lock
             self._message = self._made()
         return self._message
 

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from lamsonq.clock import CORRECTION
-from lamsonq.errors import Dead, Later
+from lamsonq.errors import Dead, Later, LeaseLost
 
 DELIVERIES_MAX = 3
 """How often a job may take its worker down with it before it is a dead letter."""
@@ -349,6 +349,17 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Give up this process's claims and watches. Idempotent."""
+
+
+def finish_each(store: Backend, jobs: Sequence[Job], outcome: Done) -> list[Job]:
+    """What `finish` is in a store without batches: some may be settled when one of them raises."""
+    lost = []
+    for job in jobs:
+        try:
+            store.settle(job, outcome)
+        except LeaseLost:
+            lost.append(job)
+    return lost
 
 
 def due_after(outcome: Later, failures: int, now: float) -> float:

@@ -276,7 +276,7 @@ class Source:
         outcome = DONE if self.archive is None else KEPT
         try:
             lost = self.queue.backend.finish(jobs, outcome)
-        except Exception as error:
+        except Exception as error:  # any store: as in `_store`
             for job in jobs:
                 self._owe(job, error)
             return

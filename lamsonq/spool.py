@@ -6,7 +6,8 @@ Rules:
    and share its syncs: the busier it is, the fewer there are for each, and nobody waits for company.
 2. A put that fails is tried with each message alone: one that cannot be kept takes no other with it.
 3. One thread does it: several would share what waits among them, so that each had more syncs for fewer messages, and
-   they would wake each other. Measured, eight threads for a maildir were slower than one, and took twice the processor.
+   they would wake each other. Measured, eight threads for a maildir did 0.65 to 0.8 of what one does, and took 1.3 to
+   1.9 times the processor.
 """
 
 from __future__ import annotations

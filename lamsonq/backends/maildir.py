@@ -50,7 +50,7 @@ from lamsonq.backends.maildir_guards import Guards
 from lamsonq.backends.maildir_names import Name, fitted, is_derived, new_key, parse_name, use_key
 from lamsonq.backends.maildir_settle import Settler, fate_of, killed
 from lamsonq.errors import LeaseLost, QueueError
-from lamsonq.jobs import DELIVERIES_MAX, Done, Job, Outcome, Put
+from lamsonq.jobs import DELIVERIES_MAX, Done, Job, Outcome, Put, finish_each
 
 LOG = logging.getLogger()
 """The root logger: users of Lamson grep for these lines."""
@@ -409,13 +409,7 @@ class Maildir(Desk):
 
     def finish(self, jobs: Sequence[Job], outcome: Done) -> list[Job]:
         """Raises QueueError, and then some of them may have been settled."""
-        lost = []
-        for job in jobs:
-            try:
-                self.settle(job, outcome)
-            except LeaseLost:
-                lost.append(job)
-        return lost
+        return finish_each(self, jobs, outcome)
 
     def touch(self, job: Job) -> None:
         if not os.path.lexists(self._claimed(job)[0]):

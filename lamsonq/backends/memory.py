@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from lamsonq import clock
 from lamsonq.backends.maildir_names import new_key
 from lamsonq.errors import Dead, Later, LeaseLost, QueueError, SettingsError
-from lamsonq.jobs import DELIVERIES_MAX, STATES, Done, Expired, Job, Limit, Outcome, Put, due_after
+from lamsonq.jobs import DELIVERIES_MAX, STATES, Done, Expired, Job, Limit, Outcome, Put, due_after, finish_each
 from lamsonq.reports import entry_of
 
 
@@ -264,13 +264,7 @@ class Memory:
 
     def finish(self, jobs: Sequence[Job], outcome: Done) -> list[Job]:
         """Raises QueueError, and then some of them may have been settled."""
-        lost = []
-        for job in jobs:
-            try:
-                self.settle(job, outcome)
-            except LeaseLost:
-                lost.append(job)
-        return lost
+        return finish_each(self, jobs, outcome)
 
     def touch(self, job: Job) -> None:
         with self._store.changed:

@@ -117,7 +117,7 @@ def hold(contest: Contest, rounds: int) -> Result:
             began = time.monotonic()
             try:
                 sample = entry.measure()
-            except Exception as error:
+            except Exception as error:  # a peer, or a program around it: the others are measured all the same
                 told = f"{type(error).__name__}: {error}"
                 result.absent[entry.name] = f"it failed: {told.splitlines()[0]}"
                 result.samples.pop(entry.name, None)
