@@ -517,9 +517,9 @@ def test_a_pid_file_that_is_held_is_not_taken(path: str) -> None:
     mine.give_back()
 
 
-@pytest.mark.parametrize("content", ["1234567\n", f"{os.getpid()}\n", "4711", "", "0\n", "1", "1\n", "99999999\n"])
+@pytest.mark.parametrize("content", ["1234567\n", "{own}\n", "4711", "", "0\n", "1", "1\n", "99999999\n"])
 def test_a_file_that_nobody_locks_is_stale_whatever_pid_it_names(path: str, content: str) -> None:
-    Path(path).write_text(content)
+    Path(path).write_text(content.format(own=os.getpid()))
     assert pidfile.find(path) is None
     mine = pidfile.PidFile(path)
     mine.take()
