@@ -32,12 +32,13 @@ def unsynced() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def apart(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def apart() -> Iterator[None]:
     """Tests come in any order, and many in one process: its queues in memory and its umask are each test's own."""
-    monkeypatch.setattr(memory, "_stores", {})
     umask = os.umask(0o022)
     os.umask(umask)
-    yield
+    with pytest.MonkeyPatch.context() as patch:  # not the test's own, which is undone before other fixtures end
+        patch.setattr(memory, "_stores", {})
+        yield
     os.umask(umask)
 
 
