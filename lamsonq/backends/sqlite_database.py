@@ -253,6 +253,7 @@ class Database:
 
     def _connect(self) -> sqlite3.Connection:
         database = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
+        database.execute("pragma secure_delete = fast")  # what is deleted is not written once more as zeros
         database.text_factory = lambda text: text.decode("utf-8", "surrogateescape")
         return database
 

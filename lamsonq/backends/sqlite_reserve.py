@@ -20,7 +20,7 @@ from lamsonq.backends import sqlite_bodies, sqlite_claims
 from lamsonq.backends.sqlite_claims import Asked, Claimed
 from lamsonq.backends.sqlite_errors import told
 from lamsonq.backends.sqlite_kept import Kept
-from lamsonq.backends.sqlite_rows import body_of, job_of, legible
+from lamsonq.backends.sqlite_rows import TOKEN_SIZE, body_of, job_of, legible
 from lamsonq.backends.sqlite_wake import Ear
 from lamsonq.backends.sqlite_workers import Life
 from lamsonq.errors import Dead, LeaseLost, QueueError
@@ -144,7 +144,12 @@ class Reserving(Kept):
 
     def _token(self) -> Callable[[int], str]:
         worker, numbers = self._worker(), self._numbers
-        return lambda row: f"{worker}/{next(numbers)}.{row}"
+
+        def token(row: int) -> str:
+            head = f"{worker}/{next(numbers)}."
+            return head + str(row).zfill(TOKEN_SIZE - len(head))
+
+        return token
 
     def claim(self, key: str) -> Job | None:
         with self._about():

@@ -27,10 +27,15 @@ COLUMNS = (
 COUNT_MAX = 2**31
 """No count goes far above it: what another program has put might be the largest that SQLite can keep."""
 
-_INSERT = """
+TOKEN_SIZE = 40
+"""Characters of a worker's token. A row comes with room for it, so that a claim leaves its size as it was: then SQLite
+changes the row in its place, and does not write the body once more."""
+
+_ROOM = " " * (TOKEN_SIZE + len("reserved") - len("ready"))
+_INSERT = f"""
 insert into jobs (queue, key, state, priority, attempts, received, since, due, expires, sender, recipients, peer,
-                  target, uniq, metadata, report, file, body)
-values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) on conflict do nothing
+                  target, uniq, metadata, report, file, body, token)
+values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, '{_ROOM}') on conflict do nothing
 """
 
 
