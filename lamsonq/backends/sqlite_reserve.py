@@ -135,7 +135,7 @@ class Reserving(Kept):
             asked = Asked(self.queue, n, only, self._now(), self._token(), has_jobs, has_suspect, self._limits)
             claimed = self._database.write(partial(sqlite_claims.take, asked=asked), rings=False)
             with self._lock:
-                self._held.update(token for _, _, _, token in claimed.jobs)
+                self._held.update(token for _, token in claimed.jobs)
                 self._suspect = claimed.suspect or self._suspect
                 self._quiet, self._passed_over = claimed.quiet, claimed.passed_over
             jobs = self._open(claimed)
@@ -156,16 +156,17 @@ class Reserving(Kept):
             act = partial(sqlite_claims.claim_one, queue=self.queue, key=key, token=self._token(), now=self._now())
             claimed = self._database.write(act)
             with self._lock:
-                self._held.update(token for _, _, _, token in claimed.jobs)
+                self._held.update(token for _, token in claimed.jobs)
             jobs = self._open(claimed)
         return jobs[0] if jobs else None
 
     def _open(self, claimed: Claimed) -> list[Job]:
         """The jobs as their worker sees them; those that cannot be read become dead letters."""
         jobs = []
-        for row, body, file, token in claimed.jobs:
+        for row, token in claimed.jobs:
+            file = row[sqlite_claims.FILE]
             try:
-                content = sqlite_bodies.read(self._database, file) if file else body_of(body)
+                content = sqlite_bodies.read(self._database, file) if file else body_of(row[sqlite_claims.BODY])
                 jobs.append(job_of(row, content, token))
             except FileNotFoundError:
                 self._bury(row, token, f"its body, {file} in {self._database.bodies}, is gone")
@@ -173,7 +174,7 @@ class Reserving(Kept):
                 self._bury(row, token, str(error))
             except OSError as error:
                 if error.errno in _SHORTAGES:
-                    for _, _, _, claim in claimed.jobs:
+                    for _, claim in claimed.jobs:
                         self._give_back(claim)
                     raise
                 self._bury(row, token, f"its body, {file} in {self._database.bodies}, cannot be read: {error.strerror}")
