@@ -35,7 +35,7 @@ from lamsonq.backends.sqlite_outgoing import Outgoing, write_down
 from lamsonq.backends.sqlite_reserve import Reserving
 from lamsonq.backends.sqlite_rows import Row, insert, row_of
 from lamsonq.errors import BrokerError, LeaseLost, QueueError, SettingsError
-from lamsonq.jobs import Done, Job, Limit, Outcome, Put
+from lamsonq.jobs import Job, Limit, Outcome, Put
 
 
 def open_queue(url: str, *, pop_limit: int = 0, oversize_dir: str | None = None) -> SQLite:
@@ -144,6 +144,10 @@ class SQLite(Reserving):
 
     def settle(self, job: Job, outcome: Outcome, puts: Sequence[Put] = ()) -> list[bool]:
         """Raises LeaseLost, and QueueError when nothing was settled."""
+        if not puts:
+            if self.finish([job], outcome):
+                raise sqlite_settle.lost(job)
+            return []
         now = self._now()
         end = sqlite_settle.end(job, outcome, now)
         rows: dict[int, Row] = {}
@@ -176,7 +180,7 @@ class SQLite(Reserving):
         self._tidy_after([job])
         return [results[number] for number in range(len(puts))]
 
-    def finish(self, jobs: Sequence[Job], outcome: Done) -> list[Job]:
+    def finish(self, jobs: Sequence[Job], outcome: Outcome) -> list[Job]:
         """Raises QueueError when nothing was settled."""
         now = self._now()
         ends = [sqlite_settle.end(job, outcome, now) for job in jobs]

@@ -25,8 +25,8 @@ import sqlite3
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from lamsonq.backends import sqlite_schema
@@ -48,6 +48,8 @@ _T = TypeVar("_T")
 
 class _Write:
     """One thread's change on its way into the file."""
+
+    __slots__ = ("act", "done", "durable", "error", "result", "rings", "size")
 
     def __init__(self, act: Callable[[sqlite3.Connection], Any], durable: bool, size: int, rings: bool) -> None:
         self.act, self.durable, self.size, self.rings = act, durable, size, rings
@@ -72,7 +74,7 @@ class Database:
         self._writer: sqlite3.Connection | None = None
         self._reader: sqlite3.Connection | None = None
         self._turn: int | None = None
-        self._synchronous = ""
+        self._durable: bool | None = None
         self._inode = 0
         self._locked: list[threading.Lock] = []
 
@@ -159,39 +161,39 @@ class Database:
 
     def _commit(self, batch: list[_Write]) -> None:
         database = self._opened()
-        synchronous = "full" if any(write.durable for write in batch) else "normal"
-        if synchronous != self._synchronous:
-            database.execute(f"pragma synchronous = {synchronous}")
-            self._synchronous = synchronous
-        with self._our_turn() as turn:
-            before = database.total_changes
+        durable = rings = False
+        for write in batch:
+            durable, rings = durable or write.durable, rings or write.rings
+        if durable != self._durable:
+            database.execute(f"pragma synchronous = {'full' if durable else 'normal'}")
+            self._durable = durable
+        before = database.total_changes
+        turn = self._take_turn()
+        try:
             database.execute("begin immediate")
-            try:
-                for write in batch:
-                    write.error = None
-                    try:
-                        write.result = write.act(database)
-                    except LeaseLost as error:  # it has changed nothing, so the others need not begin again
-                        write.error = error
-                database.execute("commit")
-            except BaseException:
-                if database.in_transaction:
-                    with suppress(sqlite3.Error):
-                        database.execute("rollback")
-                raise
-        if database.total_changes != before and any(write.rings for write in batch):
+            for write in batch:
+                write.error = None
+                try:
+                    write.result = write.act(database)
+                except LeaseLost as error:  # it has changed nothing, so the others need not begin again
+                    write.error = error
+            database.execute("commit")
+        except BaseException:
+            if database.in_transaction:
+                with suppress(sqlite3.Error):
+                    database.execute("rollback")
+            raise
+        finally:
+            fcntl.flock(turn, fcntl.LOCK_UN)
+        if rings and database.total_changes != before:
             with suppress(OSError):
                 os.pwrite(turn, b"!", 0)
 
-    @contextmanager
-    def _our_turn(self) -> Iterator[int]:
+    def _take_turn(self) -> int:
         if self._turn is None:
             self._turn = os.open(self.turn, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._turn, fcntl.LOCK_EX)
-        try:
-            yield self._turn
-        finally:
-            fcntl.flock(self._turn, fcntl.LOCK_UN)
+        return self._turn
 
     # -- reading -----------------------------------------------------------------------------------------------
 
@@ -239,11 +241,14 @@ class Database:
         for folder in (parent, os.path.dirname(parent)):
             with suppress(PermissionError):  # a parent that is not ours to read was there before
                 sync_folder(folder)
-        self._synchronous = ""
+        self._durable = None
         database = self._connect()
         try:
-            with self._our_turn():
+            turn = self._take_turn()
+            try:
                 self._prepare(database)
+            finally:
+                fcntl.flock(turn, fcntl.LOCK_UN)
         except BaseException:
             database.close()
             raise
