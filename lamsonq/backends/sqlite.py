@@ -121,9 +121,7 @@ class SQLite(Reserving):
     def _keep(self, rows: Sequence[Row]) -> list[bool | None]:
         with self._doubting(rows):
             self._write_bodies(rows)
-            results = self._database.write(
-                lambda connection: [insert(connection, row) for row in rows], durable=True, size=_size(rows)
-            )
+            results = self._database.write(partial(insert, rows=rows), durable=True, size=_size(rows))
         self._bodies.doubt(row for row, result in zip(rows, results, strict=True) if not result)
         return results
 
@@ -161,7 +159,7 @@ class SQLite(Reserving):
 
         def act(connection: Any) -> tuple[list[bool | None], list[int]]:
             end(connection)
-            kept = [insert(connection, row) for row in rows.values()]
+            kept = insert(connection, list(rows.values()))
             return kept, write_down(connection, worker, list(others.values()))
 
         durable = bool(others) or any(len(row.job.body) > INLINE_MAX for row in rows.values())

@@ -111,7 +111,7 @@ def put_on(
             # From here on this connection has the write lock, so nobody takes the bodies for orphans.
             conn.execute("delete from lamsonq_doomed where 0")
             write_bodies()
-            results = [insert(conn, row) for row in rows]
+            results = insert(conn, rows)
         except BaseException:
             conn.execute("rollback to lamsonq")
             raise

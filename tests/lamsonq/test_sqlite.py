@@ -782,6 +782,25 @@ def test_threads_that_put_at_the_same_time_share_a_transaction(queue: SQLite, mo
     assert len(queue.keys()) == 20
 
 
+def test_of_many_that_are_put_at_once_those_that_are_refused_stop_no_other(queue: SQLite) -> None:
+    put(queue, key="there", body=b"first")
+    names = [*map(str, range(40)), "there", *map(str, range(40, 45))]
+    jobs = [Job(key=name, body=b"second") for name in names]
+    jobs += [Job(key=name, body=b"", unique="u") for name in ("one", "other")]
+    assert queue.put([Put(queue, job) for job in jobs]) == [*[True] * 47, False]
+    assert set(queue.keys()) == {*names, "one"}
+    assert queue.get("there") == Job(key="there", body=b"first", received=queue._now())
+
+
+def test_a_claim_does_not_write_the_body_once_more(queue: SQLite, tmp_path: Path) -> None:
+    put(queue, body=b"x" * 60_000)
+    [(busy, _, _)] = queue._database.rows("pragma wal_checkpoint(truncate)")
+    assert not busy
+    [job] = queue.reserve(1)
+    assert len(job.body) == 60_000
+    assert (tmp_path / "q.db-wal").stat().st_size < 30_000
+
+
 def test_one_put_that_cannot_be_written_takes_no_other_with_it(queue: SQLite, monkeypatch: pytest.MonkeyPatch) -> None:
     transaction = queue._database._transaction
 
