@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import multiprocessing
 import os
@@ -799,6 +800,24 @@ def test_a_claim_does_not_write_the_body_once_more(queue: SQLite, tmp_path: Path
     [job] = queue.reserve(1)
     assert len(job.body) == 60_000
     assert (tmp_path / "q.db-wal").stat().st_size < 30_000
+
+
+def test_who_finds_another_process_writing_steps_aside_once_and_then_lines_up(
+    queue: SQLite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    put(queue)
+    assert pauses == []
+    other = os.open(queue._database.turn, os.O_RDWR)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with ThreadPoolExecutor() as pool:
+        putting = pool.submit(put, queue)
+        while not pauses:
+            assert not putting.done()
+        os.close(other)
+        assert putting.result() == [True]
+    assert pauses == [sqlite_database.STEP_ASIDE]
 
 
 def test_one_put_that_cannot_be_written_takes_no_other_with_it(queue: SQLite, monkeypatch: pytest.MonkeyPatch) -> None:
