@@ -193,8 +193,13 @@ class Database:
         finally:
             fcntl.flock(turn, fcntl.LOCK_UN)
         if rings and database.total_changes != before:
-            with suppress(OSError):
-                os.pwrite(turn, b"!", 0)
+            self._ring(turn)
+
+    def _ring(self, turn: int) -> None:
+        try:
+            os.pwrite(turn, b"!", 0)
+        except OSError:  # who sleeps looks now and then
+            return
 
     def _take_turn(self) -> int:
         if self._turn is None:

@@ -12,18 +12,18 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
 from lamsonq.backends import sqlite_bodies, sqlite_claims
 from lamsonq.backends.sqlite_claims import Asked, Claimed
-from lamsonq.backends.sqlite_errors import told
+from lamsonq.backends.sqlite_errors import About
 from lamsonq.backends.sqlite_kept import Kept
 from lamsonq.backends.sqlite_rows import TOKEN_SIZE, body_of, job_of, legible
 from lamsonq.backends.sqlite_wake import Ear
 from lamsonq.backends.sqlite_workers import Life
-from lamsonq.errors import Dead, LeaseLost, QueueError
+from lamsonq.errors import Dead, LeaseLost
 from lamsonq.jobs import Job, Limit, Outcome, Put
 
 REAP_EVERY = 5.0
@@ -70,21 +70,10 @@ class Reserving(Kept):
                 self._life = Life(self._database)
             return self._life.id
 
-    @contextlib.contextmanager
-    def _about(self, data: object = None) -> Iterator[None]:
-        """A QueueError tells what was to be queued."""
-        try:
-            yield
-        except QueueError as error:
-            error.data = data
-            raise
-        except OSError as error:
-            raise told(self.name, error, data) from error
-
     def reserve(self, n: int, wait: float = 0.0, *, only: Collection[str] | None = None) -> list[Job]:
         """Raises QueueError."""
         until = time.monotonic() + wait
-        with self._about():
+        with About(self.name):
             while True:
                 self._keep_up()
                 if wait > 0:
@@ -99,7 +88,7 @@ class Reserving(Kept):
     def wait(self, seconds: float) -> None:
         """Raises QueueError."""
         until = time.monotonic() + seconds
-        with self._about():
+        with About(self.name):
             while True:
                 self._keep_up()
                 self._ear.listen()
@@ -152,7 +141,7 @@ class Reserving(Kept):
         return token
 
     def claim(self, key: str) -> Job | None:
-        with self._about():
+        with About(self.name):
             act = partial(sqlite_claims.claim_one, queue=self.queue, key=key, token=self._token(), now=self._now())
             claimed = self._database.write(act)
             with self._lock:
