@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -802,22 +803,24 @@ def test_a_claim_does_not_write_the_body_once_more(queue: SQLite, tmp_path: Path
     assert (tmp_path / "q.db-wal").stat().st_size < 30_000
 
 
+@pytest.mark.parametrize("durable", [False, True])
 def test_who_finds_another_process_writing_steps_aside_once_and_then_lines_up(
-    queue: SQLite, monkeypatch: pytest.MonkeyPatch
+    queue: SQLite, monkeypatch: pytest.MonkeyPatch, durable: bool
 ) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(time, "sleep", pauses.append)
-    put(queue)
+    write = partial(queue._database.write, lambda _: 7, durable=durable)
+    write()
     assert pauses == []
     other = os.open(queue._database.turn, os.O_RDWR)
     fcntl.flock(other, fcntl.LOCK_EX)
     with ThreadPoolExecutor() as pool:
-        putting = pool.submit(put, queue)
+        writing = pool.submit(write)
         while not pauses:
-            assert not putting.done()
+            assert not writing.done()
         os.close(other)
-        assert putting.result() == [True]
-    assert pauses == [sqlite_database.STEP_ASIDE]
+        assert writing.result() == 7
+    assert pauses == [0.0 if durable else sqlite_database.STEP_ASIDE]
 
 
 def test_one_put_that_cannot_be_written_takes_no_other_with_it(queue: SQLite, monkeypatch: pytest.MonkeyPatch) -> None:
