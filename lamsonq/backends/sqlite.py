@@ -36,7 +36,7 @@ from lamsonq.backends.sqlite_outgoing import Outgoing, write_down
 from lamsonq.backends.sqlite_reserve import Reserving
 from lamsonq.backends.sqlite_rows import Row, insert, row_of
 from lamsonq.errors import BrokerError, LeaseLost, QueueError, SettingsError
-from lamsonq.jobs import Job, Limit, Outcome, Put
+from lamsonq.jobs import Done, Job, Limit, Outcome, Put
 
 _T = TypeVar("_T")
 
@@ -140,7 +140,7 @@ class SQLite(Reserving):
     def settle(self, job: Job, outcome: Outcome, puts: Sequence[Put] = ()) -> list[bool]:
         """Raises LeaseLost, and QueueError when nothing was settled."""
         if not puts:
-            if self.finish([job], outcome):
+            if self._end([job], outcome):
                 raise sqlite_settle.lost(job)
             return []
         now = self._now()
@@ -174,8 +174,12 @@ class SQLite(Reserving):
         self._tidy_after([job])
         return [results[number] for number in range(len(puts))]
 
-    def finish(self, jobs: Sequence[Job], outcome: Outcome) -> list[Job]:
+    def finish(self, jobs: Sequence[Job], outcome: Done) -> list[Job]:
         """Raises QueueError when nothing was settled."""
+        return self._end(jobs, outcome)
+
+    def _end(self, jobs: Sequence[Job], outcome: Outcome) -> list[Job]:
+        """Settle these, of which nothing came; back come those whose claim no longer held."""
         now = self._now()
         ends = [sqlite_settle.end(job, outcome, now) for job in jobs]
 
