@@ -38,7 +38,7 @@ from lamsonq.content import Content, Spilled, has_bare_line_end
 from lamsonq.envelope import Envelope, Notify
 from lamsonq.limits import Client, Refused, Traffic
 from lamsonq.trace import HOPS_MAX, hops, protocol_word
-from lamsonq.wire import Hot, Wire, Work
+from lamsonq.wire import Command, Wire, Work
 
 LOG = logging.getLogger()
 """The root logger, where the other lines about a message go."""
@@ -175,7 +175,6 @@ class Session(Wire):
 
     def __init__(self, server: Server, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(
-            None,
             data_size_limit=server.size_limit,
             enable_SMTPUTF8=True,
             hostname=server.hostname,
@@ -441,11 +440,11 @@ class Session(Wire):
         self.login = ""
         return True
 
-    async def smtp_AUTH(self, arg: str | None) -> None:
+    def _auth(self, argument: str | None) -> None:
         """AUTH (RFC 4954), with aiosmtpd's PLAIN and LOGIN; the password is looked at in a thread."""
         if self._out_of_order():
             return
-        words = (arg or "").split()
+        words = (argument or "").split()
         if not self.server.has_logins:
             self.say("502 5.5.1 AUTH is not offered")
         elif not self._is_encrypted:
@@ -457,7 +456,7 @@ class Session(Wire):
         elif words[0].upper() not in _MECHANISMS:
             self.say("504 5.5.4 Unrecognized authentication type")
         else:
-            await self._log_in(words)
+            self._begin(self._log_in(words), feeding=True)
 
     async def _log_in(self, words: list[str]) -> None:
         mechanism = words[0].upper()
@@ -860,7 +859,7 @@ class Session(Wire):
         utf8 = any(option.upper() == "SMTPUTF8" for option in self.envelope.mail_options) if self.envelope else False
         return protocol_word(base, tls=self._is_encrypted, login=bool(self.login), utf8=utf8)
 
-    hot: ClassVar[Mapping[str, Hot]] = {
+    commands: ClassVar[Mapping[str, Command]] = {
         "MAIL": _mail,
         "RCPT": _rcpt,
         "DATA": _data,
@@ -873,6 +872,7 @@ class Session(Wire):
         "HELP": _help,
         "VRFY": _vrfy,
         "STARTTLS": _starttls,
+        "AUTH": _auth,
     }
 
 

@@ -3,9 +3,8 @@
 Rules:
 
 1. What a client sends is taken in whole chunks, through one buffer for all sessions of a thread, and worked off in
-   order. Hot commands (`hot`) are plain functions that
-   run at once; every other one is a coroutine of aiosmtpd's kind. While one of these runs nothing else of this session
-   does, and a reply is never overtaken.
+   order. Commands are plain functions that run at once; what takes its time, they return. While that runs nothing else
+   of this session does, and a reply is never overtaken.
 2. A command ends with CRLF and holds no control character (RFC 5321 section 2.3.8); anything else is refused and not
    executed. A message ends with CRLF.CRLF and with nothing else (section 4.1.1.4).
 3. Memory is bounded: a command by COMMAND_MAX, what is sent ahead by AHEAD_MAX, a message by SPILL_AFTER; what is
@@ -15,10 +14,10 @@ Rules:
    gone after CLOSE_TIMEOUT, also when the client reads nothing.
 5. What is sent ahead of a TLS handshake is dropped unread (RFC 3207 section 6).
 
-Of aiosmtpd stay the session, the envelope, the hooks, STARTTLS's and AUTH's rules and its commands; its read loop does
-not run. Its private names that are touched: `_reader` (and its `_buffer`), `_writer`, `_tls_protocol`,
-`_original_transport`, `_handle_client`, `_reset_timeout`, `_timeout_handle`, `_timeout_cb`,
-`_set_rset_state`, `_smtp_methods`. A test holds all this to what aiosmtpd does.
+Of aiosmtpd stay the session, the envelope and AUTH's mechanisms; neither its read loop nor its commands run, and it
+calls no hooks. Its private names that are touched: `_reader` (and its `_buffer`), `_tls_protocol`,
+`_original_transport`, `_reset_timeout`, `_timeout_handle`, `_timeout_cb`, `_set_rset_state`; and asyncio's
+`_drain_helper`, which it derives from. A test holds all this to what aiosmtpd does.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ import re
 import ssl
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Mapping
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from aiosmtpd import smtp
@@ -74,8 +73,8 @@ _UNPRINTABLE = re.compile(r"[^ -~]")
 Work = Coroutine[Any, Any, None] | asyncio.Future[None]
 """What takes its time: it is run, or it is only waited for."""
 
-Hot = Callable[[Any, str | None], Work | None]
-"""A command that runs at once. What takes its time, it returns as a coroutine."""
+Command = Callable[[Any, str | None], Work | None]
+"""A command runs at once. What takes its time, it returns as a coroutine."""
 
 
 class _Inbox(threading.local):
@@ -91,19 +90,29 @@ class _Inbox(threading.local):
 _inbox = _Inbox()
 
 
+class _NoHandler:
+    """aiosmtpd's handler: it has no hooks, and none are looked for."""
+
+    def __dir__(self) -> Iterable[str]:
+        return ()
+
+
+_NO_HANDLER = _NoHandler()
+
+
 class Wire(smtp.SMTP, asyncio.BufferedProtocol):
     """aiosmtpd's SMTP, with another way from the socket to its commands."""
 
-    hot: ClassVar[Mapping[str, Hot]] = {}
-    """The commands that are plain functions, by their verb; they come before the `smtp_` methods."""
+    commands: ClassVar[Mapping[str, Command]] = {}
+    """By their verb."""
 
     spill_after = SPILL_AFTER
     command_timeout = 300.0
     data_timeout = 180.0
     _ready = False
 
-    def __init__(self, handler: object, **options: Any) -> None:
-        super().__init__(handler, **options)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(_NO_HANDLER, **options)
         self._ready = True
         self._held = bytearray()
         """What has come and is not worked off. While a message comes, it begins with the two octets before what is
@@ -131,22 +140,24 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
         self._received = 0
 
     def __dir__(self) -> Iterable[str]:
-        """While aiosmtpd looks for its commands, which it does at every connection, there are no other names: to look
-        through all of them would cost as much as a message."""
-        kind: type = type(self)
-        return super().__dir__() if self._ready else _commands_of(kind)
+        """While aiosmtpd looks for commands, which it does at every connection, there are no names: `commands` has
+        ours, and to look through all names would cost more than a message."""
+        return super().__dir__() if self._ready else ()
 
     # -- the connection ----------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
+        """Not aiosmtpd's, which begins its read loop, in a task."""
+        self.transport = transport
+        self._set_rset_state()
+        self.session = self._create_session()
+        self.session.peer = transport.get_extra_info("peername")
+        MAIL_LOG.info("Peer: %r", self.session.peer)
+        self._reset_timeout()
         work = self.welcome()
         if work is not None:
             self._begin(work)
         self._flush()
-
-    async def _handle_client(self) -> None:
-        """aiosmtpd's loop: it does not run."""
 
     def welcome(self) -> Work | None:
         """A client has connected."""
@@ -188,7 +199,13 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
         if self._work is not None:
             self._work.cancel()
         self._held.clear()
-        super().connection_lost(error)
+        MAIL_LOG.info("%r connection lost", self._peer)
+        if self._timeout_handle is not None:
+            self._timeout_handle.cancel()
+        if self._original_transport is not None:
+            self._original_transport.close()
+        super(smtp.SMTP, self).connection_lost(error)
+        self.transport = None
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -304,9 +321,10 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
     def _close(self) -> None:
         if self._is_open:
             self._flush()
-            assert self.transport is not None
+            assert isinstance(self.transport, asyncio.Transport)
+            if self._is_encrypted or self.transport.get_write_buffer_size():
+                self._reset_timeout(CLOSE_TIMEOUT)  # else nobody has to be waited for
             self.transport.close()
-            self._reset_timeout(CLOSE_TIMEOUT)
 
     @property
     def _peer(self) -> object:
@@ -348,15 +366,11 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
         command = verb.decode("ascii", "replace").upper()
         if self._forbids(command):
             return
-        hot = self.hot.get(command)
-        if hot is not None:
-            work = hot(self, argument)
-            if work is not None:
-                self._begin(work)
-        elif command in self._smtp_methods:
-            self._begin(self._smtp_methods[command](argument), feeding=command == "AUTH")
-        else:
+        act = self.commands.get(command)
+        if act is None:
             self._misspoken("500 5.5.1 Command not recognized")
+        elif (work := act(self, argument)) is not None:
+            self._begin(work)
 
     def _forbids(self, command: str) -> bool:  # noqa: ARG002 - for who derives from this
         """Refuse a command before anything else; False when it may go on."""
@@ -480,7 +494,7 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
         self.say(status if isinstance(status, str) else status.decode("ascii", "replace"))
         if self._blocked and self.transport is not None:
             self._reset_timeout()
-            await self._writer.drain()
+            await self._drain_helper()
             self._hold_clock()
 
     def _flush(self) -> None:
@@ -558,7 +572,7 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
     def _look_again(self) -> None:
         if self._timeout_handle is not None:
             self._timeout_handle.cancel()
-        wait = min(self._deadline, self.loop.time() + self.command_timeout)
+        wait = min(self._deadline, self.loop.time() + min(self.command_timeout, self.data_timeout))
         self._timeout_handle = self.loop.call_at(wait, self._look)
 
     def _look(self) -> None:
@@ -573,11 +587,6 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
                 self.transport.abort()
         if self.transport is not None:
             self._look_again()
-
-
-@cache
-def _commands_of(kind: type) -> tuple[str, ...]:
-    return tuple(name for name in dir(kind) if name.startswith(("smtp_", "auth_")))
 
 
 def _without_stuffing(held: bytearray, end: int) -> bytes:
