@@ -35,7 +35,7 @@ from aiosmtpd.proxy_protocol import V2_CMD, get_proxy
 from lamsonq import mail
 from lamsonq.address import canonical
 from lamsonq.content import Content, Spilled, has_bare_line_end
-from lamsonq.envelope import Envelope, Notify
+from lamsonq.envelope import UNASKED, Envelope, Notify
 from lamsonq.limits import Client, Refused, Traffic
 from lamsonq.trace import HOPS_MAX, hops, protocol_word
 from lamsonq.wire import Command, Wire, Work
@@ -201,7 +201,7 @@ class Session(Wire):
         self._last_piece = False
         self._no_room = ""
         """The reply to a message that was dropped because there was no room for it."""
-        self._notify = Notify()
+        self._notify = UNASKED
 
     # -- the connection ----------------------------------------------------------------------------------------
 
@@ -297,7 +297,7 @@ class Session(Wire):
         """Seconds since the client's last sign of life; 0.0 while a transaction is under way.
 
         Who is in the middle of a handshake or a login is waited for like everybody else."""
-        we_work = self._work is not None and not self._feeding and not self._shaking
+        we_work = self._waiting and not self._feeding and not self._shaking
         return 0.0 if we_work or self._under_way else self.loop.time() - self._heard
 
     @property
@@ -346,13 +346,16 @@ class Session(Wire):
         if most and self._faults >= most:
             self.dismiss("421 4.7.0 Too many errors, closing connection")
 
-    def _forbids(self, command: str) -> bool:
+    def _unknown(self, command: str) -> None:
         if command in _WORDS_OF_THE_WEB:
             self.dismiss("421 4.7.0 This is a mail server")
-        elif self.server.tls_required and not self._is_encrypted and command in _AFTER_TLS:
-            self.say("530 5.7.0 Must issue a STARTTLS command first")  # RFC 3207 section 4
         else:
+            super()._unknown(command)
+
+    def _forbids(self, command: str) -> bool:
+        if command not in _AFTER_TLS or not self.server.tls_required or self._is_encrypted:
             return False
+        self.say("530 5.7.0 Must issue a STARTTLS command first")  # RFC 3207 section 4
         return True
 
     @property
@@ -507,7 +510,7 @@ class Session(Wire):
         """No transaction is under way (RFC 5321 section 4.1.1.5)."""
         self._set_rset_state()
         self._chunks = None
-        self._notify = Notify()
+        self._notify = UNASKED
         self._no_room = ""
         self._release()
 
@@ -710,18 +713,19 @@ class Session(Wire):
             self.drops()
         self.read_octets(self._piece, self._take_piece, keep=fits)
 
-    def _take_piece(self, piece: bytes | None) -> Work | None:
+    def _take_piece(self, piece: bytes | None) -> None:
         assert self.envelope is not None
         if not self._state.host_name or not self.envelope.rcpt_tos:
             self.say("503 5.5.1 Need RCPT command")
-            return None
+            return
         chunks = self._chunks if self._chunks is not None else bytearray()
         self._chunks = chunks
         chunks += piece or b""
         if self._last_piece:
             content = None if piece is None else bytes(chunks)
             chunks.clear()
-            return self._take_whole(content)
+            self._take_whole(content)
+            return
         if len(chunks) > self.spill_after:
             piece = piece if self.spills(b"") and self.keeps(0) else None
         if piece is None:
@@ -730,7 +734,6 @@ class Session(Wire):
             self._forget()
         else:
             self.say(f"250 2.0.0 {self._piece} octets received")
-        return None
 
     def keeps(self, octets: int) -> bool:
         """Count what is kept in memory, for all sessions together."""
@@ -802,7 +805,7 @@ class Session(Wire):
             return "550 5.6.0 A message holds no <NUL> (RFC 2045 section 2.8)"
         return None
 
-    def _take_whole(self, last: bytes | None) -> Work | None:
+    def _take_whole(self, last: bytes | None) -> None:
         """A message has come, and this is what did not spill: have it taken; each reply to it goes out as soon as it is
         known."""
         assert self.envelope is not None
@@ -812,12 +815,11 @@ class Session(Wire):
         accepted = [canonical(path) for path in self.envelope.rcpt_tos]
         groups = self.groups(accepted)
         self.owed = len(groups)
-        self._answered = self.loop.create_future()
         refusal = self._fault_of(content)
         if content is None or refusal is not None:
             for _ in groups:
                 self._pay(refusal or "")
-            return None
+            return
         paths: dict[str, str] = {}  # each recipient once, as it was first written
         for recipient, path in zip(accepted, self.envelope.rcpt_tos, strict=True):
             paths.setdefault(recipient, path)
@@ -835,7 +837,8 @@ class Session(Wire):
         self._spilled = None
         self._release()  # the receiver counts it now
         self.server.commit(envelope, content, groups, self._pay)
-        return self._answered
+        if self.owed:
+            self.wait()
 
     def _pay(self, reply: str) -> None:
         """One of the replies that are owed; the last one ends the transaction."""
@@ -847,8 +850,8 @@ class Session(Wire):
             self._messages += 1
             self._forget()
             self.parting = self.server.draining
-            if not self._answered.done():  # else the client has gone
-                self._answered.set_result(None)
+            if self._waiting:
+                self.resume()
 
     def say(self, reply: str) -> None:
         super().say(enhanced(reply))

@@ -67,11 +67,11 @@ CHUNK = 1 << 18
 """Octets that are taken from a socket at once, at most."""
 
 _END = b"\r\n.\r\n"
-_COMMAND = re.compile(rb"[^\x00-\x1f\x7f]*+\r\n")
+_COMMAND = re.compile(rb"([^\x00-\x1f\x7f]*+)\r\n")
 _UNPRINTABLE = re.compile(r"[^ -~]")
 
-Work = Coroutine[Any, Any, None] | asyncio.Future[None]
-"""What takes its time: it is run, or it is only waited for."""
+Work = Coroutine[Any, Any, None]
+"""What takes its time."""
 
 Command = Callable[[Any, str | None], Work | None]
 """A command runs at once. What takes its time, it returns as a coroutine."""
@@ -120,7 +120,9 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
         self._seen = 0
         """Up to where `_held` has been searched in vain."""
         self._take: Callable[[], bool] = self._take_command
-        self._work: asyncio.Future[None] | None = None
+        self._waiting = False
+        """Whether something takes its time: nothing more is worked off until it has ended."""
+        self._work: asyncio.Task[None] | None = None
         self._feeding = False
         """Whether the command that runs reads by itself, from `_reader`."""
         self._shaking = False
@@ -133,7 +135,7 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
         self._deadline = float("inf")
         self._heard = self.loop.time()
         """When the client has said something last, or we to it."""
-        self._finish: Callable[[bytes | None], Work | None]
+        self._finish: Callable[[bytes | None], None]
         self._limit = 0
         self._too_much = False
         self._began = 0.0
@@ -177,7 +179,7 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
                 self._stop_reading()
             return
         self._held += data
-        if self._work is None:
+        if not self._waiting:
             self._advance()
         elif len(self._held) > AHEAD_MAX:
             self._stop_reading()
@@ -187,7 +189,7 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
         self._ended = True
         if self._feeding:
             self._reader.feed_eof()
-        elif self._work is None:
+        elif not self._waiting:
             self._advance()
         # A TLS session ends in both directions at once, and its end may come in one piece with that of the handshake,
         # before we know that there is one: to keep it open then would be a warning of asyncio, for each such client.
@@ -214,7 +216,7 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
     def resume_writing(self) -> None:
         super().resume_writing()
         self._blocked = False
-        if self._work is None:
+        if not self._waiting:
             self._advance()
 
     def _stop_reading(self) -> None:
@@ -241,30 +243,41 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
     def _advance(self) -> None:
         """Work off what has come, until something takes its time or more has to come."""
         turns = TURN_MAX
-        while self._work is None and not self._blocked and self._is_open and self._try_to_take():
+        while self._held and not self._waiting and not self._blocked and self._is_open:
+            try:
+                if not self._take():
+                    break
+            except Exception as error:
+                self._failed(error)
             turns -= 1
             if not turns:
                 self.loop.call_soon(self._go_on)
                 break
         self._flush()
-        if self._work is not None:
+        if self._waiting:
             return
         if self._ended and turns and not self._blocked and self._is_open:
             self._close()  # what has not come whole never will
         elif len(self._held) > AHEAD_MAX and (self._blocked or self._take == self._take_command):
             self._stop_reading()
-        else:
+        elif self._stopped_reading:
             self._go_on_reading()
 
-    def _try_to_take(self) -> bool:
-        try:
-            return self._take()
-        except Exception as error:
-            self._failed(error)
-            return True
-
     def _go_on(self) -> None:
-        if self._work is None:
+        if not self._waiting:
+            self._advance()
+
+    def wait(self) -> None:
+        """Something takes its time: nothing more is worked off until `resume`."""
+        self._flush()
+        self._hold_clock()
+        self._waiting = True
+
+    def resume(self) -> None:
+        """It has ended."""
+        self._waiting = False
+        if self._is_open:
+            self._reset_timeout()
             self._advance()
 
     def _begin(self, work: Work, *, feeding: bool = False) -> None:
@@ -279,23 +292,22 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
             self._held.clear()
             if self._ended:
                 self._reader.feed_eof()
+            self._waiting = True
         else:
-            self._flush()
-            self._hold_clock()
-        self._work = asyncio.ensure_future(work, loop=self.loop)
+            self.wait()
+        self._work = self.loop.create_task(work)
         self._work.add_done_callback(self._ended_work)
 
-    def _ended_work(self, work: asyncio.Future[None]) -> None:
+    def _ended_work(self, work: asyncio.Task[None]) -> None:
         self._work = None
         self._stop_feeding()
         if self.transport is None:
-            return None
+            return
         if work.cancelled():
-            return self._close()
-        if (error := work.exception()) is not None:
+            self._close()
+        elif (error := work.exception()) is not None:
             self._failed(error)
-        self._reset_timeout()
-        return self._advance()
+        self.resume()
 
     def _stop_feeding(self) -> None:
         """The command that runs reads no more: what it has left is the next one's."""
@@ -335,26 +347,27 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
     def _take_command(self) -> bool:
         """Work off one command line, if there is one."""
         held = self._held
-        end = held.find(b"\n", self._seen)
-        if end < 0:
+        end = held.find(b"\n", self._seen) + 1
+        if not end:
             self._seen = len(held)
             if self._seen > COMMAND_MAX:  # its end is waited for, not kept
                 self._skipping = True
                 held.clear()
                 self._seen = 0
             return False
-        with memoryview(held) as view:
-            line = bytes(view[: end + 1])
-        del held[: end + 1]
+        too_long = self._skipping or end > COMMAND_MAX
+        line = None if too_long else _COMMAND.fullmatch(held, 0, end)
+        command = line[1] if line else b""
+        del held[:end]
         self._seen = 0
         self._reset_timeout()
-        if self._skipping or len(line) > COMMAND_MAX:
+        if line:
+            self._obey(command)
+        elif too_long:
             self._skipping = False
             self._misspoken("500 5.5.6 Command line too long")
-        elif not _COMMAND.fullmatch(line):
-            self._misspoken("500 5.5.2 A command is one line that ends with <CR><LF>")
         else:
-            self._obey(line[:-2])
+            self._misspoken("500 5.5.2 A command is one line that ends with <CR><LF>")
         return True
 
     def _obey(self, line: bytes) -> None:
@@ -364,15 +377,17 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
         rest = rest.strip()
         argument = rest.decode("utf-8", "surrogateescape") if rest else None
         command = verb.decode("ascii", "replace").upper()
-        if self._forbids(command):
-            return
         act = self.commands.get(command)
         if act is None:
-            self._misspoken("500 5.5.1 Command not recognized")
-        elif (work := act(self, argument)) is not None:
+            self._unknown(command)
+        elif not self._forbids(command) and (work := act(self, argument)) is not None:
             self._begin(work)
 
-    def _forbids(self, command: str) -> bool:  # noqa: ARG002 - for who derives from this
+    def _unknown(self, command: str) -> None:  # noqa: ARG002 - for who derives from this
+        """There is no such command."""
+        self._misspoken("500 5.5.1 Command not recognized")
+
+    def _forbids(self, command: str) -> bool:  # noqa: ARG002 - as above
         """Refuse a command before anything else; False when it may go on."""
         return False
 
@@ -382,7 +397,7 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
 
     # -- messages ----------------------------------------------------------------------------------------------
 
-    def read_message(self, limit: int, finish: Callable[[bytes | None], Work | None]) -> None:
+    def read_message(self, limit: int, finish: Callable[[bytes | None], None]) -> None:
         """What comes now is a message, up to CRLF.CRLF. `finish` gets what did not spill of it, without dot-stuffing
         (RFC 5321 section 4.5.2); or None when it is larger than `limit` octets, for which the doubled dots do not count
         (RFC 1870 section 5), or when `keeps` or `spills` did not let it in.
@@ -417,13 +432,15 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
         self._deliver(None if content is None or len(content) > self._limit else content)
         return True
 
-    def read_octets(self, count: int, finish: Callable[[bytes | None], Work | None], *, keep: bool = True) -> None:
+    def read_octets(self, count: int, finish: Callable[[bytes | None], None], *, keep: bool = True) -> None:
         """What comes now are `count` octets, as they are (RFC 3030 section 2). `finish` gets those that did not spill,
         or None without `keep` and when `keeps` or `spills` did not let them in: then they were dropped as they came."""
         self._finish, self._limit, self._too_much = finish, count, not keep
         self._seen = 0
         self._start_clock()
         self._take = self._take_octets
+        if not count:  # nothing has to come
+            self._take_octets()
 
     def _take_octets(self) -> bool:
         held = self._held
@@ -473,20 +490,20 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
         self._seen = 0
         self._take = self._take_command
         self._reset_timeout()
-        work = self._finish(content)
-        if work is not None:
-            self._begin(work)
+        self._finish(content)
 
     # -- replies -----------------------------------------------------------------------------------------------
 
     def say(self, reply: str) -> None:
         """Reply with this line, as soon as what has come is worked off."""
-        self.write(reply)
+        self._replies.append(reply_line(reply))
+        if self._waiting:
+            self._flush()
 
     def write(self, *lines: str) -> None:
         """Reply with these lines as they are."""
         self._replies += map(reply_line, lines)
-        if self._work is not None:
+        if self._waiting:
             self._flush()
 
     async def push(self, status: str | bytes) -> None:
@@ -494,7 +511,7 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
         self.say(status if isinstance(status, str) else status.decode("ascii", "replace"))
         if self._blocked and self.transport is not None:
             self._reset_timeout()
-            await self._drain_helper()
+            await self._drain_helper()  # type: ignore[attr-defined]  # asyncio's, for its StreamWriter
             self._hold_clock()
 
     def _flush(self) -> None:
