@@ -38,7 +38,7 @@ from lamsonq.content import Content, Spilled, has_bare_line_end
 from lamsonq.envelope import UNASKED, Envelope, Notify
 from lamsonq.limits import Client, Refused, Traffic
 from lamsonq.trace import HOPS_MAX, hops, protocol_word
-from lamsonq.wire import Command, Wire, Work
+from lamsonq.wire import Command, Wire, Work, reply_line
 
 LOG = logging.getLogger()
 """The root logger, where the other lines about a message go."""
@@ -385,10 +385,9 @@ class Session(Wire):
         session.extended_smtp = verb != "HELO"
         session.host_name = hostname
         if verb == "HELO":
-            self.write(f"250 {self.hostname}")
-            return
-        *offers, last = self._offers()
-        self.write(*(f"250-{offer}" for offer in offers), f"250 {last}")
+            self.write(_lines(self.hostname))
+        else:
+            self.write(_lines(*self._offers()))
 
     def _offers(self) -> list[str]:
         offers = [self.hostname, f"SIZE {self.server.size_limit}", *self.extensions]
@@ -884,6 +883,13 @@ _NO_STORAGE = "452 4.3.1 Insufficient system storage, try again later"
 _SSLObject = ssl.SSLObject
 _MECHANISMS = ("PLAIN", "LOGIN")
 _AFTER_TLS = frozenset({"MAIL", "RCPT", "DATA", "BDAT", "VRFY", "AUTH"})
+
+
+@lru_cache(64)
+def _lines(*texts: str) -> bytes:
+    """A reply of several lines (RFC 5321 section 4.2.1) that accepts a greeting."""
+    *first, last = texts
+    return b"".join(map(reply_line, [*(f"250-{text}" for text in first), f"250 {last}"]))
 
 
 _STATUS = re.compile(r"([245])\d\d(?: |$)(?!\1\.\d{1,3}\.\d{1,3}(?: |$))")

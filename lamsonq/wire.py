@@ -496,13 +496,11 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
 
     def say(self, reply: str) -> None:
         """Reply with this line, as soon as what has come is worked off."""
-        self._replies.append(reply_line(reply))
-        if self._waiting:
-            self._flush()
+        self.write(reply_line(reply))
 
-    def write(self, *lines: str) -> None:
+    def write(self, reply: bytes) -> None:
         """Reply with these lines as they are."""
-        self._replies += map(reply_line, lines)
+        self._replies.append(reply)
         if self._waiting:
             self._flush()
 
