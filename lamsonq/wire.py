@@ -510,7 +510,6 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
         if self._blocked and self.transport is not None:
             self._reset_timeout()
             await self._drain_helper()  # type: ignore[attr-defined]  # asyncio's, for its StreamWriter
-            self._hold_clock()
 
     def _flush(self) -> None:
         if self._replies and isinstance(self.transport, asyncio.Transport):

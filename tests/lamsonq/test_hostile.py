@@ -351,7 +351,7 @@ def test_who_does_not_read_in_a_login_and_then_reads_and_says_nothing_is_sent_aw
         taker.has_logins = True
         session, transport = ours(taker), Transport()
         session.connection_made(transport)
-        session._ssl = object.__new__(ssl.SSLObject)
+        session._tls_protocol = object.__new__(ssl.SSLObject)  # type: ignore[assignment]
         session.data_received(b"EHLO me.test\r\nAUTH LOGIN\r\n")
         await _turns()
         session.pause_writing()
