@@ -12,18 +12,18 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
 from lamsonq.backends import sqlite_bodies, sqlite_claims
 from lamsonq.backends.sqlite_claims import Asked, Claimed
-from lamsonq.backends.sqlite_errors import told
+from lamsonq.backends.sqlite_errors import About
 from lamsonq.backends.sqlite_kept import Kept
-from lamsonq.backends.sqlite_rows import body_of, job_of, legible
+from lamsonq.backends.sqlite_rows import TOKEN_SIZE, body_of, job_of, legible
 from lamsonq.backends.sqlite_wake import Ear
 from lamsonq.backends.sqlite_workers import Life
-from lamsonq.errors import Dead, LeaseLost, QueueError
+from lamsonq.errors import Dead, LeaseLost
 from lamsonq.jobs import Job, Limit, Outcome, Put
 
 REAP_EVERY = 5.0
@@ -70,21 +70,10 @@ class Reserving(Kept):
                 self._life = Life(self._database)
             return self._life.id
 
-    @contextlib.contextmanager
-    def _about(self, data: object = None) -> Iterator[None]:
-        """A QueueError tells what was to be queued."""
-        try:
-            yield
-        except QueueError as error:
-            error.data = data
-            raise
-        except OSError as error:
-            raise told(self.name, error, data) from error
-
     def reserve(self, n: int, wait: float = 0.0, *, only: Collection[str] | None = None) -> list[Job]:
         """Raises QueueError."""
         until = time.monotonic() + wait
-        with self._about():
+        with About(self.name):
             while True:
                 self._keep_up()
                 if wait > 0:
@@ -99,7 +88,7 @@ class Reserving(Kept):
     def wait(self, seconds: float) -> None:
         """Raises QueueError."""
         until = time.monotonic() + seconds
-        with self._about():
+        with About(self.name):
             while True:
                 self._keep_up()
                 self._ear.listen()
@@ -135,7 +124,7 @@ class Reserving(Kept):
             asked = Asked(self.queue, n, only, self._now(), self._token(), has_jobs, has_suspect, self._limits)
             claimed = self._database.write(partial(sqlite_claims.take, asked=asked), rings=False)
             with self._lock:
-                self._held.update(token for _, _, _, token in claimed.jobs)
+                self._held.update(token for _, token in claimed.jobs)
                 self._suspect = claimed.suspect or self._suspect
                 self._quiet, self._passed_over = claimed.quiet, claimed.passed_over
             jobs = self._open(claimed)
@@ -144,23 +133,29 @@ class Reserving(Kept):
 
     def _token(self) -> Callable[[int], str]:
         worker, numbers = self._worker(), self._numbers
-        return lambda row: f"{worker}/{next(numbers)}.{row}"
+
+        def token(row: int) -> str:
+            head = f"{worker}/{next(numbers)}."
+            return head + str(row).zfill(TOKEN_SIZE - len(head))
+
+        return token
 
     def claim(self, key: str) -> Job | None:
-        with self._about():
+        with About(self.name):
             act = partial(sqlite_claims.claim_one, queue=self.queue, key=key, token=self._token(), now=self._now())
             claimed = self._database.write(act)
             with self._lock:
-                self._held.update(token for _, _, _, token in claimed.jobs)
+                self._held.update(token for _, token in claimed.jobs)
             jobs = self._open(claimed)
         return jobs[0] if jobs else None
 
     def _open(self, claimed: Claimed) -> list[Job]:
         """The jobs as their worker sees them; those that cannot be read become dead letters."""
         jobs = []
-        for row, body, file, token in claimed.jobs:
+        for row, token in claimed.jobs:
+            file = row[sqlite_claims.FILE]
             try:
-                content = sqlite_bodies.read(self._database, file) if file else body_of(body)
+                content = sqlite_bodies.read(self._database, file) if file else body_of(row[sqlite_claims.BODY])
                 jobs.append(job_of(row, content, token))
             except FileNotFoundError:
                 self._bury(row, token, f"its body, {file} in {self._database.bodies}, is gone")
@@ -168,7 +163,7 @@ class Reserving(Kept):
                 self._bury(row, token, str(error))
             except OSError as error:
                 if error.errno in _SHORTAGES:
-                    for _, _, _, claim in claimed.jobs:
+                    for _, claim in claimed.jobs:
                         self._give_back(claim)
                     raise
                 self._bury(row, token, f"its body, {file} in {self._database.bodies}, cannot be read: {error.strerror}")
