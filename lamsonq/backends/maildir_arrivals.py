@@ -13,11 +13,14 @@ import logging
 import os
 import threading
 import time
+from typing import TYPE_CHECKING
 
 from lamsonq.backends.backlog import Backlog, Entry
 from lamsonq.backends.maildir_files import READY, Folders, Unreadable, read_record
 from lamsonq.backends.maildir_names import due_of, fitted, is_bound, is_deleted, is_newer, parse_name, priority_of
-from lamsonq.backends.watch import Watch
+
+if TYPE_CHECKING:
+    from lamsonq.backends.watch import Watch
 
 BLIND_LOOK_EVERY = 1.0
 """Seconds between two looks where the kernel gives no watches."""
@@ -187,6 +190,8 @@ class Arrivals:
         self._own_watch().wake()
 
     def _own_watch(self) -> Watch:
+        from lamsonq.backends.watch import Watch  # when it is used: who only puts watches nothing, and needs no inotify
+
         with self._lock:
             if self._watch is None:
                 self._watch = Watch()

@@ -18,8 +18,10 @@ import os
 import select
 import time
 import weakref
+from typing import TYPE_CHECKING
 
-from asyncinotify import Inotify, Mask
+if TYPE_CHECKING:
+    from asyncinotify import Inotify
 
 PAUSE = 0.004
 """Seconds between two looks that writes bring about."""
@@ -27,7 +29,6 @@ PAUSE = 0.004
 LOOK_EVERY = 1.0
 """Seconds between two looks where nothing is watched; and the longest pause of rule 2."""
 
-_WRITTEN = Mask.MODIFY | Mask.DELETE_SELF | Mask.MOVE_SELF
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.ENOMEM, errno.ENOSYS, errno.ENOENT)
 
 
@@ -57,11 +58,13 @@ class Ear:
         self._deafen()
         if not inodes:
             return
+        from asyncinotify import Inotify, Mask  # when it is used: who only puts waits for nothing
+
         inotify = None
         try:
             inotify = Inotify(sync_timeout=0)
             for path in (self._wal, self._turn):
-                inotify.add_watch(path, _WRITTEN)
+                inotify.add_watch(path, Mask.MODIFY | Mask.DELETE_SELF | Mask.MOVE_SELF)
             self._inotify, self._inodes = inotify, inodes
         except OSError as error:
             if inotify is not None:
