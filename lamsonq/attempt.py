@@ -6,7 +6,7 @@ Rules:
 
 1. This pipeline is the only one. A receiver of any kind, and `Router.deliver`, differ only in their `settle`.
 2. `settle(outcome, puts)` is called exactly once, unless the attempt was given up from outside; then never, and
-   whatever the function still does is dropped.
+   whatever the function still does is dropped. What an attempt without a job pushed is in its queue by then.
 3. What the function pushed waits in `puts` until it has returned, and is dropped when it raises. A `Later` or `Dead`
    that it *returns* is its outcome too, but what it pushed leaves: an answer that says why not, for example.
 4. No thread waits for its turn in a conversation within this process, nor for an `async def` function: the attempt
@@ -26,7 +26,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,7 @@ from lamsonq.mail import MailRequest
 from lamsonq.policy import DEFAULT, Policy
 from lamsonq.state import Conversation, Conversations, StateStorage
 from lamsonq.tally import TALLY
+from lamsonq.threads import Together
 
 LOG = logging.getLogger()
 """The root logger: the names before these lines are part of what users of Lamson grep for."""
@@ -98,7 +99,11 @@ class Call:
 
 class Attempt:
     """A call on its way. `key` is the job's: the same message after a crash has the same key. `job` is None for mail
-    straight from SMTP. `touched` is told when the function asks for more time; it raises LeaseLost."""
+    straight from SMTP. `touched` is told when the function asks for more time; it raises LeaseLost.
+
+    `unkept` is for attempts that no queue settles: what the function pushed is put before `settle` is told, and this is
+    what the attempt comes to where that fails. Without it, `settle` sees to the puts.
+    """
 
     def __init__(
         self,
@@ -110,6 +115,7 @@ class Attempt:
         patience: float = ELSEWHERE_PATIENCE,
         job: Job | None = None,
         touched: Callable[[], object] = lambda: None,
+        unkept: type[Later] | None = None,
     ) -> None:
         self.job = job
         self.call = call
@@ -128,6 +134,7 @@ class Attempt:
         self._afterwards: list[Callable[[], object]] = []
         self._otherwise: list[Callable[[], object]] = []
         self._settle = settle
+        self._unkept = unkept
         self._patience = patience
         self._once = threading.Lock()
         self._entered: Stateful | None = None
@@ -135,6 +142,12 @@ class Attempt:
         self._task: asyncio.Task[Any] | None = None
         self._awaited: object = None
         self._spawn: Spawn = _run_here
+        self._together: Together[Attempt] | None = None
+        self._outcome: Result = DONE
+        self._leaving: list[Put] = []
+        """Those of the puts that leave with the outcome."""
+        self._error: BaseException | None = None
+        """Why they could not be kept."""
 
     def put(self, put: Put) -> None:
         """Hold a job until this attempt succeeds. Raises LeaseLost when it was given up: what it does is dropped."""
@@ -178,11 +191,15 @@ class Attempt:
     def puts(self) -> list[Put]:
         return list(self._puts)
 
-    def start(self, spawn: Spawn | None = None, *, here: bool = True) -> None:
+    def start(
+        self, spawn: Spawn | None = None, *, here: bool = True, together: Together[Attempt] | None = None
+    ) -> None:
         """Get in line in this thread, and run in it as far as it goes; the rest in threads that `spawn` provides.
 
-        With `here=False` this thread only gets in line: who starts attempts one by one keeps their order.
+        With `here=False` this thread only gets in line: who starts attempts one by one keeps their order. `together` is
+        where it ends with others.
         """
+        self._together = together
         threads = spawn or _run_here
         at = self.about  # not `self`, which would hold itself, and the message, until the garbage is collected
         self._spawn = lambda function: threads(about.within(at, function))
@@ -381,29 +398,41 @@ class Attempt:
         if not self._close():
             self._leave()
             return
+        self._outcome = outcome
+        self._leaving = self._puts if keep or isinstance(outcome, Done) else []
+        if self._together is not None and self.outer is None and (self.states or self._leaving):
+            self._together.submit(self)
+        else:
+            end([self])
+
+    def _tell(self) -> bool:
+        """Whether the attempt is settled."""
+        outcome = self._outcome
         try:
-            outcome = self._commit_states(outcome)
             if not isinstance(outcome, Done):
                 self._act(self._otherwise)
             try:
-                self._settle(outcome, self._puts if keep or isinstance(outcome, Done) else [])
+                self._settle(outcome, self._leaving)
             except BaseException:
                 self._act(self._otherwise)
                 raise
-            if self.outer is None and (not isinstance(outcome, Later) or outcome.counted):
-                TALLY.count(isinstance(outcome, Done))
-            if self.states and self.call.stateful is not None:
-                self.call.stateful.store.forget(self.states, self.key)
-            if isinstance(outcome, Done) and self.call.name is not None:
-                self._say_handled(self.call.name)
-            if isinstance(outcome, Done):
-                self._tidy_up()
+            if self._error is not None:
+                raise self._error
         except LeaseLost:
             LOG.warning("job %s was taken away while it was handled; this attempt's result is dropped", self.key)
-        except Exception:  # the settler has answered for itself; a thread of the pool must live on
+            return False
+        except BaseException:  # the settler has answered for itself; others are to be settled yet
             LOG.exception("job %s could not be settled", self.key)
-        finally:
-            self._leave()
+            return False
+        if self.outer is None and (not isinstance(outcome, Later) or outcome.counted):
+            TALLY.count(isinstance(outcome, Done))
+        return True
+
+    def _depart(self) -> None:
+        if isinstance(self._outcome, Done):
+            if self.call.name is not None:
+                self._say_handled(self.call.name)
+            self._tidy_up()
 
     def _say_handled(self, name: str) -> None:
         if self.call.recipient:
@@ -424,15 +453,18 @@ class Attempt:
             except Exception:  # any code: the message is dealt with all the same
                 LOG.exception("after %s had ended", self.call.name)
 
-    def _commit_states(self, outcome: Result) -> Result:
-        if not self.states or self.call.stateful is None:
-            return outcome
-        try:
-            self.call.stateful.store.commit(self.states, self.key)
-        except Exception as error:  # any store: what was not kept must be tried again
-            self.states.clear()
-            return outcome if isinstance(outcome, Dead) else _later_for(error)
-        return outcome
+    def _could_not_keep(self, error: BaseException) -> None:
+        assert self._unkept is not None
+        self._outcome = self._unkept(f"what the handler pushed could not be kept: {reason_of(error)}")
+        self._outcome.__cause__ = self._error = error
+
+    def _keep_nothing(self, outcome: Later) -> None:
+        """Its state could not be kept: it is to be tried again, and nothing of it leaves."""
+        if isinstance(self._outcome, Done):
+            self._leaving = []
+        if not isinstance(self._outcome, Dead):
+            self._outcome = outcome
+        self.states.clear()
 
     def _close(self) -> bool:
         with self._once:
@@ -455,6 +487,83 @@ def collected(deliver: Callable[[MailRequest], object], message: MailRequest) ->
     return collecting.puts
 
 
+def end(attempts: Sequence[Attempt]) -> None:
+    """End attempts whose functions have returned: keep their states, then what they pushed, then tell what has become
+    of them. Each fails alone."""
+    try:
+        _commit_states([attempt for attempt in attempts if attempt.states])
+        _publish([attempt for attempt in attempts if attempt._leaving and attempt._unkept is not None])
+        settled = []
+        for attempt in attempts:
+            with about.about(attempt.about):
+                if attempt._tell():
+                    settled.append(attempt)
+        _forget_states([attempt for attempt in settled if attempt.states])
+        for attempt in settled:
+            with about.about(attempt.about):
+                attempt._depart()
+    finally:
+        for attempt in attempts:
+            attempt._leave()
+
+
+def _by_store(attempts: Iterable[Attempt]) -> Iterable[tuple[StateStorage, list[Attempt]]]:
+    of: dict[int, tuple[StateStorage, list[Attempt]]] = {}
+    for attempt in attempts:
+        if attempt.call.stateful is not None:
+            store = attempt.call.stateful.store
+            of.setdefault(id(store), (store, []))[1].append(attempt)
+    return of.values()
+
+
+def _commit_states(attempts: Sequence[Attempt]) -> None:
+    for store, own in _by_store(attempts):
+        try:
+            store.commit_all([(attempt.states, attempt.key) for attempt in own])
+        except BaseException as error:  # any store
+            if len(own) > 1:  # one of them alone may be at fault
+                for attempt in own:
+                    _commit_states([attempt])
+                continue
+            own[0]._keep_nothing(_later_for(error))
+
+
+def _forget_states(attempts: Sequence[Attempt]) -> None:
+    for store, own in _by_store(attempts):
+        try:
+            store.forget_all([(attempt.states, attempt.key) for attempt in own])
+        except BaseException:  # they are settled all the same: it only stays remembered
+            LOG.exception("%s could not be forgotten", ", ".join(attempt.key for attempt in own))
+
+
+def _publish(attempts: Sequence[Attempt]) -> None:
+    if len(attempts) == 1:
+        try:
+            publish(attempts[0]._leaving)
+        except BaseException as error:  # any store: what was not kept was not done
+            attempts[0]._could_not_keep(error)
+        return
+    shares = [(attempt, put) for attempt in attempts for put in attempt._leaving]
+    for store in {id(put.store): put.store for _, put in shares}.values():
+        own: dict[Attempt, list[Put]] = {}
+        for attempt, put in shares:
+            if put.store is store and attempt._error is None:
+                own.setdefault(attempt, []).append(put)
+        _publish_shares(own)
+
+
+def _publish_shares(shares: Mapping[Attempt, list[Put]]) -> None:
+    """Those of one store: one that cannot be put takes no other with it."""
+    try:
+        _put([put for share in shares.values() for put in share])
+    except BaseException as error:
+        for attempt, share in shares.items():
+            if len(shares) > 1:
+                _publish_shares({attempt: share})
+            else:
+                attempt._could_not_keep(error)
+
+
 def publish(puts: Iterable[Put]) -> None:
     """Put what an attempt left behind into its stores, where there is no job to settle it with.
 
@@ -469,23 +578,13 @@ def publish(puts: Iterable[Put]) -> None:
     for put in puts:
         by_store.setdefault(id(put.store), []).append(put)
     for of_one_store in by_store.values():
-        events.tell_puts(of_one_store, of_one_store[0].store.put(of_one_store))
+        _put(of_one_store)
 
 
-def publishing(tell: Callable[[Result, list[Put]], object], failed: type[Later] = Later) -> Settle:
-    """The settle of an attempt that has no job: publish, then `tell`; what could not be kept makes it a `failed`."""
-
-    def settle(outcome: Result, puts: list[Put]) -> None:
-        try:
-            publish(puts)
-        except Exception as error:  # any store: what was not kept was not done
-            outcome = failed(f"what the handler pushed could not be kept: {reason_of(error)}")
-            outcome.__cause__ = error
-            raise
-        finally:
-            tell(outcome, puts)
-
-    return settle
+def _put(puts: Sequence[Put]) -> None:
+    """All of one store."""
+    if puts:
+        events.tell_puts(puts, puts[0].store.put(puts))
 
 
 def key_of(message: MailRequest, call: Call) -> str:

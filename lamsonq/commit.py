@@ -31,7 +31,7 @@ from functools import partial
 
 from lamsonq import about, mail
 from lamsonq.address import canonical
-from lamsonq.attempt import PATIENCE, Attempt, Call, key_of, publishing
+from lamsonq.attempt import PATIENCE, Attempt, Call, end, key_of
 from lamsonq.backends.maildir_names import new_key as new_id
 from lamsonq.content import Content, Spilled
 from lamsonq.delivery import carried, reported_once
@@ -40,7 +40,7 @@ from lamsonq.jobs import Done, Job, Put, Result
 from lamsonq.queue import job_of, new_key, queue_of
 from lamsonq.routing import RoutingBase, unplanned
 from lamsonq.spool import Spool
-from lamsonq.threads import Threads
+from lamsonq.threads import Threads, Together
 
 LOG = logging.getLogger()
 """The root logger: the names before these lines are part of what users of Lamson grep for."""
@@ -94,6 +94,7 @@ class Committer:
         self.running: set[_Run] = set()
         queue = queue_of(deliver)
         self.spool = None if queue is None else Spool(queue)
+        self.together: Together[Attempt] = Together(end)
         self._looks: asyncio.TimerHandle | None = None
         self._told: deque[Callable[[], None]] = deque()
         self._is_told = False
@@ -152,7 +153,7 @@ class Committer:
                     run.overdue()
                 except Exception:  # one that cannot be ended does not keep the others
                     LOG.exception("%s could not be ended", run.call.name or "deliver")
-        if self.spool is not None and self.spool.hangs(self.timeout):
+        if self.together.hangs(self.timeout) or (self.spool is not None and self.spool.hangs(self.timeout)):
             LOG.error("Keeping messages takes longer than %g seconds; this process will be replaced", self.timeout)
             self.on_hang()
         self._looks = self.loop.call_later(max(min(left), 0.01), self._look) if self.open else None
@@ -417,9 +418,10 @@ class _Run:
         self._committer.running.add(self)
         try:
             key = key_of(self._message, self.call)
-            settle = publishing(self._settle, failed=_Unkept)
-            self._attempt = self._make(self.call, self._message, key=key, settle=settle, patience=PATIENCE)
-            self._attempt.start(self._committer.spawn)
+            self._attempt = self._make(
+                self.call, self._message, key=key, settle=self._settle, patience=PATIENCE, unkept=_Unkept
+            )
+            self._attempt.start(self._committer.spawn, together=self._committer.together)
         except Exception as error:  # a fault of ours: nothing was promised, so the client keeps the message
             LOG.exception("%s could not be run", self.call.name)
             self.give_up()  # it may still stand in the line for its conversation, or have it

@@ -599,9 +599,8 @@ def _call_now(function: Callable[..., Any], body: bytes) -> None:
     message = MailRequest("eager", None, [], b"")
     name = request_type_of(function)
     job = Job(key=new_key(), body=body, target=name, received=clock.now(), metadata=events.produced())
-    attempt.Attempt(_call(function, body, name), message, key="", settle=attempt.publishing(tell), job=job).start(
-        steps.put
-    )
+    call = _call(function, body, name)
+    attempt.Attempt(call, message, key="", settle=tell, job=job, unkept=Later).start(steps.put)
     while not outcomes:
         steps.get()()
     if not isinstance(outcomes[0], Done):

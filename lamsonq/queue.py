@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
 from email.message import Message
+from typing import Any
 
 from lamsonq import about, attempt, clock, events
 from lamsonq.address import canonical
@@ -77,14 +78,19 @@ class Queue:
         """
         at = clock.now()
         job = job_of(message, new_key(self.backend))
-        job = replace(
-            job,
-            due=None if delay is None else moment(delay, at),
-            expires=None if expires is None else moment(expires, at),
-            priority=priority_of(priority),
-            unique=unique,
-            metadata={**events.produced(), **job.metadata},
-        )
+        wishes: dict[str, Any] = {}  # most messages come without any, and are not to pay for a second record
+        if delay is not None:
+            wishes["due"] = moment(delay, at)
+        if expires is not None:
+            wishes["expires"] = moment(expires, at)
+        if priority:
+            wishes["priority"] = priority_of(priority)
+        if unique is not None:
+            wishes["unique"] = unique
+        if produced := events.produced():
+            wishes["metadata"] = {**produced, **job.metadata}
+        if wishes:
+            job = replace(job, **wishes)
         try:
             return self.enqueue(job, now=now, conn=conn) or ""
         except QueueError as error:

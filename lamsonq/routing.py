@@ -26,7 +26,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from lamsonq.address import canonical
-from lamsonq.attempt import ELSEWHERE_PATIENCE, PATIENCE, Attempt, Call, Settle, Stateful, key_of, publishing
+from lamsonq.attempt import ELSEWHERE_PATIENCE, PATIENCE, Attempt, Call, Settle, Stateful, key_of
 from lamsonq.errors import Dead, Failure, Later, Refusal, Undelivered, reason_of
 from lamsonq.jobs import Done, Job, Put, Result
 from lamsonq.mail import MailRequest
@@ -419,7 +419,7 @@ class RoutingBase:
         if marks.stateless:
             return {}
         module, name = value.__module__, getattr(value, "__name__", "")
-        own_module = (call.name or "").rpartition(".")[0]
+        own_module, _, own_name = (call.name or "").rpartition(".")
         assert call.stateful is not None
         changes = {self._conversation(module, message) or ("", ""): name}
         if module != own_module:
@@ -427,8 +427,9 @@ class RoutingBase:
             queue = self.queues.get(module)
             if queue is not None and all(put.store is not queue.backend for put in attempt.puts):
                 attempt.put(Put(queue.backend, job_of(message, new_key(queue.backend))))
-        # What changes nothing need not be written; but a job that has changed it before is to be forgotten.
-        return {c: state for c, state in changes.items() if self.STATE_STORE.look(*c, attempt.key) != (state, None)}
+        # Who stays where he is has perhaps changed nothing; but a job that has changed it before is to be forgotten.
+        look = self.STATE_STORE.look
+        return {c: state for c, state in changes.items() if state != own_name or look(*c, attempt.key) != (state, None)}
 
     # -- running a plan -----------------------------------------------------------------------------------------
 
@@ -440,9 +441,11 @@ class RoutingBase:
         key: str,
         settle: Settle,
         patience: float = ELSEWHERE_PATIENCE,
+        unkept: type[Later] | None = None,
     ) -> Attempt:
         """One call of a plan, ready to start."""
-        return Attempt(call, message.addressed(call.recipient), key=key, settle=settle, patience=patience)
+        message = message.addressed(call.recipient)
+        return Attempt(call, message, key=key, settle=settle, patience=patience, unkept=unkept)
 
     def deliver(self, message: Any) -> None:
         """Run everything that the message asks for, in this thread.
@@ -471,7 +474,7 @@ class RoutingBase:
             steps.put(outcomes.copy)  # nothing to do, but to wake up
 
         key = key_of(message, call)
-        self.attempt(call, message, key=key, settle=publishing(tell), patience=PATIENCE).start(steps.put)
+        self.attempt(call, message, key=key, settle=tell, patience=PATIENCE, unkept=Later).start(steps.put)
         while not outcomes:
             steps.get()()  # what has to go on after a wait goes on in this thread
         return outcomes[0]

@@ -20,7 +20,7 @@ import sqlite3
 import struct
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -29,6 +29,9 @@ from lamsonq.errors import Refusal
 START = "START"
 Conversation = tuple[str, str]
 """(state key, sender): what one state belongs to."""
+
+Made = tuple[Mapping[Conversation, str], str]
+"""The states that an attempt has made, and its key."""
 
 
 class StateStorage:
@@ -68,6 +71,16 @@ class StateStorage:
 
     def forget(self, changes: Mapping[Conversation, str], job: str) -> None:
         """The job is settled and will not come again."""
+
+    def commit_all(self, made: Sequence[Made]) -> None:
+        """`commit` what several attempts have made. Where it raises, it is tried with each alone."""
+        for changes, job in made:
+            self.commit(changes, job)
+
+    def forget_all(self, made: Sequence[Made]) -> None:
+        """`forget` what several attempts have made."""
+        for changes, job in made:
+            self.forget(changes, job)
 
 
 class MemoryStorage(StateStorage):
@@ -173,11 +186,11 @@ class SQLiteStorage(StateStorage):
         self._write(_Write(lambda database: _execute(database, "delete from conversations"), waits=True))
 
     def commit(self, changes: Mapping[Conversation, str], job: str) -> None:
-        def execute(database: sqlite3.Connection) -> None:
-            for (key, sender), state in changes.items():
-                database.execute(_COMMIT, (key, sender, state, job))
+        self.commit_all([(changes, job)])
 
-        self._write(_Write(execute, waits=True))
+    def commit_all(self, made: Sequence[Made]) -> None:
+        rows = [(*who, state, job) for changes, job in made for who, state in changes.items()]
+        self._write(_Write(lambda database: _execute_all(database, _COMMIT, rows), waits=True))
 
     def found_by(self, key: str, sender: str, job: str) -> str | None:
         return self.look(key, sender, job)[1]
@@ -190,10 +203,15 @@ class SQLiteStorage(StateStorage):
         return state, found if by == job != "" else None
 
     def forget(self, changes: Mapping[Conversation, str], job: str) -> None:
+        self.forget_all([(changes, job)])
+
+    def forget_all(self, made: Sequence[Made]) -> None:
+        rows = [(*who, job) for changes, job in made for who in changes]
+        over = [who for changes, _ in made for who, state in changes.items() if state == START]
+
         def execute(database: sqlite3.Connection) -> None:
-            for key, sender in changes:
-                database.execute(_FORGET, (key, sender, job))
-                database.execute(_TIDY, (key, sender))
+            _execute_all(database, _FORGET, rows)
+            _execute_all(database, _TIDY, over)
 
         # Losing this to a power failure is harmless: the job only stays remembered. So nobody waits for it.
         self._write(_Write(execute, waits=False))
@@ -308,6 +326,11 @@ class SQLiteStorage(StateStorage):
 
 def _execute(database: sqlite3.Connection, statement: str) -> None:
     database.execute(statement)
+
+
+def _execute_all(database: sqlite3.Connection, statement: str, rows: Sequence[tuple[str, ...]]) -> None:
+    for row in rows:
+        database.execute(statement, row)
 
 
 _ABANDONED: list[sqlite3.Connection | None] = []

@@ -6,6 +6,7 @@ Rules:
 2. Nobody waits for a result here, so there is none: who hands something over tells it whom to tell. That is a third of
    what concurrent.futures costs, and of a small function most of it.
 3. They are daemons: a function that hangs keeps no process from its end.
+4. `Together` has no thread of its own: who comes first works for all that come meanwhile, and they go on.
 """
 
 from __future__ import annotations
@@ -15,8 +16,16 @@ import errno
 import logging
 import os
 import threading
+import time
+from collections import deque
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+TOGETHER_MAX = 256
+"""Things that are dealt with at once."""
 
 
 class Threads:
@@ -82,3 +91,38 @@ class Threads:
             del function  # who waits for more to do keeps no message in memory
             with self._lock:
                 self._free += 1
+
+
+class Together(Generic[T]):
+    """Has things dealt with by `act`: those that come while it is at work, all at once by its next call."""
+
+    def __init__(self, act: Callable[[list[T]], None]) -> None:
+        self._act = act
+        self._waiting: deque[T] = deque()
+        self._busy = threading.Lock()
+        self._begun: float | None = None
+        """Since when `act` is at work, by the monotonic clock."""
+        self._told: float | None = None
+
+    def submit(self, thing: T) -> None:
+        """Have it dealt with: before this returns, or by the thread that is at work."""
+        self._waiting.append(thing)
+        while self._waiting and self._busy.acquire(blocking=False):
+            try:
+                things = [self._waiting.popleft() for _ in range(min(len(self._waiting), TOGETHER_MAX))]
+                self._begun = time.monotonic()
+                self._act(things)
+                del things  # who works on keeps nothing of before in memory
+            except BaseException:  # whoever it is from, there is more to do
+                logging.exception("%r failed", self._act)
+            finally:
+                self._begun = None
+                self._busy.release()
+
+    def hangs(self, seconds: float) -> bool:
+        """Whether one call takes longer than that; it is told once of each."""
+        begun = self._begun
+        if begun is None or begun == self._told or time.monotonic() - begun <= seconds:
+            return False
+        self._told = begun
+        return True

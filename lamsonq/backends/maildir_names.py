@@ -30,6 +30,7 @@ import re
 import socket
 import threading
 import time
+from collections import OrderedDict
 from typing import NamedTuple
 
 import msgspec
@@ -155,7 +156,7 @@ class _Keys:
         self._lock = threading.Lock()
         self._count = itertools.count(1)
         self._last = 0
-        self._fresh: dict[str, None] = {}
+        self._fresh: OrderedDict[str, None] = OrderedDict()
 
     def new(self) -> str:
         with self._lock:
@@ -167,7 +168,7 @@ class _Keys:
             key = f"{now // 1_000_000}.M{now % 1_000_000:06d}P{os.getpid()}Q{number}.{_host()}"
             self._fresh[key] = None
             if len(self._fresh) > _FRESH_MAX:
-                del self._fresh[next(iter(self._fresh))]
+                self._fresh.popitem(last=False)
         return key
 
     def use(self, key: str) -> bool:

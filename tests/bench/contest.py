@@ -27,7 +27,7 @@ class Scale:
 
 
 SHORT = Scale(full=False, rounds=3, seconds=1.0)
-FULL = Scale(full=True, rounds=5, seconds=5.0)
+FULL = Scale(full=True, rounds=5, seconds=3.0)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """From the last dot to the reply: whatever fails on the way, every client is told, once, and no other notices."""
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from lamsonq.lmtp import LMTPReceiver
 from lamsonq.queue import Queue
 from lamsonq.routing import RoutingBase
 from lamsonq.smtp import SMTPReceiver
+from lamsonq.state import SQLiteStorage
 from lamsonq.threads import Threads
 
 from .clients import MESSAGE, Client, waits_until
@@ -84,6 +86,120 @@ def lmtp(receiver: SMTPReceiver) -> Client:
     client = Client(receiver, greet=False)
     client.say("LHLO client.test")
     return client
+
+
+# -- what ends together -------------------------------------------------------------------------------------------
+
+DESK = """
+from lamsonq.queue import Queue
+from lamsonq.routing import route
+
+@route("(n)@(host)", n="[0-9]+", host=".+")
+def START(message, n, host):
+    Queue("memory:together").push(message)
+    return NEXT
+
+@route("(n)@(host)", n="[0-9]+", host=".+")
+def NEXT(message, n, host):
+    return START
+"""
+
+
+class Counted:
+    """A method of a store behind a gate, which notes how much it is given, and refuses what holds this."""
+
+    def __init__(self, real: Callable[[Sequence[Any]], Any], refuses: str = "") -> None:
+        self.real, self.refuses = real, refuses
+        self.gate, self.begun = threading.Event(), threading.Semaphore(0)
+        self.given: list[int] = []
+
+    def __call__(self, things: Sequence[Any]) -> Any:
+        self.begun.release()
+        assert self.gate.wait(10)
+        self.given.append(len(things))
+        if self.refuses and any(self.refuses in repr(thing) for thing in things):
+            raise QueueError(f"no {self.refuses}")
+        return self.real(things)
+
+
+@contextlib.contextmanager
+def six_at_once(receiver: SMTPReceiver, gated: Counted) -> Iterator[list[str]]:
+    """The replies to six messages, of which five end while the first one is being kept."""
+    replies: list[str] = []
+    with contextlib.ExitStack() as clients:
+        opened = [clients.enter_context(Client(receiver)) for _ in range(6)]
+        for number, client in enumerate(opened):
+            client.begin(f"{number}@x.test", sender=f"{number}@y.test")
+            assert client.say("DATA").startswith("354")
+        opened[0].send(MESSAGE + b".\r\n")
+        assert gated.begun.acquire(timeout=10)
+        for client in opened[1:]:
+            client.send(MESSAGE + b".\r\n")
+        assert waits_until(lambda: len(receiver._committer.together._waiting) == 5)
+        gated.gate.set()
+        replies += [client.reply() for client in opened]
+        yield replies
+
+
+def test_functions_that_end_while_others_are_kept_share_the_next_put(
+    serve: Serve, handlers: Any, router: RoutingBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = Queue("memory:together")
+    queue.clear()
+    handlers(DESK)
+    gated = Counted(queue.backend.put)
+    monkeypatch.setattr(queue.backend, "put", gated)
+    with six_at_once(serve(deliver=None), gated) as replies:
+        assert [reply[:3] for reply in replies] == ["250"] * 6
+    assert gated.given == [1, 5]
+    assert queue.count() == 6
+
+
+def test_they_share_the_next_commit_of_their_states_too(
+    serve: Serve, handlers: Any, router: RoutingBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    router.STATE_STORE = SQLiteStorage("run/state.db")
+    module = handlers(DESK)
+    gated = Counted(router.STATE_STORE.commit_all)
+    monkeypatch.setattr(router.STATE_STORE, "commit_all", gated)
+    with six_at_once(serve(deliver=None), gated) as replies:
+        assert [reply[:3] for reply in replies] == ["250"] * 6
+    assert gated.given == [1, 5]
+    states = [router.STATE_STORE.look(module.__name__, f"{n}@y.test", "anything") for n in range(6)]
+    assert states == [("NEXT", None)] * 6
+
+
+@pytest.mark.parametrize(("fails", "reply"), [("put", "451"), ("commit_all", "250")])
+def test_one_that_cannot_be_kept_takes_no_other_with_it(
+    serve: Serve, handlers: Any, router: RoutingBase, monkeypatch: pytest.MonkeyPatch, fails: str, reply: str
+) -> None:
+    queue = Queue("memory:together")
+    queue.clear()
+    router.STATE_STORE = SQLiteStorage("run/state.db")
+    handlers(DESK)
+    store = queue.backend if fails == "put" else router.STATE_STORE
+    gated = Counted(getattr(store, fails), refuses="3@y.test")
+    monkeypatch.setattr(store, fails, gated)
+    with six_at_once(serve(deliver=None), gated) as replies:
+        assert [reply[:3] for reply in replies] == ["250", "250", "250", reply, "250", "250"]
+    assert gated.given == [1, 5, 1, 1, 1, 1, 1]
+    assert queue.count() == 5
+    waiting = Queue("run/undeliverable").backend.counts()["delayed"]  # bound: its function runs once more, later
+    assert waiting == (reply == "250")
+
+
+def test_a_state_store_that_hangs_asks_for_a_new_process(
+    serve: Serve, handlers: Any, router: RoutingBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handlers(DESK)
+    gated = Counted(router.STATE_STORE.commit_all)
+    monkeypatch.setattr(router.STATE_STORE, "commit_all", gated)
+    receiver = serve(deliver=None, timeout=0.05)
+    with Client(receiver) as client:
+        sent(client, "1@x.test")
+        assert waits_until(lambda: receiver.stuck)
+        gated.gate.set()
+        assert client.reply().startswith("250")
 
 
 # -- what fails ---------------------------------------------------------------------------------------------------

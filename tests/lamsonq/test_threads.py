@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from lamsonq.threads import Threads
+from lamsonq.threads import TOGETHER_MAX, Threads, Together
 
 from .clients import waits_until
 
@@ -118,3 +118,87 @@ def test_forgetting_waits_for_nothing_that_a_thread_has_just_taken() -> None:
     dropping.start()
     dropping.join(PATIENCE / 10)
     assert not dropping.is_alive()
+
+
+# -- what is dealt with together ----------------------------------------------------------------------------------
+
+
+class Desk:
+    """Notes what it is given, behind a gate."""
+
+    def __init__(self) -> None:
+        self.gate, self.begun = threading.Event(), threading.Semaphore(0)
+        self.given: list[list[int]] = []
+        self.threads: list[int] = []
+
+    def __call__(self, things: list[int]) -> None:
+        self.begun.release()
+        assert self.gate.wait(PATIENCE)
+        self.given.append(things)
+        self.threads.append(threading.get_ident())
+        if 13 in things:
+            raise SystemExit("thirteen")
+
+
+def submitted(together: Together[int], thing: int) -> threading.Thread:
+    thread = threading.Thread(target=together.submit, args=(thing,), daemon=True)
+    thread.start()
+    return thread
+
+
+def test_what_comes_alone_is_dealt_with_at_once_by_who_brings_it() -> None:
+    desk = Desk()
+    desk.gate.set()
+    Together(desk).submit(1)
+    assert desk.given == [[1]]
+    assert desk.threads == [threading.get_ident()]
+
+
+def test_what_comes_meanwhile_is_dealt_with_at_once_and_nobody_waits_for_it() -> None:
+    desk = Desk()
+    together = Together(desk)
+    first = submitted(together, 0)
+    assert desk.begun.acquire(timeout=PATIENCE)
+    for number in range(1, 6):
+        together.submit(number)  # returns, though the gate is shut
+    desk.gate.set()
+    first.join(PATIENCE)
+    assert desk.given == [[0], [1, 2, 3, 4, 5]]
+    assert set(desk.threads) == {first.ident}
+
+
+def test_no_more_are_dealt_with_at_once_than_the_bound() -> None:
+    desk = Desk()
+    together = Together(desk)
+    first = submitted(together, -1)
+    assert desk.begun.acquire(timeout=PATIENCE)
+    for number in range(100, 101 + TOGETHER_MAX):
+        together.submit(number)
+    desk.gate.set()
+    first.join(PATIENCE)
+    assert [len(things) for things in desk.given] == [1, TOGETHER_MAX, 1]
+
+
+def test_a_call_that_fails_keeps_nobody_from_being_dealt_with(caplog: pytest.LogCaptureFixture) -> None:
+    desk = Desk()
+    together = Together(desk)
+    first = submitted(together, 13)
+    assert desk.begun.acquire(timeout=PATIENCE)
+    together.submit(1)
+    desk.gate.set()
+    first.join(PATIENCE)
+    assert desk.given == [[13], [1]]
+    assert "thirteen" in caplog.text
+
+
+def test_a_call_that_hangs_is_told_once() -> None:
+    desk = Desk()
+    together = Together(desk)
+    assert not together.hangs(0)
+    first = submitted(together, 1)
+    assert desk.begun.acquire(timeout=PATIENCE)
+    assert waits_until(lambda: together.hangs(0))
+    assert not together.hangs(0)
+    desk.gate.set()
+    first.join(PATIENCE)
+    assert not together.hangs(0)

@@ -137,10 +137,11 @@ class Project:
             (self.folder / name).write_text(text)
 
     @contextlib.contextmanager
-    def started(self, boot: str) -> Iterator[Program]:
+    def started(self, boot: str, processes: int = 1) -> Iterator[Program]:
         """`lamsonq start` of a boot module."""
         name = boot.rpartition(".")[2]
         command = [sys.executable, "-m", "lamsonq", "start", "-boot", boot, "-pid", f"run/{name}.pid", "--no-daemon"]
+        command += ["-workers", str(processes)]
         environment = {**ENVIRONMENT, "LAMSONQ_RECEIVER__PORT": str(self.port)}
         with running(command, self.folder, environment, name) as program:
             yield program
@@ -164,15 +165,15 @@ def session(folder: Path) -> contextlib.AbstractContextManager[Listening]:
 
 
 @contextlib.contextmanager
-def _spool(folder: Path, url: str) -> Iterator[Listening]:
+def _spool(folder: Path, url: str, processes: int = 1) -> Iterator[Listening]:
     project = Project(folder, {"config/spool.py": SPOOL.format(url=url)})
-    with project.started("config.spool") as program:
+    with project.started("config.spool", processes) as program:
         yield listening(project.port, program)
 
 
-def sqlite(folder: Path) -> contextlib.AbstractContextManager[Listening]:
+def sqlite(folder: Path, processes: int = 1) -> contextlib.AbstractContextManager[Listening]:
     """A receiver in front of a queue in SQLite."""
-    return _spool(folder, SQLITE)
+    return _spool(folder, SQLITE, processes)
 
 
 def maildir(folder: Path) -> contextlib.AbstractContextManager[Listening]:

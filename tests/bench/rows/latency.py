@@ -29,7 +29,7 @@ MESSAGE = "From: sender@example.org\r\nTo: desk@example.com\r\nSubject: latency\
 
 
 def contests(scale: Scale) -> Iterator[Contest]:
-    count, few = (200, 5) if scale.full else (50, 1)
+    count, few = (100, 2) if scale.full else (50, 1)
     idle = max(scale.seconds * 2, 5)
     urls = {SQLITE: lamsonq.SQLITE, MAILDIR: lamsonq.MAILDIR}
     ours = {name: partial(lamsonq.working, url=url) for name, url in urls.items()}
