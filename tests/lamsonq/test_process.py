@@ -779,5 +779,5 @@ settings.receiver = Searching()
 def test_a_child_shares_what_the_boot_has_loaded_also_after_a_search_for_garbage(project: Project) -> None:
     project.boot(SEARCHING)
     project.start()
-    until(lambda: project.noted("shares") or project.noted("copies"))
+    until(lambda: bool(project.noted("shares") or project.noted("copies")))
     assert project.noted("copies") == []
