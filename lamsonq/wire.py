@@ -29,6 +29,7 @@ import ssl
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from functools import lru_cache
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import Any, ClassVar
 
 from aiosmtpd import smtp
@@ -80,11 +81,12 @@ Command = Callable[[Any, str | None], Work | None]
 class _Inbox(threading.local):
     """Where a thread's sessions are given what has come; each takes it out before another is given something.
 
-    asyncio would make a new object of CHUNK octets for every read, and the kernel map and unmap it.
+    asyncio would make a new object of CHUNK octets for every read, and the kernel map and unmap it. Of this one only
+    those pages are in memory that have been written to, which is none in a thread that has no sessions.
     """
 
     def __init__(self) -> None:
-        self.view = memoryview(bytearray(CHUNK))
+        self.view = memoryview(mmap(-1, CHUNK, flags=MAP_PRIVATE | MAP_ANONYMOUS))
 
 
 _inbox = _Inbox()
