@@ -112,10 +112,16 @@ def test_a_maildir_that_breaks_ends_no_receiver_and_is_taken_up_again_when_it_is
     thread = run(receiver)
     broken.push(mail())
     until(lambda: seen == [broken.dir])
-    folder, away = tmp_path / "broken" / sub, tmp_path / "away"
-    folder.rename(away)
-    if kind == "file":
-        folder.write_text("in its place")
+    folder, numbers = tmp_path / "broken" / sub, itertools.count()
+
+    def breaks() -> bool:
+        folder.rename(tmp_path / f"away-{next(numbers)}")
+        try:
+            return kind == "gone" or bool(folder.write_text("in its place"))
+        except IsADirectoryError:
+            return False  # the receiver was quicker: it has made the folder anew
+
+    until(breaks)
     fine.push(mail())
     until(lambda: seen == [broken.dir, fine.dir])
     if kind == "file":
