@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import hashlib
 import inspect
 import logging
@@ -28,6 +29,7 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 from lamsonq import about, clock, events
@@ -249,9 +251,8 @@ class Attempt:
         thread = self._thread
         if self._task is not None and _handler_loop().runs(self._task):
             thread = _handler_loop().thread.ident
-        frame = sys._current_frames().get(thread or -1)
-        if frame is not None:
-            return traceback.format_stack(frame)
+        if (running := _frame_of(thread)) is not None:
+            return traceback.format_stack(running)
         lines: list[str] = []
         waiting = self._awaited
         while (frame := getattr(waiting, "cr_frame", None)) is not None:
@@ -603,6 +604,25 @@ def _later_for(error: BaseException) -> Later:
     outcome = Later(f"the conversation's state could not be read or kept: {error}")
     outcome.__cause__ = error
     return outcome
+
+
+_collector = threading.Lock()
+
+
+def _frame_of(thread: int | None) -> FrameType | None:
+    """What this thread is at, by its ident; None when it has ended.
+
+    The garbage has to wait: in CPython 3.11 whoever collects a thread-local while the frames are listed waits for
+    himself, and with him the whole process (gh-106883).
+    """
+    with _collector:
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            return sys._current_frames().get(thread or -1)
+        finally:
+            if collects:
+                gc.enable()
 
 
 def _run_here(function: Callable[[], None]) -> None:

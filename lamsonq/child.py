@@ -6,8 +6,9 @@ Rules:
    parent: what has been begun is given back at once. (QUIT, because two TERMs that come together are one.)
 2. A child ends when its parent is gone: it holds the reading end of a pipe (the lifeline) whose writing end only the
    parent has.
-3. A receiver works in a thread, so that the main thread, where Python runs signal handlers, only waits: `stop` is
-   never called in the middle of something else.
+3. A receiver works in a thread, so that the main thread only waits: `stop` is never called in the middle of something
+   else. Signals come through a pipe: Python runs their handlers in the main thread, but of two signals that come
+   together the kernel gives one to another thread (signal(7)), and then nothing wakes the main thread for it.
 4. Large blocks of memory go back to the system when they are freed. The C library would stop doing so by itself, and
    what is small and lives on then keeps the room of large ones between it: a server would grow for days.
 5. What a child tells is lines in a pipe: `ready`, `stuck`, `tally ...`, `failed ...`. It never waits for its parent.
@@ -20,6 +21,7 @@ import ctypes
 import json
 import logging
 import os
+import select
 import signal
 import sys
 import threading
@@ -50,6 +52,9 @@ RETIRED = 87
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGCHLD)
 """The signals that a server minds. They are blocked wherever nobody could mind them: at a fork, at an exec."""
+
+_EVENTS: dict[int, str] = {signal.SIGTERM: "stop", signal.SIGQUIT: "quit", signal.SIGUSR1: "reopen"}
+"""Not of INT: Ctrl-C goes to all, and the parent passes it on as TERM."""
 
 READY = b"ready"
 STUCK = b"stuck"
@@ -87,17 +92,11 @@ class Child:
     def live(self) -> int:
         _map_large_blocks()
         os.set_blocking(self.status, False)
-        signal.signal(signal.SIGTERM, lambda *_: self.events.put("stop"))
-        signal.signal(signal.SIGQUIT, lambda *_: self.events.put("quit"))
-        signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C goes to all: the parent passes it on as TERM
-        signal.signal(signal.SIGHUP, lambda *_: None)
-        signal.signal(signal.SIGUSR1, lambda *_: self.events.put("reopen"))
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        signals = self._hear_signals()
         self.told = TALLY.told()
         register_event_consumer(TALLY)
-        for work in (self._watch_parent, self._receive):
-            threading.Thread(target=work, name=work.__name__, daemon=True).start()
+        for work, *args in ((self._watch, signals), (self._receive,)):
+            threading.Thread(target=work, args=args, name=work.__name__, daemon=True).start()
         event = self._next(_STARTED_AFTER)
         if event in ("started", "") or (event == "ended" and self.failure is None):  # it may have had little to do
             self._say(READY)
@@ -137,9 +136,32 @@ class Child:
             self.failure = error
         self.events.put("ended")
 
-    def _watch_parent(self) -> None:
-        os.read(self.lifeline, 1)
-        self.events.put("orphan")
+    def _hear_signals(self) -> int:
+        """Let signals come; the descriptor from which their numbers can be read."""
+        signals, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # what comes to a handler's is not for us
+        for number in SIGNALS:
+            signal.signal(number, lambda *_: None)  # not SIG_IGN, which programs that a handler starts would inherit
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        return signals
+
+    def _watch(self, signals: int) -> None:
+        """Wait for signals, and for the end of the parent."""
+        poll = select.poll()
+        for fd in (signals, self.lifeline):
+            poll.register(fd, select.POLLIN)
+        while True:
+            ready = [fd for fd, _ in poll.poll()]
+            if signals in ready:
+                for number in os.read(signals, 512):
+                    if number in _EVENTS:
+                        self.events.put(_EVENTS[number])
+            if self.lifeline in ready:
+                self.events.put("orphan")
+                poll.unregister(self.lifeline)
 
     def _stop(self, grace: float) -> None:
         self.stops += 1

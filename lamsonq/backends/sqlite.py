@@ -217,6 +217,9 @@ class SQLite(Reserving):
         self._bodies.settle_doubts()
         sqlite_bodies.tidy(self._database)
 
+    def _is_at_rest(self) -> bool:
+        return not self._limits and self._outgoing.empty and not self._bodies.doubtful
+
     def release_stale(self) -> int:
         """What a settled job has put into another store is handed over too, if it is not there yet.
 
@@ -245,7 +248,7 @@ class SQLite(Reserving):
 
     def limit(self, limits: Sequence[Limit]) -> None:
         self._limits = tuple(limits)
-        self._keep_up_at = 0.0
+        self._vigil.look_now()
         self.wake()
 
     def close(self) -> None:

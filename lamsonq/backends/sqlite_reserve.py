@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 from lamsonq.backends import sqlite_bodies, sqlite_claims
+from lamsonq.backends.lives import Vigil
 from lamsonq.backends.sqlite_claims import Asked, Claimed
 from lamsonq.backends.sqlite_errors import About
 from lamsonq.backends.sqlite_kept import Kept
@@ -25,9 +26,6 @@ from lamsonq.backends.sqlite_wake import Ear
 from lamsonq.backends.sqlite_workers import Life
 from lamsonq.errors import Dead, LeaseLost
 from lamsonq.jobs import Job, Limit, Outcome, Put
-
-REAP_EVERY = 5.0
-"""Seconds between two looks for dead workers."""
 
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """What this machine is short of just now; any other error is of this one body, and does not stop the jobs behind it."""
@@ -46,9 +44,9 @@ class Reserving(Kept):
         self._suspect = ""  # the one of them whose worker died before
         self._found = False  # the last look found something, so there may be more
         self._quiet = self._passed_over = False  # what sqlite_claims.Claimed says
-        self._keep_up_at = 0.0
+        self._vigil = Vigil()
         self._limits: tuple[Limit, ...] = getattr(self, "_limits", ())
-        self._ear = Ear(f"{self._database.path}-wal", self._database.turn)
+        self._ear = Ear(f"{self._database.path}-wal", self._database.turn, self._vigil)
 
     def settle(self, job: Job, outcome: Outcome, puts: Sequence[Put] = ()) -> list[bool]:
         raise NotImplementedError
@@ -57,10 +55,12 @@ class Reserving(Kept):
         """Look for dead workers, and mend what nobody else does."""
         raise NotImplementedError
 
+    def _is_at_rest(self) -> bool:
+        """Whether nothing is to be mended by time."""
+        raise NotImplementedError
+
     def _keep_up(self) -> None:
-        now = time.monotonic()
-        if now >= self._keep_up_at:
-            self._keep_up_at = now + REAP_EVERY
+        if self._vigil.is_due():
             self._tend()
 
     def _worker(self) -> str:
@@ -75,9 +75,9 @@ class Reserving(Kept):
         until = time.monotonic() + wait
         with About(self.name):
             while True:
-                self._keep_up()
                 if wait > 0:
                     self._ear.listen()
+                self._keep_up()
                 looks = n > 0 and not (self._quiet and self._held) and (self._found or self._is_something_ready())
                 jobs = self._take(n, only) if looks else []
                 self._found = bool(jobs)
@@ -90,8 +90,8 @@ class Reserving(Kept):
         until = time.monotonic() + seconds
         with About(self.name):
             while True:
-                self._keep_up()
                 self._ear.listen()
+                self._keep_up()
                 left = until - time.monotonic()
                 if (self._is_something_ready() and not self.paused()) or left <= 0 or self._sleep(left):
                     return
@@ -100,7 +100,8 @@ class Reserving(Kept):
         """Until something is written, `wake` or the time at which a job is due; whether it was `wake`."""
         query = "select min(due) - :now from jobs where queue = :queue and state = 'delayed' and due > :now"
         [[until_due]] = self._rows(query)
-        return self._ear.sleep(min(seconds, REAP_EVERY, *([] if until_due is None else [until_due])))
+        patience = self._vigil.patience(hears=self._ear.hears and self._is_at_rest())
+        return self._ear.sleep(min(seconds, patience, *([] if until_due is None else [until_due])))
 
     def wake(self) -> None:
         self._ear.wake()

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import trustme
 
+from lamsonq.backends import memory
 from lamsonq.mail import MailRequest
 from lamsonq.marks import MODULES
 from lamsonq.routing import RoutingBase
@@ -28,6 +29,17 @@ def unsynced() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)
         yield
+
+
+@pytest.fixture(autouse=True)
+def apart() -> Iterator[None]:
+    """Tests come in any order, and many in one process: its queues in memory and its umask are each test's own."""
+    umask = os.umask(0o022)
+    os.umask(umask)
+    with pytest.MonkeyPatch.context() as patch:  # not the test's own, which is undone before other fixtures end
+        patch.setattr(memory, "_stores", {})
+        yield
+    os.umask(umask)
 
 
 @pytest.fixture

@@ -110,8 +110,8 @@ async def talk(session: smtp.SMTP, pieces: list[bytes], turns: int = 3) -> Trans
             await asyncio.sleep(0)
     for _ in range(40 + sum(map(len, pieces))):  # aiosmtpd reads line by line, with turns between
         await asyncio.sleep(0)
-    assert session._handler_coroutine is not None
-    session._handler_coroutine.cancel()
+    if session._handler_coroutine is not None:  # aiosmtpd's read loop
+        session._handler_coroutine.cancel()
     assert session._timeout_handle is not None
     session._timeout_handle.cancel()
     return transport

@@ -884,7 +884,7 @@ def test_without_watches_a_worker_looks_once_a_second(
     def none_left(**_: object) -> None:
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr("lamsonq.backends.sqlite_wake.Inotify", none_left)
+    monkeypatch.setattr("asyncinotify.Inotify", none_left)
     monkeypatch.setattr("lamsonq.backends.sqlite_wake.LOOK_EVERY", 0.1)
     queue, other = make(now=time.time), make(now=time.time)
     assert queue.reserve(1) == []

@@ -516,6 +516,27 @@ def test_a_handler_that_hangs_is_settled_without_it_and_the_process_asks_to_be_r
     assert "GO.wait" in details(posts)
 
 
+def test_while_it_looks_for_what_a_handler_hangs_at_no_garbage_is_collected() -> None:
+    """In CPython 3.11 the process would hang, too."""
+    look = """
+        import gc, threading
+        from lamsonq import attempt
+
+        class Circle: pass
+
+        for objects in range(1, 60):  # the garbage is collected after so many new ones: some of them are its list
+            gc.collect(); gc.disable()
+            circle = Circle()
+            circle.itself, circle.own = circle, threading.local()
+            del circle
+            gc.set_threshold(objects); gc.enable()
+            assert attempt._frame_of(threading.get_ident()) is not None
+            assert gc.isenabled()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(look)]
+    assert subprocess.run(command, timeout=20, check=False).returncode == 0
+
+
 def test_an_async_handler_that_hangs_is_cancelled(
     router: RoutingBase, module: Module, mail: Mail, posts: Queue
 ) -> None:

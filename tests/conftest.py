@@ -1,0 +1,16 @@
+"""On how many processes the tests run."""
+
+import os
+
+import pytest
+
+AT_MOST = 4
+"""A user may have 128 watches of inotify(7), and a process of the tests has some dozens of them at times."""
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """The whole suite runs on the processors of this machine, a file on one of them. What is named on the command line
+    runs in this process: that has ended before others have started. So do the long tests, which measure time."""
+    whole = config.args_source is not pytest.Config.ArgsSource.ARGS and not config.option.keyword
+    plain = config.option.markexpr == "not slow"
+    return min(AT_MOST, len(os.sched_getaffinity(0))) if whole and plain else 0
