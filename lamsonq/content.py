@@ -14,7 +14,6 @@ Rules:
 from __future__ import annotations
 
 import os
-import tempfile
 
 from lamsonq.trace import hops
 
@@ -27,6 +26,8 @@ class Spilled:
     """
 
     def __init__(self, *, checked: bool = False) -> None:
+        import tempfile  # when it is used: most servers never see a large message, and it brings the compressors
+
         where = "run" if os.access("run", os.W_OK | os.X_OK) else None
         self._file = tempfile.TemporaryFile(buffering=0, dir=where)  # noqa: SIM115 - `read` closes it, or `close`
         self._size = 0

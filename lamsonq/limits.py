@@ -19,6 +19,7 @@ import ipaddress
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 
 CLIENTS_MAX = 100_000
 MINUTE = 60.0
@@ -172,7 +173,7 @@ class Traffic:
 
     def _client(self, address: str, now: float) -> Client:
         free = not address or (bool(self.trusted) and within(address, self.trusted))
-        group = f"free {address}" if free or within(address, _LOOPBACK) else _group(address)
+        group = f"free {address}" if free or _is_loopback(address) else _group(address)
         client = self._clients.pop(group, None) or Client(group, self._may(address, free), began=now)
         self._clients[group] = client  # at the end, as who was here last
         for _ in range(_TRIES):
@@ -188,7 +189,7 @@ class Traffic:
         chosen = self.limits
         if free:
             return replace(chosen, **dict.fromkeys(_OF_A_CLIENT, 0))
-        ours = _UNLIMITED if within(address, _LOOPBACK) else self._strangers
+        ours = _UNLIMITED if _is_loopback(address) else self._strangers
         missing = {name: getattr(ours, name) for name in _OF_A_CLIENT if getattr(chosen, name) is None}
         return replace(chosen, **missing)
 
@@ -206,6 +207,12 @@ def within(client: str, networks: Sequence[Network]) -> bool:
 _LOOPBACK = (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128"))
 
 
+@lru_cache(1024)
+def _is_loopback(client: str) -> bool:
+    return within(client, _LOOPBACK)
+
+
+@lru_cache(1024)
 def _group(client: str) -> str:
     """Rule 3."""
     if ":" not in client:

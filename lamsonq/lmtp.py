@@ -23,7 +23,7 @@ from lamsonq.routing import RoutingBase
 from lamsonq.session import Check, Session
 from lamsonq.smtp import SMTPReceiver
 from lamsonq.tls import TLS
-from lamsonq.wire import Hot
+from lamsonq.wire import Command
 
 SMTP_PORT = 25
 
@@ -71,7 +71,12 @@ class LMTPSession(Session):
     def _no_smtp(self, hostname: str | None) -> None:  # noqa: ARG002
         self.say(_NO_LMTP)
 
-    hot: ClassVar[Mapping[str, Hot]] = {**Session.hot, "LHLO": _lhlo, "EHLO": _no_smtp, "HELO": _no_smtp}
+    commands: ClassVar[Mapping[str, Command]] = {
+        **Session.commands,
+        "LHLO": _lhlo,
+        "EHLO": _no_smtp,
+        "HELO": _no_smtp,
+    }
 
 
 class LMTPReceiver(SMTPReceiver):

@@ -16,7 +16,6 @@ import hmac
 import logging
 import os
 import secrets
-import tempfile
 import threading
 import unicodedata
 
@@ -124,6 +123,8 @@ def _rewrite(path: str, name: str, entry: str | None) -> bool:
             lines = file.read().splitlines()
     except FileNotFoundError:
         lines = []
+    import tempfile  # when it is used: a server only reads
+
     kept = [line for line in lines if line.partition(":")[0] != _prepared(name)]
     was_there = len(kept) < len(lines)
     descriptor, fresh = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=".logins")

@@ -17,14 +17,17 @@ import re
 from collections.abc import Iterator, Sequence
 from email.message import Message
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from lamsonq.address import addresses_in, bare_address, canonical, is_path_address, parse_path, parseaddr
-from lamsonq.bounce import BounceAnalyzer, detect_if_likely
 from lamsonq.envelope import Envelope
 from lamsonq.headers import Field, HeaderBlock, check_name, check_value, shown, undecoded, written
 from lamsonq.mime import Part, Tree, leaves, main_text, parse
 from lamsonq.response import Attachment, MailResponse
 from lamsonq.verdicts import Auth
+
+if TYPE_CHECKING:
+    from lamsonq.bounce import BounceAnalyzer
 
 __all__ = [
     "ROUTABLE_TO_HEADER",
@@ -264,6 +267,8 @@ class MailRequest:
         Source: Lamson's `MailRequest.is_bounce`.
         """
         if self.bounce is None:
+            from lamsonq.bounce import detect_if_likely  # when it is used: it brings seven modules
+
             self.bounce = detect_if_likely(self)
         return self.bounce.probable(threshold)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from html import unescape
 from typing import NamedTuple
 
 ATTRIBUTES_MAX = 8 * 1024
@@ -66,6 +65,8 @@ def text_of(html: str) -> str:
 
 def unescaped(text: str) -> str:
     """The text with its character references as characters."""
+    from html import unescape  # when it is used: it brings a table of two thousand characters
+
     # Python refuses to read a number of thousands of digits; what is no character is U+FFFD in HTML.
     return unescape(_huge_number.sub("\ufffd", text))
 

@@ -45,13 +45,14 @@ from lamsonq.address import canonical
 from lamsonq.connection import Client, HandshakeError, Pool, Server, own_name
 from lamsonq.envelope import UNASKED, Notify
 from lamsonq.errors import Dead, Failure, Later, QueueError, Receipt, SettingsError, SMTPError, Undelivered
-from lamsonq.mx import MailServers
 from lamsonq.signing import DKIM, signed
-from lamsonq.suppression import Suppressions
 from lamsonq.transaction import Stale, Transaction, for_the_wire, one_line
 
 if TYPE_CHECKING:
     import dns.resolver
+
+    from lamsonq.mx import MailServers
+    from lamsonq.suppression import Suppressions
 
 OPENING_FACTOR = 3
 """So many time-outs may pass before a server of a domain is ready for MAIL; then no other one is tried."""
@@ -162,6 +163,8 @@ class Relay:
             LOG.warning("Relay without a host and port %d: the world's mail servers listen on port 25.", self.port)
         if not own_name():
             LOG.warning("Relay without a host: this machine's name has no domain; many mail servers will refuse it.")
+        from lamsonq.mx import MailServers  # when it is used: most relays have one server
+
         return MailServers(self.port, resolver)
 
     def __repr__(self) -> str:

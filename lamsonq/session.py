@@ -35,10 +35,10 @@ from aiosmtpd.proxy_protocol import V2_CMD, get_proxy
 from lamsonq import mail
 from lamsonq.address import canonical
 from lamsonq.content import Content, Spilled, has_bare_line_end
-from lamsonq.envelope import Envelope, Notify
+from lamsonq.envelope import UNASKED, Envelope, Notify
 from lamsonq.limits import Client, Refused, Traffic
 from lamsonq.trace import HOPS_MAX, hops, protocol_word
-from lamsonq.wire import Hot, Wire, Work
+from lamsonq.wire import Command, Wire, Work, reply_line
 
 LOG = logging.getLogger()
 """The root logger, where the other lines about a message go."""
@@ -175,7 +175,6 @@ class Session(Wire):
 
     def __init__(self, server: Server, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(
-            None,
             data_size_limit=server.size_limit,
             enable_SMTPUTF8=True,
             hostname=server.hostname,
@@ -202,7 +201,7 @@ class Session(Wire):
         self._last_piece = False
         self._no_room = ""
         """The reply to a message that was dropped because there was no room for it."""
-        self._notify = Notify()
+        self._notify = UNASKED
 
     # -- the connection ----------------------------------------------------------------------------------------
 
@@ -298,7 +297,7 @@ class Session(Wire):
         """Seconds since the client's last sign of life; 0.0 while a transaction is under way.
 
         Who is in the middle of a handshake or a login is waited for like everybody else."""
-        we_work = self._work is not None and not self._feeding and not self._shaking
+        we_work = self._waiting and not self._feeding and not self._shaking
         return 0.0 if we_work or self._under_way else self.loop.time() - self._heard
 
     @property
@@ -347,13 +346,16 @@ class Session(Wire):
         if most and self._faults >= most:
             self.dismiss("421 4.7.0 Too many errors, closing connection")
 
-    def _forbids(self, command: str) -> bool:
+    def _unknown(self, command: str) -> None:
         if command in _WORDS_OF_THE_WEB:
             self.dismiss("421 4.7.0 This is a mail server")
-        elif self.server.tls_required and not self._is_encrypted and command in _AFTER_TLS:
-            self.say("530 5.7.0 Must issue a STARTTLS command first")  # RFC 3207 section 4
         else:
+            super()._unknown(command)
+
+    def _forbids(self, command: str) -> bool:
+        if command not in _AFTER_TLS or not self.server.tls_required or self._is_encrypted:
             return False
+        self.say("530 5.7.0 Must issue a STARTTLS command first")  # RFC 3207 section 4
         return True
 
     @property
@@ -383,10 +385,9 @@ class Session(Wire):
         session.extended_smtp = verb != "HELO"
         session.host_name = hostname
         if verb == "HELO":
-            self.write(f"250 {self.hostname}")
-            return
-        *offers, last = self._offers()
-        self.write(*(f"250-{offer}" for offer in offers), f"250 {last}")
+            self.write(_lines(self.hostname))
+        else:
+            self.write(_lines(*self._offers()))
 
     def _offers(self) -> list[str]:
         offers = [self.hostname, f"SIZE {self.server.size_limit}", *self.extensions]
@@ -441,11 +442,11 @@ class Session(Wire):
         self.login = ""
         return True
 
-    async def smtp_AUTH(self, arg: str | None) -> None:
+    def _auth(self, argument: str | None) -> None:
         """AUTH (RFC 4954), with aiosmtpd's PLAIN and LOGIN; the password is looked at in a thread."""
         if self._out_of_order():
             return
-        words = (arg or "").split()
+        words = (argument or "").split()
         if not self.server.has_logins:
             self.say("502 5.5.1 AUTH is not offered")
         elif not self._is_encrypted:
@@ -457,7 +458,7 @@ class Session(Wire):
         elif words[0].upper() not in _MECHANISMS:
             self.say("504 5.5.4 Unrecognized authentication type")
         else:
-            await self._log_in(words)
+            self._begin(self._log_in(words), feeding=True)
 
     async def _log_in(self, words: list[str]) -> None:
         mechanism = words[0].upper()
@@ -508,7 +509,7 @@ class Session(Wire):
         """No transaction is under way (RFC 5321 section 4.1.1.5)."""
         self._set_rset_state()
         self._chunks = None
-        self._notify = Notify()
+        self._notify = UNASKED
         self._no_room = ""
         self._release()
 
@@ -711,18 +712,19 @@ class Session(Wire):
             self.drops()
         self.read_octets(self._piece, self._take_piece, keep=fits)
 
-    def _take_piece(self, piece: bytes | None) -> Work | None:
+    def _take_piece(self, piece: bytes | None) -> None:
         assert self.envelope is not None
         if not self._state.host_name or not self.envelope.rcpt_tos:
             self.say("503 5.5.1 Need RCPT command")
-            return None
+            return
         chunks = self._chunks if self._chunks is not None else bytearray()
         self._chunks = chunks
         chunks += piece or b""
         if self._last_piece:
             content = None if piece is None else bytes(chunks)
             chunks.clear()
-            return self._take_whole(content)
+            self._take_whole(content)
+            return
         if len(chunks) > self.spill_after:
             piece = piece if self.spills(b"") and self.keeps(0) else None
         if piece is None:
@@ -731,7 +733,6 @@ class Session(Wire):
             self._forget()
         else:
             self.say(f"250 2.0.0 {self._piece} octets received")
-        return None
 
     def keeps(self, octets: int) -> bool:
         """Count what is kept in memory, for all sessions together."""
@@ -803,7 +804,7 @@ class Session(Wire):
             return "550 5.6.0 A message holds no <NUL> (RFC 2045 section 2.8)"
         return None
 
-    def _take_whole(self, last: bytes | None) -> Work | None:
+    def _take_whole(self, last: bytes | None) -> None:
         """A message has come, and this is what did not spill: have it taken; each reply to it goes out as soon as it is
         known."""
         assert self.envelope is not None
@@ -813,12 +814,11 @@ class Session(Wire):
         accepted = [canonical(path) for path in self.envelope.rcpt_tos]
         groups = self.groups(accepted)
         self.owed = len(groups)
-        self._answered = self.loop.create_future()
         refusal = self._fault_of(content)
         if content is None or refusal is not None:
             for _ in groups:
                 self._pay(refusal or "")
-            return None
+            return
         paths: dict[str, str] = {}  # each recipient once, as it was first written
         for recipient, path in zip(accepted, self.envelope.rcpt_tos, strict=True):
             paths.setdefault(recipient, path)
@@ -836,7 +836,8 @@ class Session(Wire):
         self._spilled = None
         self._release()  # the receiver counts it now
         self.server.commit(envelope, content, groups, self._pay)
-        return self._answered
+        if self.owed:
+            self.wait()
 
     def _pay(self, reply: str) -> None:
         """One of the replies that are owed; the last one ends the transaction."""
@@ -848,8 +849,8 @@ class Session(Wire):
             self._messages += 1
             self._forget()
             self.parting = self.server.draining
-            if not self._answered.done():  # else the client has gone
-                self._answered.set_result(None)
+            if self._waiting:
+                self.resume()
 
     def say(self, reply: str) -> None:
         super().say(enhanced(reply))
@@ -860,7 +861,7 @@ class Session(Wire):
         utf8 = any(option.upper() == "SMTPUTF8" for option in self.envelope.mail_options) if self.envelope else False
         return protocol_word(base, tls=self._is_encrypted, login=bool(self.login), utf8=utf8)
 
-    hot: ClassVar[Mapping[str, Hot]] = {
+    commands: ClassVar[Mapping[str, Command]] = {
         "MAIL": _mail,
         "RCPT": _rcpt,
         "DATA": _data,
@@ -873,6 +874,7 @@ class Session(Wire):
         "HELP": _help,
         "VRFY": _vrfy,
         "STARTTLS": _starttls,
+        "AUTH": _auth,
     }
 
 
@@ -881,6 +883,13 @@ _NO_STORAGE = "452 4.3.1 Insufficient system storage, try again later"
 _SSLObject = ssl.SSLObject
 _MECHANISMS = ("PLAIN", "LOGIN")
 _AFTER_TLS = frozenset({"MAIL", "RCPT", "DATA", "BDAT", "VRFY", "AUTH"})
+
+
+@lru_cache(64)
+def _lines(*texts: str) -> bytes:
+    """A reply of several lines (RFC 5321 section 4.2.1) that accepts a greeting."""
+    *first, last = texts
+    return b"".join(map(reply_line, [*(f"250-{text}" for text in first), f"250 {last}"]))
 
 
 _STATUS = re.compile(r"([245])\d\d(?: |$)(?!\1\.\d{1,3}\.\d{1,3}(?: |$))")

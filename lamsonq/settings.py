@@ -14,11 +14,9 @@ where it *runs*: hosts, ports, paths, credentials. Rules:
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import ipaddress
 import json
-import logging.config
 import os
 import re
 import sys
@@ -377,6 +375,8 @@ class _Check:
         )
 
     def unknown(self, keys: tuple[str, ...], known: Mapping[str, object]) -> SettingsError:
+        import difflib  # when it is used: a boot is only slowed down by it
+
         near = difflib.get_close_matches(keys[-1], known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
         return SettingsError(f"{self.origin(keys)}: {'.'.join(keys)}: there is no such setting; {hint}")
@@ -419,6 +419,8 @@ def load_logging(path: str = "config/logging.toml") -> None:
 
     Raises SettingsError.
     """
+    from logging.config import dictConfig  # when it is used: it brings the network's handlers and pickle
+
     table = _read_toml(path)
     table.setdefault("disable_existing_loggers", False)  # dictConfig would silence everything imported before
     handlers = table.get("handlers", {})
@@ -426,7 +428,7 @@ def load_logging(path: str = "config/logging.toml") -> None:
         for handler in handlers.values():
             if "filename" in handler:
                 os.makedirs(os.path.dirname(handler["filename"]) or ".", exist_ok=True)
-        logging.config.dictConfig(table)
+        dictConfig(table)
     except OSError as error:
         raise Refusal(f"{path}: cannot write the log file {error.filename}: {error.strerror}") from error
     except (ValueError, TypeError, AttributeError) as error:

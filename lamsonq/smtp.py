@@ -68,6 +68,9 @@ GIVE_WAY_AFTER = 10.0
 
 _GOODBYE = "421 4.3.2 Service shutting down"
 _GIVE_WAY = "421 4.7.0 Too many connections, and you have been silent the longest"
+_UNDELIVERABLE_LOOK_EVERY = 60.0
+"""Seconds between two looks into a queue that tells by itself when something comes."""
+
 _SPARE_FILES = 256
 """Descriptors that are needed besides those of the clients."""
 
@@ -243,6 +246,7 @@ class SMTPReceiver:
         if self.deliver is None:
             self._undeliverable = QueueReceiver(
                 self._undeliverable_queue(),
+                sleep=_UNDELIVERABLE_LOOK_EVERY,
                 workers=self.workers,
                 router=self.router,
                 timeout=self.timeout,

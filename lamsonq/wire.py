@@ -3,9 +3,8 @@
 Rules:
 
 1. What a client sends is taken in whole chunks, through one buffer for all sessions of a thread, and worked off in
-   order. Hot commands (`hot`) are plain functions that
-   run at once; every other one is a coroutine of aiosmtpd's kind. While one of these runs nothing else of this session
-   does, and a reply is never overtaken.
+   order. Commands are plain functions that run at once; what takes its time, they return. While that runs nothing else
+   of this session does, and a reply is never overtaken.
 2. A command ends with CRLF and holds no control character (RFC 5321 section 2.3.8); anything else is refused and not
    executed. A message ends with CRLF.CRLF and with nothing else (section 4.1.1.4).
 3. Memory is bounded: a command by COMMAND_MAX, what is sent ahead by AHEAD_MAX, a message by SPILL_AFTER; what is
@@ -15,10 +14,10 @@ Rules:
    gone after CLOSE_TIMEOUT, also when the client reads nothing.
 5. What is sent ahead of a TLS handshake is dropped unread (RFC 3207 section 6).
 
-Of aiosmtpd stay the session, the envelope, the hooks, STARTTLS's and AUTH's rules and its commands; its read loop does
-not run. Its private names that are touched: `_reader` (and its `_buffer`), `_writer`, `_tls_protocol`,
-`_original_transport`, `_handle_client`, `_reset_timeout`, `_timeout_handle`, `_timeout_cb`,
-`_set_rset_state`, `_smtp_methods`. A test holds all this to what aiosmtpd does.
+Of aiosmtpd stay the session, the envelope and AUTH's mechanisms; neither its read loop nor its commands run, and it
+calls no hooks. Its private names that are touched: `_reader` (and its `_buffer`), `_tls_protocol`,
+`_original_transport`, `_reset_timeout`, `_timeout_handle`, `_timeout_cb`, `_set_rset_state`; and asyncio's
+`_drain_helper`, which it derives from. A test holds all this to what aiosmtpd does.
 """
 
 from __future__ import annotations
@@ -29,7 +28,8 @@ import re
 import ssl
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Mapping
-from functools import cache, lru_cache
+from functools import lru_cache
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import Any, ClassVar
 
 from aiosmtpd import smtp
@@ -68,42 +68,53 @@ CHUNK = 1 << 18
 """Octets that are taken from a socket at once, at most."""
 
 _END = b"\r\n.\r\n"
-_COMMAND = re.compile(rb"[^\x00-\x1f\x7f]*+\r\n")
+_COMMAND = re.compile(rb"([^\x00-\x1f\x7f]*+)\r\n")
 _UNPRINTABLE = re.compile(r"[^ -~]")
 
-Work = Coroutine[Any, Any, None] | asyncio.Future[None]
-"""What takes its time: it is run, or it is only waited for."""
+Work = Coroutine[Any, Any, None]
+"""What takes its time."""
 
-Hot = Callable[[Any, str | None], Work | None]
-"""A command that runs at once. What takes its time, it returns as a coroutine."""
+Command = Callable[[Any, str | None], Work | None]
+"""A command runs at once. What takes its time, it returns as a coroutine."""
 
 
 class _Inbox(threading.local):
     """Where a thread's sessions are given what has come; each takes it out before another is given something.
 
-    asyncio would make a new object of CHUNK octets for every read, and the kernel map and unmap it.
+    asyncio would make a new object of CHUNK octets for every read, and the kernel map and unmap it. Of this one only
+    those pages are in memory that have been written to, which is none in a thread that has no sessions.
     """
 
     def __init__(self) -> None:
-        self.view = memoryview(bytearray(CHUNK))
+        self.view = memoryview(mmap(-1, CHUNK, flags=MAP_PRIVATE | MAP_ANONYMOUS))
 
 
 _inbox = _Inbox()
 
 
+class _NoHandler:
+    """aiosmtpd's handler: it has no hooks, and none are looked for."""
+
+    def __dir__(self) -> Iterable[str]:
+        return ()
+
+
+_NO_HANDLER = _NoHandler()
+
+
 class Wire(smtp.SMTP, asyncio.BufferedProtocol):
     """aiosmtpd's SMTP, with another way from the socket to its commands."""
 
-    hot: ClassVar[Mapping[str, Hot]] = {}
-    """The commands that are plain functions, by their verb; they come before the `smtp_` methods."""
+    commands: ClassVar[Mapping[str, Command]] = {}
+    """By their verb."""
 
     spill_after = SPILL_AFTER
     command_timeout = 300.0
     data_timeout = 180.0
     _ready = False
 
-    def __init__(self, handler: object, **options: Any) -> None:
-        super().__init__(handler, **options)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(_NO_HANDLER, **options)
         self._ready = True
         self._held = bytearray()
         """What has come and is not worked off. While a message comes, it begins with the two octets before what is
@@ -111,7 +122,9 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
         self._seen = 0
         """Up to where `_held` has been searched in vain."""
         self._take: Callable[[], bool] = self._take_command
-        self._work: asyncio.Future[None] | None = None
+        self._waiting = False
+        """Whether something takes its time: nothing more is worked off until it has ended."""
+        self._work: asyncio.Task[None] | None = None
         self._feeding = False
         """Whether the command that runs reads by itself, from `_reader`."""
         self._shaking = False
@@ -124,29 +137,31 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
         self._deadline = float("inf")
         self._heard = self.loop.time()
         """When the client has said something last, or we to it."""
-        self._finish: Callable[[bytes | None], Work | None]
+        self._finish: Callable[[bytes | None], None]
         self._limit = 0
         self._too_much = False
         self._began = 0.0
         self._received = 0
 
     def __dir__(self) -> Iterable[str]:
-        """While aiosmtpd looks for its commands, which it does at every connection, there are no other names: to look
-        through all of them would cost as much as a message."""
-        kind: type = type(self)
-        return super().__dir__() if self._ready else _commands_of(kind)
+        """While aiosmtpd looks for commands, which it does at every connection, there are no names: `commands` has
+        ours, and to look through all names would cost more than a message."""
+        return super().__dir__() if self._ready else ()
 
     # -- the connection ----------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
+        """Not aiosmtpd's, which begins its read loop, in a task."""
+        self.transport = transport
+        self._set_rset_state()
+        self.session = self._create_session()
+        self.session.peer = transport.get_extra_info("peername")
+        MAIL_LOG.info("Peer: %r", self.session.peer)
+        self._reset_timeout()
         work = self.welcome()
         if work is not None:
             self._begin(work)
         self._flush()
-
-    async def _handle_client(self) -> None:
-        """aiosmtpd's loop: it does not run."""
 
     def welcome(self) -> Work | None:
         """A client has connected."""
@@ -166,7 +181,7 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
                 self._stop_reading()
             return
         self._held += data
-        if self._work is None:
+        if not self._waiting:
             self._advance()
         elif len(self._held) > AHEAD_MAX:
             self._stop_reading()
@@ -176,7 +191,7 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
         self._ended = True
         if self._feeding:
             self._reader.feed_eof()
-        elif self._work is None:
+        elif not self._waiting:
             self._advance()
         # A TLS session ends in both directions at once, and its end may come in one piece with that of the handshake,
         # before we know that there is one: to keep it open then would be a warning of asyncio, for each such client.
@@ -188,7 +203,13 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
         if self._work is not None:
             self._work.cancel()
         self._held.clear()
-        super().connection_lost(error)
+        MAIL_LOG.info("%r connection lost", self._peer)
+        if self._timeout_handle is not None:
+            self._timeout_handle.cancel()
+        if self._original_transport is not None:
+            self._original_transport.close()
+        super(smtp.SMTP, self).connection_lost(error)
+        self.transport = None
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -197,7 +218,7 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
     def resume_writing(self) -> None:
         super().resume_writing()
         self._blocked = False
-        if self._work is None:
+        if not self._waiting:
             self._advance()
 
     def _stop_reading(self) -> None:
@@ -224,30 +245,41 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
     def _advance(self) -> None:
         """Work off what has come, until something takes its time or more has to come."""
         turns = TURN_MAX
-        while self._work is None and not self._blocked and self._is_open and self._try_to_take():
+        while self._held and not self._waiting and not self._blocked and self._is_open:
+            try:
+                if not self._take():
+                    break
+            except Exception as error:
+                self._failed(error)
             turns -= 1
             if not turns:
                 self.loop.call_soon(self._go_on)
                 break
         self._flush()
-        if self._work is not None:
+        if self._waiting:
             return
         if self._ended and turns and not self._blocked and self._is_open:
             self._close()  # what has not come whole never will
         elif len(self._held) > AHEAD_MAX and (self._blocked or self._take == self._take_command):
             self._stop_reading()
-        else:
+        elif self._stopped_reading:
             self._go_on_reading()
 
-    def _try_to_take(self) -> bool:
-        try:
-            return self._take()
-        except Exception as error:
-            self._failed(error)
-            return True
-
     def _go_on(self) -> None:
-        if self._work is None:
+        if not self._waiting:
+            self._advance()
+
+    def wait(self) -> None:
+        """Something takes its time: nothing more is worked off until `resume`."""
+        self._flush()
+        self._hold_clock()
+        self._waiting = True
+
+    def resume(self) -> None:
+        """It has ended."""
+        self._waiting = False
+        if self._is_open:
+            self._reset_timeout()
             self._advance()
 
     def _begin(self, work: Work, *, feeding: bool = False) -> None:
@@ -262,23 +294,22 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
             self._held.clear()
             if self._ended:
                 self._reader.feed_eof()
+            self._waiting = True
         else:
-            self._flush()
-            self._hold_clock()
-        self._work = asyncio.ensure_future(work, loop=self.loop)
+            self.wait()
+        self._work = self.loop.create_task(work)
         self._work.add_done_callback(self._ended_work)
 
-    def _ended_work(self, work: asyncio.Future[None]) -> None:
+    def _ended_work(self, work: asyncio.Task[None]) -> None:
         self._work = None
         self._stop_feeding()
         if self.transport is None:
-            return None
+            return
         if work.cancelled():
-            return self._close()
-        if (error := work.exception()) is not None:
+            self._close()
+        elif (error := work.exception()) is not None:
             self._failed(error)
-        self._reset_timeout()
-        return self._advance()
+        self.resume()
 
     def _stop_feeding(self) -> None:
         """The command that runs reads no more: what it has left is the next one's."""
@@ -304,9 +335,10 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
     def _close(self) -> None:
         if self._is_open:
             self._flush()
-            assert self.transport is not None
+            assert isinstance(self.transport, asyncio.Transport)
+            if self._is_encrypted or self.transport.get_write_buffer_size():
+                self._reset_timeout(CLOSE_TIMEOUT)  # else nobody has to be waited for
             self.transport.close()
-            self._reset_timeout(CLOSE_TIMEOUT)
 
     @property
     def _peer(self) -> object:
@@ -317,26 +349,27 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
     def _take_command(self) -> bool:
         """Work off one command line, if there is one."""
         held = self._held
-        end = held.find(b"\n", self._seen)
-        if end < 0:
+        end = held.find(b"\n", self._seen) + 1
+        if not end:
             self._seen = len(held)
             if self._seen > COMMAND_MAX:  # its end is waited for, not kept
                 self._skipping = True
                 held.clear()
                 self._seen = 0
             return False
-        with memoryview(held) as view:
-            line = bytes(view[: end + 1])
-        del held[: end + 1]
+        too_long = self._skipping or end > COMMAND_MAX
+        line = None if too_long else _COMMAND.fullmatch(held, 0, end)
+        command = line[1] if line else b""
+        del held[:end]
         self._seen = 0
         self._reset_timeout()
-        if self._skipping or len(line) > COMMAND_MAX:
+        if line:
+            self._obey(command)
+        elif too_long:
             self._skipping = False
             self._misspoken("500 5.5.6 Command line too long")
-        elif not _COMMAND.fullmatch(line):
-            self._misspoken("500 5.5.2 A command is one line that ends with <CR><LF>")
         else:
-            self._obey(line[:-2])
+            self._misspoken("500 5.5.2 A command is one line that ends with <CR><LF>")
         return True
 
     def _obey(self, line: bytes) -> None:
@@ -346,19 +379,17 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
         rest = rest.strip()
         argument = rest.decode("utf-8", "surrogateescape") if rest else None
         command = verb.decode("ascii", "replace").upper()
-        if self._forbids(command):
-            return
-        hot = self.hot.get(command)
-        if hot is not None:
-            work = hot(self, argument)
-            if work is not None:
-                self._begin(work)
-        elif command in self._smtp_methods:
-            self._begin(self._smtp_methods[command](argument), feeding=command == "AUTH")
-        else:
-            self._misspoken("500 5.5.1 Command not recognized")
+        act = self.commands.get(command)
+        if act is None:
+            self._unknown(command)
+        elif not self._forbids(command) and (work := act(self, argument)) is not None:
+            self._begin(work)
 
-    def _forbids(self, command: str) -> bool:  # noqa: ARG002 - for who derives from this
+    def _unknown(self, command: str) -> None:  # noqa: ARG002 - for who derives from this
+        """There is no such command."""
+        self._misspoken("500 5.5.1 Command not recognized")
+
+    def _forbids(self, command: str) -> bool:  # noqa: ARG002 - as above
         """Refuse a command before anything else; False when it may go on."""
         return False
 
@@ -368,7 +399,7 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
 
     # -- messages ----------------------------------------------------------------------------------------------
 
-    def read_message(self, limit: int, finish: Callable[[bytes | None], Work | None]) -> None:
+    def read_message(self, limit: int, finish: Callable[[bytes | None], None]) -> None:
         """What comes now is a message, up to CRLF.CRLF. `finish` gets what did not spill of it, without dot-stuffing
         (RFC 5321 section 4.5.2); or None when it is larger than `limit` octets, for which the doubled dots do not count
         (RFC 1870 section 5), or when `keeps` or `spills` did not let it in.
@@ -403,13 +434,15 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
         self._deliver(None if content is None or len(content) > self._limit else content)
         return True
 
-    def read_octets(self, count: int, finish: Callable[[bytes | None], Work | None], *, keep: bool = True) -> None:
+    def read_octets(self, count: int, finish: Callable[[bytes | None], None], *, keep: bool = True) -> None:
         """What comes now are `count` octets, as they are (RFC 3030 section 2). `finish` gets those that did not spill,
         or None without `keep` and when `keeps` or `spills` did not let them in: then they were dropped as they came."""
         self._finish, self._limit, self._too_much = finish, count, not keep
         self._seen = 0
         self._start_clock()
         self._take = self._take_octets
+        if not count:  # nothing has to come
+            self._take_octets()
 
     def _take_octets(self) -> bool:
         held = self._held
@@ -459,20 +492,18 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
         self._seen = 0
         self._take = self._take_command
         self._reset_timeout()
-        work = self._finish(content)
-        if work is not None:
-            self._begin(work)
+        self._finish(content)
 
     # -- replies -----------------------------------------------------------------------------------------------
 
     def say(self, reply: str) -> None:
         """Reply with this line, as soon as what has come is worked off."""
-        self.write(reply)
+        self.write(reply_line(reply))
 
-    def write(self, *lines: str) -> None:
+    def write(self, reply: bytes) -> None:
         """Reply with these lines as they are."""
-        self._replies += map(reply_line, lines)
-        if self._work is not None:
+        self._replies.append(reply)
+        if self._waiting:
             self._flush()
 
     async def push(self, status: str | bytes) -> None:
@@ -480,8 +511,7 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
         self.say(status if isinstance(status, str) else status.decode("ascii", "replace"))
         if self._blocked and self.transport is not None:
             self._reset_timeout()
-            await self._writer.drain()
-            self._hold_clock()
+            await self._drain_helper()  # type: ignore[attr-defined]  # asyncio's, for its StreamWriter
 
     def _flush(self) -> None:
         if self._replies and isinstance(self.transport, asyncio.Transport):
@@ -558,7 +588,7 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
     def _look_again(self) -> None:
         if self._timeout_handle is not None:
             self._timeout_handle.cancel()
-        wait = min(self._deadline, self.loop.time() + self.command_timeout)
+        wait = min(self._deadline, self.loop.time() + min(self.command_timeout, self.data_timeout))
         self._timeout_handle = self.loop.call_at(wait, self._look)
 
     def _look(self) -> None:
@@ -573,11 +603,6 @@ class Wire(smtp.SMTP, asyncio.BufferedProtocol):
                 self.transport.abort()
         if self.transport is not None:
             self._look_again()
-
-
-@cache
-def _commands_of(kind: type) -> tuple[str, ...]:
-    return tuple(name for name in dir(kind) if name.startswith(("smtp_", "auth_")))
 
 
 def _without_stuffing(held: bytearray, end: int) -> bytes:

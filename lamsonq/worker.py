@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from queue import Empty, SimpleQueue
 
-from lamsonq import clock, deferred, events, schedule
+from lamsonq import clock, deferred, events
 from lamsonq.about import About, about, within
 from lamsonq.attempt import Attempt, Spawn
 from lamsonq.delivery import Reports
@@ -650,6 +650,11 @@ class QueueReceiver:
             return
         since, self._looked_at = self._looked_at or now, now
         functions = self._periodic()
+        if not functions:
+            self._next_tick = None
+            return
+        from lamsonq import schedule  # when it is used: few servers have periodic functions, and it reads the time zone
+
         for function in functions:
             at = schedule.latest(deferred.schedule_of(function), since, now)
             if at is None or self._ticked.get(name := deferred.request_type_of(function)) == at:
@@ -660,7 +665,7 @@ class QueueReceiver:
                 self._ticked[name] = at
             except QueueError as error:
                 LOG.error("The periodic job %s could not be put: %s", name, error)
-        self._next_tick = min((schedule.next_after(deferred.schedule_of(f), now) for f in functions), default=None)
+        self._next_tick = min(schedule.next_after(deferred.schedule_of(f), now) for f in functions)
 
     def _purge(self) -> None:
         if time.monotonic() >= self._purge_at:

@@ -13,7 +13,6 @@ import os
 import pkgutil
 import re
 from collections.abc import Callable
-from importlib.metadata import entry_points
 
 from lamsonq.errors import BrokerError
 from lamsonq.jobs import Backend
@@ -45,27 +44,26 @@ def _open(scheme: str, url: str, _place: str, pop_limit: int, oversize_dir: str 
 
 
 def _opener(scheme: str, url: str) -> Callable[..., Backend]:
-    own = _own()
-    if scheme in own:
-        return own[scheme]
+    own = _own(scheme)
+    if own is not None:
+        return own
+    from importlib.metadata import entry_points  # when it is used: it brings twenty modules
+
     for entry in entry_points(group=GROUP, name=scheme):
         opener: Callable[..., Backend] = entry.load()
         return opener
-    known = sorted({*own, *(entry.name for entry in entry_points(group=GROUP))})
+    names = (module.name for module in pkgutil.iter_modules(__path__))
+    known = sorted({name for name in names if _own(name)} | {entry.name for entry in entry_points(group=GROUP)})
     raise BrokerError(
         f"no queue backend serves {scheme}: (asked for {url!r}); installed are {', '.join(known)}. "
         f"A directory of that name is written ./{url}"
     )
 
 
-def _own() -> dict[str, Callable[..., Backend]]:
-    """The backends that come with lamsonq and whose libraries are installed."""
-    found = {}
-    for module in pkgutil.iter_modules(__path__):
-        try:
-            opener = getattr(importlib.import_module(f"{__name__}.{module.name}"), "open_queue", None)
-        except ImportError:  # an extra that is not installed
-            continue
-        if opener is not None:
-            found[module.name] = opener
-    return found
+def _own(scheme: str) -> Callable[..., Backend] | None:
+    """The backend that comes with lamsonq; None where there is none, or its library is not installed."""
+    try:
+        module = importlib.import_module(f"{__name__}.{scheme}") if scheme.isidentifier() else None
+    except ImportError:  # an extra that is not installed
+        return None
+    return getattr(module, "open_queue", None)

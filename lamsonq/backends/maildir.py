@@ -32,6 +32,7 @@ from collections.abc import Callable, Collection, Sequence
 from lamsonq import clock
 from lamsonq.backends.backlog import Entry
 from lamsonq.backends.durable import make_folders, remove_file, write_files
+from lamsonq.backends.lives import Vigil
 from lamsonq.backends.maildir_arrivals import Arrivals
 from lamsonq.backends.maildir_claims import Worker, dead_workers
 from lamsonq.backends.maildir_commit import Fate, Target
@@ -55,8 +56,6 @@ from lamsonq.jobs import DELIVERIES_MAX, Done, Job, Outcome, Put, finish_each
 LOG = logging.getLogger()
 """The root logger: users of Lamson grep for these lines."""
 
-REAP_EVERY = 5.0
-"""Seconds between two looks for dead workers."""
 TIDY_EVERY = 600.0
 """Seconds between two looks for guards that are of no use any more."""
 PAUSE_LOOK_EVERY = 0.5
@@ -96,9 +95,9 @@ class Maildir(Desk):
         """The state of a process that has claimed nothing yet."""
         self._lock = threading.RLock()
         self._worker: Worker | None = None
-        self._arrivals = Arrivals(self.folders)
+        self._vigil = Vigil()
+        self._arrivals = Arrivals(self.folders, self._vigil)
         self._numbers = itertools.count(1)
-        self._reap_at = 0.0
         self._tidy_at = time.monotonic() + TIDY_EVERY
         self._suspect = ""
         self._held: set[str] = set()  # our claims that are not settled
@@ -192,7 +191,8 @@ class Maildir(Desk):
 
     def _sleep(self, seconds: float) -> bool:
         """Sleep until there may be something to do; True when `wake` was called."""
-        return self._arrivals.sleep(min(seconds, PAUSE_LOOK_EVERY if self.paused() else REAP_EVERY))
+        patience = self._vigil.patience(hears=self._arrivals.seeing and not self._stranded)
+        return self._arrivals.sleep(min(seconds, PAUSE_LOOK_EVERY if self.paused() else patience))
 
     def wake(self) -> None:
         self._arrivals.wake()
@@ -204,15 +204,14 @@ class Maildir(Desk):
 
     def _keep_up(self) -> None:
         """Now and then: look for dead workers, and whether the directory is still the same."""
-        now = time.monotonic()
-        if now >= self._reap_at:
-            self._reap_at = now + REAP_EVERY
+        if self._vigil.is_due():
             for path, origin in list(self._stranded.items()):
                 self._put_back(path, origin)
             self.release_stale()
             if abandoned := self.folders.abandoned():
                 self._guards.clear_away(abandoned)
             self._arrivals.follow_moved()
+        now = time.monotonic()
         if now >= self._tidy_at:
             self._tidy_at = now + TIDY_EVERY
             self._guards.sweep()

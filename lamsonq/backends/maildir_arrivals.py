@@ -13,11 +13,15 @@ import logging
 import os
 import threading
 import time
+from typing import TYPE_CHECKING
 
 from lamsonq.backends.backlog import Backlog, Entry
+from lamsonq.backends.lives import Vigil
 from lamsonq.backends.maildir_files import READY, Folders, Unreadable, read_record
 from lamsonq.backends.maildir_names import due_of, fitted, is_bound, is_deleted, is_newer, parse_name, priority_of
-from lamsonq.backends.watch import Watch
+
+if TYPE_CHECKING:
+    from lamsonq.backends.watch import Watch
 
 BLIND_LOOK_EVERY = 1.0
 """Seconds between two looks where the kernel gives no watches."""
@@ -28,8 +32,9 @@ _FEW = 200
 class Arrivals:
     """The ready and the delayed of one queue, for the one thread that reserves; `wake` is for any thread."""
 
-    def __init__(self, folders: Folders) -> None:
+    def __init__(self, folders: Folders, vigil: Vigil) -> None:
         self._folders = folders
+        self._vigil = vigil
         self._lock = threading.RLock()
         self._watch: Watch | None = None
         self._left_alone: set[str] = set()
@@ -82,11 +87,11 @@ class Arrivals:
     def _pop(self, more: bool) -> Entry | None:
         backlog = self._ready
         entry = backlog.pop()
-        if entry is None and more and backlog.refill(self._seeing):
-            if len(backlog) > 1 and not self._seeing:
+        if entry is None and more and backlog.refill(self.seeing):
+            if len(backlog) > 1 and not self.seeing:
                 # What comes while these are worked, more urgent or of one of them, is to run among them.
                 self._look_seldom()
-                backlog.refill(self._seeing)
+                backlog.refill(self.seeing)
             entry = backlog.pop()
         return entry
 
@@ -129,7 +134,7 @@ class Arrivals:
         blind = self._watch is not None and self._watch.tried and not self._watch.seeing
         if not blind or time.monotonic() >= self._blind_look_at:
             self._blind_look_at = time.monotonic() + BLIND_LOOK_EVERY
-            self._delayed.refill(self._seeing)
+            self._delayed.refill(self.seeing)
         now = int(self._folders.now() * 1000)
         while (first := self._delayed.peek()) is not None and int(first.rank) <= now:
             name = parse_name(first.name)
@@ -137,7 +142,7 @@ class Arrivals:
                 with contextlib.suppress(FileNotFoundError):  # another process was faster
                     old = os.path.join(first.folder, first.name)
                     path = self._folders.move(old, READY, fitted(name)._replace(due=0))
-                    if not self._seeing and len(self._ready) < _FEW:
+                    if not self.seeing and len(self._ready) < _FEW:
                         self._ready.clear()  # among those that have come meanwhile
                     self._ready.add(os.path.dirname(path), os.path.basename(path), known=True)
             self._delayed.pop()
@@ -180,13 +185,16 @@ class Arrivals:
     # -- sleeping and waking -----------------------------------------------------------------------------------
 
     @property
-    def _seeing(self) -> bool:
+    def seeing(self) -> bool:
+        """Whether what appears, and who dies, is told."""
         return self._watch is not None and self._watch.seeing
 
     def wake(self) -> None:
         self._own_watch().wake()
 
     def _own_watch(self) -> Watch:
+        from lamsonq.backends.watch import Watch  # when it is used: who only puts watches nothing, and needs no inotify
+
         with self._lock:
             if self._watch is None:
                 self._watch = Watch()
@@ -212,7 +220,8 @@ class Arrivals:
 
     def _follow(self, watch: Watch) -> None:
         self._folders.make(again=True)
-        watch.follow((*self._folders.of("ready"), *self._folders.of("delayed")))
+        watch.follow((*self._folders.of("ready"), *self._folders.of("delayed")), self._folders.at("claimed"))
+        self._vigil.tell()  # a worker may have died before
         self.look_again()
 
     def _hear(self, watch: Watch) -> None:
@@ -220,9 +229,12 @@ class Arrivals:
         if news is None:
             self._follow(watch)
             return
-        delayed = self._folders.of("delayed")
+        delayed, claimed = self._folders.of("delayed"), self._folders.at("claimed")
         for folder, name in news:
-            (self._delayed if folder in delayed else self._ready).add(folder, name)
+            if folder == claimed:
+                self._vigil.tell()
+            else:
+                (self._delayed if folder in delayed else self._ready).add(folder, name)
 
     def close(self) -> None:
         """Stop watching. Takes no lock: in a forked child a thread that is not there may hold it."""

@@ -16,14 +16,14 @@ Rules:
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
+import sqlite3
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl, quote, unquote
 
 from lamsonq import clock
@@ -31,11 +31,14 @@ from lamsonq.backends import sqlite_bodies, sqlite_lanes, sqlite_settle, sqlite_
 from lamsonq.backends.maildir_names import new_key
 from lamsonq.backends.sqlite_bodies import INLINE_MAX, Bodies
 from lamsonq.backends.sqlite_database import database_at
+from lamsonq.backends.sqlite_errors import About
 from lamsonq.backends.sqlite_outgoing import Outgoing, write_down
 from lamsonq.backends.sqlite_reserve import Reserving
 from lamsonq.backends.sqlite_rows import Row, insert, row_of
 from lamsonq.errors import BrokerError, LeaseLost, QueueError, SettingsError
 from lamsonq.jobs import Done, Job, Limit, Outcome, Put
+
+_T = TypeVar("_T")
 
 
 def open_queue(url: str, *, pop_limit: int = 0, oversize_dir: str | None = None) -> SQLite:
@@ -105,37 +108,29 @@ class SQLite(Reserving):
         """Raises QueueError, and then none of them is in the queue."""
         now = self._now()
         rows = [row_of(put, self.queue, now) for put in puts]
-        with self._about(puts):
+        with About(self.name, puts):
             joined = None if conn is None else sqlite_settle.joins(conn, self._database.path)
             if joined is not None:
-                write = partial(self._bodies.write, rows)
-                with self._doubting(rows):
+                try:
+                    write = partial(self._bodies.write, rows)
                     results = sqlite_settle.put_on(joined, rows, self._database.path, write)
-                self._bodies.doubt(rows)  # until the user commits
+                finally:
+                    self._bodies.doubt(rows)  # until the user commits
             elif rows:
-                results = self._keep(rows)
+                results = self._write(rows, partial(insert, rows=rows), durable=True)
+                self._bodies.doubt(row for row, result in zip(rows, results, strict=True) if not result)
             else:
                 results = []
         return [result is not False for result in results]
 
-    def _keep(self, rows: Sequence[Row]) -> list[bool | None]:
-        with self._doubting(rows):
-            self._write_bodies(rows)
-            results = self._database.write(
-                lambda connection: [insert(connection, row) for row in rows], durable=True, size=_size(rows)
-            )
-        self._bodies.doubt(row for row, result in zip(rows, results, strict=True) if not result)
-        return results
-
-    def _write_bodies(self, rows: Sequence[Row]) -> None:
-        if any(len(row.job.body) > INLINE_MAX for row in rows):
-            self._database.ensure()
-            self._bodies.write(rows)
-
-    @contextlib.contextmanager
-    def _doubting(self, rows: Sequence[Row]) -> Iterator[None]:
+    def _write(self, rows: Sequence[Row], act: Callable[[sqlite3.Connection], _T], *, durable: bool) -> _T:
+        """Write the bodies of these rows, and what `act` makes of them."""
         try:
-            yield
+            if max([len(row.job.body) for row in rows], default=0) > INLINE_MAX:
+                self._database.ensure()
+                self._bodies.write(rows)
+            size = sum([len(row.job.body) for row in rows if row.file is None])
+            return self._database.write(act, durable=durable, size=size)
         except BaseException:
             self._bodies.doubt(rows)
             raise
@@ -144,6 +139,10 @@ class SQLite(Reserving):
 
     def settle(self, job: Job, outcome: Outcome, puts: Sequence[Put] = ()) -> list[bool]:
         """Raises LeaseLost, and QueueError when nothing was settled."""
+        if not puts:
+            if self._end([job], outcome):
+                raise sqlite_settle.lost(job)
+            return []
         now = self._now()
         end = sqlite_settle.end(job, outcome, now)
         rows: dict[int, Row] = {}
@@ -157,14 +156,13 @@ class SQLite(Reserving):
 
         def act(connection: Any) -> tuple[list[bool | None], list[int]]:
             end(connection)
-            kept = [insert(connection, row) for row in rows.values()]
+            kept = insert(connection, list(rows.values()))
             return kept, write_down(connection, worker, list(others.values()))
 
         durable = bool(others) or any(len(row.job.body) > INLINE_MAX for row in rows.values())
         try:
-            with self._about(puts), self._doubting(list(rows.values())):
-                self._write_bodies(list(rows.values()))
-                kept, numbers = self._database.write(act, durable=durable, size=_size(rows.values()))
+            with About(self.name, puts):
+                kept, numbers = self._write(list(rows.values()), act, durable=durable)
         except LeaseLost:
             self._settled(job.claim)
             raise
@@ -178,6 +176,10 @@ class SQLite(Reserving):
 
     def finish(self, jobs: Sequence[Job], outcome: Done) -> list[Job]:
         """Raises QueueError when nothing was settled."""
+        return self._end(jobs, outcome)
+
+    def _end(self, jobs: Sequence[Job], outcome: Outcome) -> list[Job]:
+        """Settle these, of which nothing came; back come those whose claim no longer held."""
         now = self._now()
         ends = [sqlite_settle.end(job, outcome, now) for job in jobs]
 
@@ -190,7 +192,7 @@ class SQLite(Reserving):
                     lost.append(job)
             return lost
 
-        with self._about():
+        with About(self.name):
             lost = self._database.write(act)
         for job in jobs:
             self._settled(job.claim)
@@ -215,6 +217,9 @@ class SQLite(Reserving):
         self._bodies.settle_doubts()
         sqlite_bodies.tidy(self._database)
 
+    def _is_at_rest(self) -> bool:
+        return not self._limits and self._outgoing.empty and not self._bodies.doubtful
+
     def release_stale(self) -> int:
         """What a settled job has put into another store is handed over too, if it is not there yet.
 
@@ -226,7 +231,7 @@ class SQLite(Reserving):
             connection.execute("delete from lamsonq_gates where until < ?", (now,))
             sqlite_lanes.mend(connection, self.queue, self._limits, now)
 
-        with self._about():
+        with About(self.name):
             self._database.write(mend)
             life = self._life
             if life is not None and not life.is_known():  # somebody has deleted its file: what we have is lost to us
@@ -243,7 +248,7 @@ class SQLite(Reserving):
 
     def limit(self, limits: Sequence[Limit]) -> None:
         self._limits = tuple(limits)
-        self._keep_up_at = 0.0
+        self._vigil.look_now()
         self.wake()
 
     def close(self) -> None:
@@ -262,10 +267,6 @@ class SQLite(Reserving):
         self._ear.close()
         self._begin()
         self._database.leave(self)
-
-
-def _size(rows: Collection[Row]) -> int:
-    return sum(len(row.job.body) for row in rows if row.file is None)
 
 
 _all: weakref.WeakSet[SQLite] = weakref.WeakSet()

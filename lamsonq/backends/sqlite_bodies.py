@@ -58,6 +58,11 @@ class Bodies:
         """It is not certain that these rows are in the database, or will be: the put has failed, or is the user's."""
         self._doubtful.update(row.file for row in rows if row.file)
 
+    @property
+    def doubtful(self) -> bool:
+        """Whether there is something for `settle_doubts`."""
+        return bool(self._doubtful)
+
     def settle_doubts(self) -> None:
         """Remove what has come into no row."""
         if self._doubtful:

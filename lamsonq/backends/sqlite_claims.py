@@ -39,11 +39,16 @@ update jobs set state = 'ready', due = null, since = ?2 where id in
 _TOO_EARLY = "update jobs set state = 'delayed', since = ? where id = ?"
 _CLAIM = f"""
 update jobs set state = 'reserved', token = ?, deliveries = min(deliveries, {COUNT_MAX}) + 1, since = ?, due = null,
-    lane = null where id = ? returning body, file
+    lane = null where id = ?
 """
-_TAKE = "update jobs set state = 'reserved', token = ?, since = ?, lane = null where id = ? returning body, file"
-_BODY = len(COLUMNS.split(","))
-PRIORITY, KEY, DELIVERIES, DUE = 9, 1, 11, 7
+_TAKE = "update jobs set state = 'reserved', token = ?, since = ?, lane = null where id = ?"
+# Nothing here is `returning`: for that SQLite makes a table in memory at each statement.
+_SELECT = f"select {COLUMNS}, body, file from jobs where queue = ?"
+_ORDER = "order by priority, key limit ?"
+_FRESH = f"{_SELECT} and state = 'ready' and deliveries = 0"
+_SUSPECT = f"{_SELECT} and state = 'ready' and deliveries > 0"
+_ONE = f"select {COLUMNS}, body, file, state from jobs where queue = ? and key = ? and state != 'reserved'"
+PRIORITY, KEY, DELIVERIES, DUE, BODY, FILE, STATE = 9, 1, 11, 7, 14, 15, 16
 
 
 @dataclass(slots=True)
@@ -63,9 +68,9 @@ class Asked:
 
 @dataclass(slots=True)
 class Claimed:
-    """What came of it: (row, body, file, token) of each job, in order."""
+    """What came of it: the row (its COLUMNS, BODY and FILE) and the token of each job, in order."""
 
-    jobs: list[tuple[tuple[Any, ...], Any, str | None, str]] = field(default_factory=list)
+    jobs: list[tuple[tuple[Any, ...], str]] = field(default_factory=list)
     suspect: str = ""
     """The token of the one whose worker died."""
     quiet: bool = False
@@ -125,8 +130,8 @@ def _look_at(database: sqlite3.Connection, asked: Asked, found: Claimed, row: tu
     if asked.limits and not _admitted(database, asked, row):
         return False
     token = asked.token(row[0])
-    [(body, file)] = database.execute(_CLAIM, (token, asked.now, row[0])).fetchall()
-    found.jobs.append((row, body, file, token))
+    database.execute(_CLAIM, (token, asked.now, row[0]))
+    found.jobs.append((row, token))
     if row[DELIVERIES]:
         found.suspect = token
         found.quiet = row[DELIVERIES] >= DELIVERIES_MAX - 1
@@ -143,20 +148,17 @@ def _admitted(database: sqlite3.Connection, asked: Asked, row: tuple[Any, ...]) 
 
 def _candidates(database: sqlite3.Connection, asked: Asked, n: int, *, suspects: bool) -> list[tuple[Any, ...]]:
     """The next jobs that nobody died of, and the next one that somebody did; it may have to wait, so it is one more."""
-    rows = _ready(database, asked, "deliveries = 0", n)
-    suspect = _ready(database, asked, "deliveries > 0", 1) if suspects else []
+    rows = _ready(database, asked, _FRESH, n)
+    suspect = _ready(database, asked, _SUSPECT, 1) if suspects else []
     return sorted([*rows, *suspect], key=_order) if suspect else rows
 
 
-def _ready(database: sqlite3.Connection, asked: Asked, condition: str, n: int) -> list[tuple[Any, ...]]:
-    which = f"from jobs where queue = ? and state = 'ready' and {condition}"
+def _ready(database: sqlite3.Connection, asked: Asked, select: str, n: int) -> list[tuple[Any, ...]]:
     if asked.only is None:
-        query = f"select {COLUMNS} {which} order by priority, key limit ?"
-        return database.execute(query, (asked.queue, n)).fetchall()
+        return database.execute(f"{select} {_ORDER}", (asked.queue, n)).fetchall()
     rows: list[tuple[Any, ...]] = []
     for target in asked.only:
-        query = f"select {COLUMNS} {which} and target = ? order by priority, key limit ?"
-        rows += database.execute(query, (asked.queue, bound(target), n)).fetchall()
+        rows += database.execute(f"{select} and target = ? {_ORDER}", (asked.queue, bound(target), n)).fetchall()
     return sorted(rows, key=_order)[:n]
 
 
@@ -169,16 +171,15 @@ def _order(row: tuple[Any, ...]) -> tuple[int, int, Any]:
 def claim_one(database: sqlite3.Connection, queue: str, key: str, token: Callable[[int], str], now: float) -> Claimed:
     """Claim this one job, uncounted (rule 3)."""
     found = Claimed()
-    query = f"select {COLUMNS}, state from jobs where queue = ? and key = ? and state != 'reserved'"
-    for row in database.execute(query, (queue, bound(key))).fetchall():
-        claim = _taken(token(row[0]), "ready" if row[-1] == "parked" else row[-1])
+    for row in database.execute(_ONE, (queue, bound(key))).fetchall():
+        claim = _taken(token(row[0]), "ready" if row[STATE] == "parked" else row[STATE])
         values = (claim, now, row[0])
         try:
-            [(body, file)] = database.execute(_TAKE, values).fetchall()
+            database.execute(_TAKE, values)
         except sqlite3.IntegrityError:  # while it lay dead or done, another like it has come
             database.execute("update jobs set uniq = null where id = ?", (row[0],))
-            [(body, file)] = database.execute(_TAKE, values).fetchall()
-        found.jobs.append((row[:-1], body, file, claim))
+            database.execute(_TAKE, values)
+        found.jobs.append((row, claim))
     return found
 
 

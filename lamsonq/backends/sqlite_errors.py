@@ -32,3 +32,21 @@ def told(name: str, error: sqlite3.Error | OSError, data: object = None) -> Queu
     refusal = QueueError(f"cannot use {name}: {error}; {advice}", data)
     refusal.__cause__ = error
     return refusal
+
+
+class About:
+    """Within the block an error is told as a QueueError about `data`, which was to be queued."""
+
+    __slots__ = ("_data", "_name")
+
+    def __init__(self, name: str, data: object = None) -> None:
+        self._name, self._data = name, data
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, QueueError):
+            error.data = self._data
+        elif isinstance(error, OSError):
+            raise told(self._name, error, self._data) from error

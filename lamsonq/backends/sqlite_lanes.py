@@ -95,8 +95,10 @@ def let_go(database: sqlite3.Connection, queue: str, lane: str, now: float, plac
 
 def leave(database: sqlite3.Connection, number: int, now: float) -> None:
     """This job gives its places up."""
-    delete = "delete from lamsonq_lanes where job = ? returning queue, lane"
-    for queue, lane in database.execute(delete, (number,)).fetchall():
+    lanes = database.execute("select queue, lane from lamsonq_lanes where job = ?", (number,)).fetchall()
+    if lanes:
+        database.execute("delete from lamsonq_lanes where job = ?", (number,))
+    for queue, lane in lanes:
         let_go(database, queue, lane, now)
 
 

@@ -12,22 +12,20 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
 from lamsonq.backends import sqlite_bodies, sqlite_claims
+from lamsonq.backends.lives import Vigil
 from lamsonq.backends.sqlite_claims import Asked, Claimed
-from lamsonq.backends.sqlite_errors import told
+from lamsonq.backends.sqlite_errors import About
 from lamsonq.backends.sqlite_kept import Kept
-from lamsonq.backends.sqlite_rows import body_of, job_of, legible
+from lamsonq.backends.sqlite_rows import TOKEN_SIZE, body_of, job_of, legible
 from lamsonq.backends.sqlite_wake import Ear
 from lamsonq.backends.sqlite_workers import Life
-from lamsonq.errors import Dead, LeaseLost, QueueError
+from lamsonq.errors import Dead, LeaseLost
 from lamsonq.jobs import Job, Limit, Outcome, Put
-
-REAP_EVERY = 5.0
-"""Seconds between two looks for dead workers."""
 
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """What this machine is short of just now; any other error is of this one body, and does not stop the jobs behind it."""
@@ -46,9 +44,9 @@ class Reserving(Kept):
         self._suspect = ""  # the one of them whose worker died before
         self._found = False  # the last look found something, so there may be more
         self._quiet = self._passed_over = False  # what sqlite_claims.Claimed says
-        self._keep_up_at = 0.0
+        self._vigil = Vigil()
         self._limits: tuple[Limit, ...] = getattr(self, "_limits", ())
-        self._ear = Ear(f"{self._database.path}-wal", self._database.turn)
+        self._ear = Ear(f"{self._database.path}-wal", self._database.turn, self._vigil)
 
     def settle(self, job: Job, outcome: Outcome, puts: Sequence[Put] = ()) -> list[bool]:
         raise NotImplementedError
@@ -57,10 +55,12 @@ class Reserving(Kept):
         """Look for dead workers, and mend what nobody else does."""
         raise NotImplementedError
 
+    def _is_at_rest(self) -> bool:
+        """Whether nothing is to be mended by time."""
+        raise NotImplementedError
+
     def _keep_up(self) -> None:
-        now = time.monotonic()
-        if now >= self._keep_up_at:
-            self._keep_up_at = now + REAP_EVERY
+        if self._vigil.is_due():
             self._tend()
 
     def _worker(self) -> str:
@@ -70,25 +70,14 @@ class Reserving(Kept):
                 self._life = Life(self._database)
             return self._life.id
 
-    @contextlib.contextmanager
-    def _about(self, data: object = None) -> Iterator[None]:
-        """A QueueError tells what was to be queued."""
-        try:
-            yield
-        except QueueError as error:
-            error.data = data
-            raise
-        except OSError as error:
-            raise told(self.name, error, data) from error
-
     def reserve(self, n: int, wait: float = 0.0, *, only: Collection[str] | None = None) -> list[Job]:
         """Raises QueueError."""
         until = time.monotonic() + wait
-        with self._about():
+        with About(self.name):
             while True:
-                self._keep_up()
                 if wait > 0:
                     self._ear.listen()
+                self._keep_up()
                 looks = n > 0 and not (self._quiet and self._held) and (self._found or self._is_something_ready())
                 jobs = self._take(n, only) if looks else []
                 self._found = bool(jobs)
@@ -99,10 +88,10 @@ class Reserving(Kept):
     def wait(self, seconds: float) -> None:
         """Raises QueueError."""
         until = time.monotonic() + seconds
-        with self._about():
+        with About(self.name):
             while True:
-                self._keep_up()
                 self._ear.listen()
+                self._keep_up()
                 left = until - time.monotonic()
                 if (self._is_something_ready() and not self.paused()) or left <= 0 or self._sleep(left):
                     return
@@ -111,7 +100,8 @@ class Reserving(Kept):
         """Until something is written, `wake` or the time at which a job is due; whether it was `wake`."""
         query = "select min(due) - :now from jobs where queue = :queue and state = 'delayed' and due > :now"
         [[until_due]] = self._rows(query)
-        return self._ear.sleep(min(seconds, REAP_EVERY, *([] if until_due is None else [until_due])))
+        patience = self._vigil.patience(hears=self._ear.hears and self._is_at_rest())
+        return self._ear.sleep(min(seconds, patience, *([] if until_due is None else [until_due])))
 
     def wake(self) -> None:
         self._ear.wake()
@@ -135,7 +125,7 @@ class Reserving(Kept):
             asked = Asked(self.queue, n, only, self._now(), self._token(), has_jobs, has_suspect, self._limits)
             claimed = self._database.write(partial(sqlite_claims.take, asked=asked), rings=False)
             with self._lock:
-                self._held.update(token for _, _, _, token in claimed.jobs)
+                self._held.update(token for _, token in claimed.jobs)
                 self._suspect = claimed.suspect or self._suspect
                 self._quiet, self._passed_over = claimed.quiet, claimed.passed_over
             jobs = self._open(claimed)
@@ -144,23 +134,29 @@ class Reserving(Kept):
 
     def _token(self) -> Callable[[int], str]:
         worker, numbers = self._worker(), self._numbers
-        return lambda row: f"{worker}/{next(numbers)}.{row}"
+
+        def token(row: int) -> str:
+            head = f"{worker}/{next(numbers)}."
+            return head + str(row).zfill(TOKEN_SIZE - len(head))
+
+        return token
 
     def claim(self, key: str) -> Job | None:
-        with self._about():
+        with About(self.name):
             act = partial(sqlite_claims.claim_one, queue=self.queue, key=key, token=self._token(), now=self._now())
             claimed = self._database.write(act)
             with self._lock:
-                self._held.update(token for _, _, _, token in claimed.jobs)
+                self._held.update(token for _, token in claimed.jobs)
             jobs = self._open(claimed)
         return jobs[0] if jobs else None
 
     def _open(self, claimed: Claimed) -> list[Job]:
         """The jobs as their worker sees them; those that cannot be read become dead letters."""
         jobs = []
-        for row, body, file, token in claimed.jobs:
+        for row, token in claimed.jobs:
+            file = row[sqlite_claims.FILE]
             try:
-                content = sqlite_bodies.read(self._database, file) if file else body_of(body)
+                content = sqlite_bodies.read(self._database, file) if file else body_of(row[sqlite_claims.BODY])
                 jobs.append(job_of(row, content, token))
             except FileNotFoundError:
                 self._bury(row, token, f"its body, {file} in {self._database.bodies}, is gone")
@@ -168,7 +164,7 @@ class Reserving(Kept):
                 self._bury(row, token, str(error))
             except OSError as error:
                 if error.errno in _SHORTAGES:
-                    for _, _, _, claim in claimed.jobs:
+                    for _, claim in claimed.jobs:
                         self._give_back(claim)
                     raise
                 self._bury(row, token, f"its body, {file} in {self._database.bodies}, cannot be read: {error.strerror}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -27,11 +27,19 @@ COLUMNS = (
 COUNT_MAX = 2**31
 """No count goes far above it: what another program has put might be the largest that SQLite can keep."""
 
+TOKEN_SIZE = 40
+"""Characters of a worker's token. A row comes with room for it, so that a claim leaves its size as it was: then SQLite
+changes the row in its place, and does not write the body once more."""
+
+_ROOM = " " * (TOKEN_SIZE + len("reserved") - len("ready"))
 _INSERT = """
 insert into jobs (queue, key, state, priority, attempts, received, since, due, expires, sender, recipients, peer,
-                  target, uniq, metadata, report, file, body)
-values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) on conflict do nothing
+                  target, uniq, metadata, report, file, body, token) values
 """
+_VALUES = f"(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, '{_ROOM}')"
+_INSERT_NEW = f"{_INSERT} {_VALUES} on conflict do nothing"
+_TOGETHER = [f"{_INSERT} {', '.join([_VALUES] * number)}" for number in range(33)]
+"""The statements that insert so many rows."""
 
 
 def bound(text: str | None) -> str | bytes | None:
@@ -167,40 +175,65 @@ def row_of(put: Put, queue: str, now: float) -> Row:
     return Row(queue, put.job, now, put.outcome, put.gate, readable(report))
 
 
-def insert(database: sqlite3.Connection, row: Row) -> bool | None:
-    """False: not kept because of unique or the gate. None: the key is there already."""
+def insert(database: sqlite3.Connection, rows: Sequence[Row]) -> list[bool | None]:
+    """For each: False, not kept because of unique or the gate; None, the key is there already."""
+    results: list[bool | None] = []
+    for begin in range(0, len(rows), len(_TOGETHER) - 1):
+        some = rows[begin : begin + len(_TOGETHER) - 1]
+        results += _insert_together(database, some) or [_insert_one(database, row) for row in some]
+    return results
+
+
+def _insert_together(database: sqlite3.Connection, rows: Sequence[Row]) -> list[bool | None] | None:
+    """By one statement: other threads run while a statement is at work, and with one for each row this thread would
+    wait for them as often. None: some are refused, and nothing was inserted."""
+    if len(rows) == 1 or any(row.gate is not None for row in rows):
+        return None
+    values = [value for row in rows for value in _values(row, row.job.due)]
+    try:
+        database.execute(_TOGETHER[len(rows)], values)
+    except sqlite3.IntegrityError:
+        return None
+    return [True] * len(rows)
+
+
+def _insert_one(database: sqlite3.Connection, row: Row) -> bool | None:
     cursor = database.cursor()
     cursor.row_factory = None
-    job, now, due = row.job, row.now, row.job.due
-    key = bound(job.key)
+    key, due = bound(row.job.key), row.job.due
     if row.gate is not None:
         known = _conflict(cursor, row, key)
         if known is not True:
             return known
-        passage = row.gate.passage(_number(cursor, row.queue, row.gate.key), now)
+        passage = row.gate.passage(_number(cursor, row.queue, row.gate.key), row.now)
         if passage is None:
             return False
         _set_number(cursor, row.queue, row.gate, passage.last)
         due = passage.due
-    if isinstance(row.outcome, Later):
-        due = due_after(row.outcome, job.attempts, now) if row.outcome.at is not None or job.attempts else due
-    state = "dead" if isinstance(row.outcome, Dead) else "done" if isinstance(row.outcome, Done) else "ready"
-    if state == "ready" and due is not None and due > now:
-        state = "delayed"
-    cursor.execute(
-        _INSERT,
-        (
-            *(row.queue, key, state, job.priority, job.attempts, job.received or now, now),
-            *(due if state == "delayed" else None, job.expires, bound(job.sender)),
-            json.dumps(job.recipients) if job.recipients else "[]",
-            *(bound(job.peer), bound(job.target), bound(job.unique)),
-            json.dumps(dict(job.metadata)) if job.metadata else "{}",
-            *(row.report, row.file, None if row.file else job.body),
-        ),
-    )
+    cursor.execute(_INSERT_NEW, _values(row, due))
     if cursor.rowcount:
         return True
     return _conflict(cursor, row, key)
+
+
+def _values(row: Row, due: float | None) -> tuple[Any, ...]:
+    """What _INSERT asks for; `due` is the job's own moment, or its gate's."""
+    job, now, outcome = row.job, row.now, row.outcome
+    state = "ready"
+    if isinstance(outcome, Later):
+        due = due_after(outcome, job.attempts, now) if outcome.at is not None or job.attempts else due
+    elif outcome is not None:
+        state = "dead" if isinstance(outcome, Dead) else "done"
+    if state == "ready" and due is not None and due > now:
+        state = "delayed"
+    return (
+        *(row.queue, bound(job.key), state, job.priority, job.attempts, job.received or now, now),
+        *(due if state == "delayed" else None, job.expires, bound(job.sender)),
+        json.dumps(job.recipients) if job.recipients else "[]",
+        *(bound(job.peer), bound(job.target), bound(job.unique)),
+        json.dumps(dict(job.metadata)) if job.metadata else "{}",
+        *(row.report, row.file, None if row.file else job.body),
+    )
 
 
 def _conflict(cursor: sqlite3.Cursor, row: Row, key: str | bytes | None) -> bool | None:

@@ -58,7 +58,7 @@ create table jobs (
     since      real    not null default ({_NOW}),
     due        real,
     expires    real,
-    token      text    not null default '',  -- <worker>/<number of the claim>[:<state before>].<id>
+    token      text    not null default '',  -- <worker>/<number of the claim>[:<state before>].<id>, or room for it
     lane       text,                         -- where it is parked
     sender     any,
     recipients text    not null default '[]',

@@ -41,10 +41,15 @@ def end(job: Job, outcome: Outcome, now: float) -> Callable[[sqlite3.Connection]
 
     def act(connection: sqlite3.Connection) -> None:
         if connection.execute(statement, (*values, number, job.claim)).rowcount != 1:
-            raise LeaseLost(f"job {job.key} was settled or taken by somebody else")
+            raise lost(job)
         leave(connection, number, now)
 
     return act
+
+
+def lost(job: Job) -> LeaseLost:
+    """The claim of this job no longer holds."""
+    return LeaseLost(f"job {job.key} was settled or taken by somebody else")
 
 
 def _change(job: Job, outcome: Outcome, now: float) -> tuple[str, tuple[Any, ...]]:
@@ -106,7 +111,7 @@ def put_on(
             # From here on this connection has the write lock, so nobody takes the bodies for orphans.
             conn.execute("delete from lamsonq_doomed where 0")
             write_bodies()
-            results = [insert(conn, row) for row in rows]
+            results = insert(conn, rows)
         except BaseException:
             conn.execute("rollback to lamsonq")
             raise

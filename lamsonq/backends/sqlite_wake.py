@@ -6,7 +6,8 @@ Rules:
 2. Who writes by lamsonq rings after the commit: he writes a byte into q.db-workers/turn. Other programs write the -wal
    file only, and a moment *before* what they write can be seen: so after that, look a few times, ever more rarely.
 3. Between two looks that writes bring about lie some milliseconds: else busy processes would keep idle ones busy.
-4. Where the kernel gives no more watches, look once a second.
+4. Who hears of a worker's death (lives.py) tells the vigil, which says when to look for it.
+5. Where the kernel gives no more watches, look once a second.
 """
 
 from __future__ import annotations
@@ -18,8 +19,12 @@ import os
 import select
 import time
 import weakref
+from typing import TYPE_CHECKING
 
-from asyncinotify import Inotify, Mask
+from lamsonq.backends.lives import LOCK, Vigil
+
+if TYPE_CHECKING:
+    from asyncinotify import Inotify
 
 PAUSE = 0.004
 """Seconds between two looks that writes bring about."""
@@ -27,15 +32,15 @@ PAUSE = 0.004
 LOOK_EVERY = 1.0
 """Seconds between two looks where nothing is watched; and the longest pause of rule 2."""
 
-_WRITTEN = Mask.MODIFY | Mask.DELETE_SELF | Mask.MOVE_SELF
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.ENOMEM, errno.ENOSYS, errno.ENOENT)
 
 
 class Ear:
     """Lets one thread sleep until somebody has written to the database, until `wake`, or until a time has passed."""
 
-    def __init__(self, wal: str, turn: str) -> None:
-        self._wal, self._turn = wal, turn
+    def __init__(self, wal: str, turn: str, vigil: Vigil) -> None:
+        self._wal, self._turn, self._workers = wal, turn, os.path.dirname(turn)
+        self._vigil = vigil
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._finalizer = weakref.finalize(self, os.close, self._bell)
         self._inotify: Inotify | None = None
@@ -57,12 +62,16 @@ class Ear:
         self._deafen()
         if not inodes:
             return
+        from asyncinotify import Inotify, Mask  # when it is used: who only puts waits for nothing
+
         inotify = None
         try:
             inotify = Inotify(sync_timeout=0)
             for path in (self._wal, self._turn):
-                inotify.add_watch(path, _WRITTEN)
+                inotify.add_watch(path, Mask.MODIFY | Mask.DELETE_SELF | Mask.MOVE_SELF)
+            inotify.add_watch(self._workers, Mask.CLOSE_WRITE | Mask.EXCL_UNLINK | Mask.ONLYDIR)
             self._inotify, self._inodes = inotify, inodes
+            self._vigil.tell()  # one may have died before
         except OSError as error:
             if inotify is not None:
                 inotify.close()
@@ -74,16 +83,26 @@ class Ear:
                 self._complained = True
 
     def _hear(self) -> bool:
-        """Whether somebody has rung since the last call; what the -wal file tells makes for a look later on."""
+        """Whether somebody has rung or died since the last call; what the -wal file tells makes for a look later on."""
         rung = False
         for event in self._inotify or ():
-            if event.watch is None or str(event.watch.path) != self._wal:
+            path = None if event.watch is None else str(event.watch.path)
+            if path == self._workers:
+                if str(event.name).endswith(LOCK):
+                    self._vigil.tell()
+                    rung = True
+            elif path != self._wal:
                 rung = True
             else:
                 self._pause = PAUSE
                 soon = time.monotonic() + PAUSE
                 self._look_at = soon if self._look_at is None else min(soon, self._look_at)
         return rung
+
+    @property
+    def hears(self) -> bool:
+        """False: nothing is watched."""
+        return self._inotify is not None
 
     def wake(self) -> None:
         """End the sleep that is under way, or else the next."""

@@ -17,11 +17,13 @@ from collections.abc import Sequence
 from asyncinotify import Inotify, Mask
 
 _APPEARED = Mask.MOVED_TO | Mask.CREATE
+_CLOSED = Mask.CLOSE_WRITE | Mask.EXCL_UNLINK
 _VANISHED = Mask.DELETE_SELF | Mask.MOVE_SELF
 
 
 class Watch:
-    """Lets one thread sleep until a name appears in some folders, until `wake`, or until a time has passed."""
+    """Lets one thread sleep until a name appears in some folders, until a file that could be written is closed in
+    another, until `wake`, or until a time has passed."""
 
     def __init__(self) -> None:
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -35,8 +37,9 @@ class Watch:
         """False: nothing is watched, `wait` ends only by `wake` and by time."""
         return self._inotify is not None
 
-    def follow(self, folders: Sequence[str]) -> None:
-        """Watch these folders instead of those before; where that cannot be, say so in the log."""
+    def follow(self, folders: Sequence[str], closing: str) -> None:
+        """Watch these folders instead of those before; where that cannot be, say so in the log. `closing` is the one
+        in which files are closed."""
         self._unfollow()
         self.tried = True
         inotify = None
@@ -44,7 +47,8 @@ class Watch:
             inotify = Inotify(sync_timeout=0)
             for folder in folders:
                 inotify.add_watch(folder, _APPEARED | _VANISHED | Mask.ONLYDIR)
-            self._places = [(folder, os.stat(folder).st_ino) for folder in folders]
+            inotify.add_watch(closing, _CLOSED | _VANISHED | Mask.ONLYDIR)
+            self._places = [(folder, os.stat(folder).st_ino) for folder in (*folders, closing)]
             self._inotify = inotify
         except OSError as error:
             if inotify is not None:
@@ -62,7 +66,8 @@ class Watch:
         return True
 
     def appeared(self) -> list[tuple[str, str]] | None:
-        """The (folder, name) that came since the last call, without waiting; None: some were missed, look."""
+        """The (folder, name) that appeared or was closed since the last call, without waiting; None: some were missed,
+        look."""
         found: list[tuple[str, str]] = []
         missed = False
         for event in self._inotify or ():

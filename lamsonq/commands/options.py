@@ -10,7 +10,6 @@ Rules:
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -92,6 +91,8 @@ def _named_whole(
     word = _mistyped(args, error, known)
     if word is None:
         return error
+    import difflib
+
     return click.NoSuchOption(word, possibilities=difflib.get_close_matches(word, known, n=1), ctx=error.ctx)
 
 

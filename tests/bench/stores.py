@@ -285,7 +285,8 @@ def measure(kind: Open, place: str, size: int, seconds: float, processes: int) -
 
 
 def together(kind: Open, place: str, processes: int, work: Work) -> float:
-    """Jobs per second of all processes; a single one is this one."""
+    """Jobs per second of all processes, until the last has ended: while one waits for the others its jobs wait too. A
+    single one is this one."""
     if processes == 1:
         done, took = work(kind(place))
         return done / took
@@ -303,7 +304,7 @@ def together(kind: Open, place: str, processes: int, work: Work) -> float:
     parts: list[tuple[int, float]] = [results.get(timeout=300) for _ in workers]
     for worker in workers:
         worker.join()
-    return sum(done / took for done, took in parts)
+    return sum(done for done, _ in parts) / max(took for _, took in parts)
 
 
 def filled(store: Store, size: int, seconds: float) -> tuple[int, float]:

@@ -111,8 +111,8 @@ async def talk(session: smtp.SMTP, pieces: list[bytes], turns: int = 3) -> Trans
     lines = 0 if isinstance(session, Session) else sum(map(len, pieces))  # aiosmtpd has turns between lines
     for _ in range(40 + lines):
         await asyncio.sleep(0)
-    assert session._handler_coroutine is not None
-    session._handler_coroutine.cancel()
+    if session._handler_coroutine is not None:  # aiosmtpd's read loop
+        session._handler_coroutine.cancel()
     assert session._timeout_handle is not None
     session._timeout_handle.cancel()
     return transport

@@ -6,8 +6,9 @@ import asyncio
 import resource
 import smtplib
 import socket
+import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -293,11 +294,22 @@ def test_no_content_costs_more_than_its_size(serve: Serve, content: bytes, limit
 # -- slow clients, in the test's own time -------------------------------------------------------------------------
 
 
-async def _drip(command: bytes, piece: bytes, every: float, times: int) -> tuple[Transport, float]:
-    """Send a piece every so many seconds; what was written, and how long it took until the connection was closed."""
+def _own_time() -> list[float]:
+    """The loop's clock goes ahead by so many seconds."""
     loop = asyncio.get_running_loop()
     clock, ahead = loop.time, [0.0]
     loop.time = lambda: clock() + ahead[0]  # type: ignore[method-assign]
+    return ahead
+
+
+async def _turns() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def _drip(command: bytes, piece: bytes, every: float, times: int) -> tuple[Transport, float]:
+    """Send a piece every so many seconds; what was written, and how long it took until the connection was closed."""
+    ahead = _own_time()
     taker = Taker(Limits())
     taker.size_limit = 10_000_000
     session, transport = ours(taker), Transport()
@@ -305,8 +317,7 @@ async def _drip(command: bytes, piece: bytes, every: float, times: int) -> tuple
     session.data_received(BEGIN + command)
     for _ in range(times):
         ahead[0] += every
-        for _ in range(5):
-            await asyncio.sleep(0)
+        await _turns()
         if transport.closed:
             break
         session.data_received(piece)
@@ -331,6 +342,61 @@ def test_a_command_that_drips_in_is_ended() -> None:
     transport, took = asyncio.run(_drip(b"", b"x", every=10, times=100))
     assert transport.written.endswith(b"421 4.4.2 Timeout, closing connection\r\n")
     assert 300 <= took <= 310
+
+
+def test_who_does_not_read_in_a_login_and_then_reads_and_says_nothing_is_sent_away() -> None:
+    async def visit() -> Transport:
+        ahead = _own_time()
+        taker = Taker(Limits())
+        taker.has_logins = True
+        session, transport = ours(taker), Transport()
+        session.connection_made(transport)
+        session._tls_protocol = object.__new__(ssl.SSLObject)  # type: ignore[assignment]
+        session.data_received(b"EHLO me.test\r\nAUTH LOGIN\r\n")
+        await _turns()
+        session.pause_writing()
+        session.data_received(b"am9l\r\n")
+        await _turns()
+        session.resume_writing()
+        await _turns()
+        assert transport.written.endswith(b"334 UGFzc3dvcmQA\r\n")
+        ahead[0] += 301
+        await _turns()
+        session.connection_lost(None)
+        return transport
+
+    assert asyncio.run(visit()).written.endswith(b"421 4.4.2 Timeout, closing connection\r\n")
+
+
+def test_who_reads_nothing_and_is_sent_away_is_gone_soon_also_when_his_message_is_taken_meanwhile() -> None:
+    class Unread(Transport):
+        aborted = False
+
+        def get_write_buffer_size(self) -> int:
+            return 1
+
+        def abort(self) -> None:
+            self.aborted = True
+
+    class Slow(Taker):
+        def commit(self, _envelope: Any, _content: object, _groups: object, tell: Callable[[str], None]) -> None:
+            self.tell = tell
+
+    async def visit() -> Unread:
+        ahead = _own_time()
+        taker = Slow(Limits())
+        session, transport = ours(taker), Unread()
+        session.connection_made(transport)
+        session.data_received(BEGIN + b"DATA\r\nx\r\n.\r\n")
+        session.dismiss("421 4.3.2 Service shutting down")
+        taker.tell("250 2.0.0 Ok")
+        await _turns()
+        ahead[0] += wire.CLOSE_TIMEOUT + 1
+        await _turns()
+        session.connection_lost(None)
+        return transport
+
+    assert asyncio.run(visit()).aborted
 
 
 # -- messages -----------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from lamsonq.backends import backlog, durable, maildir, open_backend, watch
+from lamsonq.backends import backlog, durable, open_backend, watch
 from lamsonq.backends.maildir import Maildir
 from lamsonq.backends.maildir_names import parse_name
 from lamsonq.errors import BrokerError, Dead, Later, LeaseLost, QueueError
@@ -1496,8 +1496,7 @@ def test_when_too_much_has_happened_it_looks_again(queue: Maildir, monkeypatch: 
 def test_a_folder_that_was_replaced_is_watched_again(queue: Maildir, monkeypatch: pytest.MonkeyPatch) -> None:
     queue.reserve(1, wait=0.01)
     os.rename(queue.folders.path, queue.folders.path + ".old")
-    monkeypatch.setattr(maildir, "REAP_EVERY", 0.02)
-    queue._reap_at = 0
+    queue._vigil.look_now()
     queue.reserve(1, wait=0.05)
     timer = threading.Timer(0.05, push, [Maildir(queue.folders.path)])
     timer.start()

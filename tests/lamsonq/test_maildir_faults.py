@@ -235,7 +235,7 @@ def test_a_claim_that_fails_at_any_call_is_tried_again_uncounted(
         except QueueError:
             pass
         failed = faults.heal()
-        queue._reap_at = 0.0
+        queue._vigil.look_now()
         jobs = jobs or queue.reserve(1)
         if not jobs:  # a file that cannot be read stops nobody: who is asked next may be able to
             assert code != errno.EMFILE

@@ -771,3 +771,28 @@ Child(Receiver(), status, lifeline, 0.0, None).live()
 def test_a_child_gives_each_large_block_back_to_the_system() -> None:
     done = subprocess.run([sys.executable, "-c", LARGE_BLOCKS], capture_output=True, text=True, check=False)
     assert (done.stdout.split(), done.stderr) == (["1", "1", "1"], "")
+
+
+SEARCHING = """
+import gc
+from lamsonq.server import SMTPReceiver
+
+def own():
+    with open("/proc/self/smaps_rollup") as lines:
+        return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty:"))
+
+class Searching(Waiting):
+    def start(self):
+        before = own()
+        gc.collect()
+        self.note("shares" if own() - before < 2500 else "copies")
+
+settings.receiver = Searching()
+"""
+
+
+def test_a_child_shares_what_the_boot_has_loaded_also_after_a_search_for_garbage(project: Project) -> None:
+    project.boot(SEARCHING)
+    project.start()
+    until(lambda: bool(project.noted("shares") or project.noted("copies")))
+    assert project.noted("copies") == []

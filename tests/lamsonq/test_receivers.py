@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from lamsonq import clock, worker
-from lamsonq.backends import maildir
+from lamsonq.backends import lives
 from lamsonq.conformance import Clock
 from lamsonq.errors import Dead, QueueError, SettingsError
 from lamsonq.jobs import DONE, Job, Limit, Put
@@ -105,7 +105,7 @@ def test_a_maildir_that_breaks_ends_no_receiver_and_is_taken_up_again_when_it_is
     mail: Mail, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, sub: str
 ) -> None:
     monkeypatch.setattr(worker, "TROUBLE_PAUSE", 0.02)
-    monkeypatch.setattr(maildir, "REAP_EVERY", 0.1)
+    monkeypatch.setattr(lives, "REAP_EVERY", 0.1)
     broken, fine = Queue(str(tmp_path / "broken")), queue()
     seen: list[object] = []
     receiver = QueueReceiver([broken, fine], deliver=lambda message: seen.append(message.Peer), sleep=0.1)

@@ -107,8 +107,8 @@ def test_the_tutorial_runs_word_by_word(shell: Shell) -> None:
     handled = f"DEBUG:root:Message to {TO} was handled by app.handlers.index.START"
     assert _until(lambda: handled in shell.log()), shell.log()
     assert _until(lambda: not any(new.iterdir()))
+    assert _until(lambda: "DEBUG:root:Sleeping for 10 seconds..." in shell.log()), shell.log()
     log = shell.log()
-    assert "DEBUG:root:Sleeping for 10 seconds..." in log
     assert all(f"DEBUG:root:Pulled message with key: '{key}' off" in log for key in keys)
     assert f"DEBUG:root:Message received from Peer: 'run/posts', From: '{SENDER}', to To ['{TO}']." in log
     assert f"DEBUG:root:Got message from {SENDER}" in log

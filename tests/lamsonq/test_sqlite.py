@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -782,6 +784,45 @@ def test_threads_that_put_at_the_same_time_share_a_transaction(queue: SQLite, mo
     assert len(queue.keys()) == 20
 
 
+def test_of_many_that_are_put_at_once_those_that_are_refused_stop_no_other(queue: SQLite) -> None:
+    put(queue, key="there", body=b"first")
+    names = [*map(str, range(40)), "there", *map(str, range(40, 45))]
+    jobs = [Job(key=name, body=b"second") for name in names]
+    jobs += [Job(key=name, body=b"", unique="u") for name in ("one", "other")]
+    assert queue.put([Put(queue, job) for job in jobs]) == [*[True] * 47, False]
+    assert set(queue.keys()) == {*names, "one"}
+    assert queue.get("there") == Job(key="there", body=b"first", received=queue._now())
+
+
+def test_a_claim_does_not_write_the_body_once_more(queue: SQLite, tmp_path: Path) -> None:
+    put(queue, body=b"x" * 60_000)
+    [(busy, _, _)] = queue._database.rows("pragma wal_checkpoint(truncate)")
+    assert not busy
+    [job] = queue.reserve(1)
+    assert len(job.body) == 60_000
+    assert (tmp_path / "q.db-wal").stat().st_size < 30_000
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_who_finds_another_process_writing_steps_aside_once_and_then_lines_up(
+    queue: SQLite, monkeypatch: pytest.MonkeyPatch, durable: bool
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    write = partial(queue._database.write, lambda _: 7, durable=durable)
+    write()
+    assert pauses == []
+    other = os.open(queue._database.turn, os.O_RDWR)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with ThreadPoolExecutor() as pool:
+        writing = pool.submit(write)
+        while not pauses:
+            assert not writing.done()
+        os.close(other)
+        assert writing.result() == 7
+    assert pauses == [0.0 if durable else sqlite_database.STEP_ASIDE]
+
+
 def test_one_put_that_cannot_be_written_takes_no_other_with_it(queue: SQLite, monkeypatch: pytest.MonkeyPatch) -> None:
     transaction = queue._database._transaction
 
@@ -843,7 +884,7 @@ def test_without_watches_a_worker_looks_once_a_second(
     def none_left(**_: object) -> None:
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr("lamsonq.backends.sqlite_wake.Inotify", none_left)
+    monkeypatch.setattr("asyncinotify.Inotify", none_left)
     monkeypatch.setattr("lamsonq.backends.sqlite_wake.LOOK_EVERY", 0.1)
     queue, other = make(now=time.time), make(now=time.time)
     assert queue.reserve(1) == []

@@ -94,5 +94,6 @@ def test_nothing_that_a_client_says_adds_a_field_or_a_comment(
 
 def test_hops_are_the_received_fields_of_the_header_alone() -> None:
     assert hops(b"Received: a\r\n b\r\nreceived : c\r\nX-Received: d\r\n\r\nReceived: e\r\n") == 2
-    assert hops(b"\r\nReceived: a\r\n") == 0
+    assert hops(b"RECEIVED\t: a\nX: b\n\nReceived: c\n") == 1
+    assert hops(b"\r\nReceived: a\r\n") == hops(b"\nReceived: a\n") == hops(b"") == 0
     assert hops(b"Received: a\n" * 200) == 200

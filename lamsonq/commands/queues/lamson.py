@@ -19,7 +19,6 @@ from lamsonq.commands.queues.opened import looked_for
 from lamsonq.commands.queues.printed import print_bytes, print_line
 from lamsonq.commands.queues.verbs import WithVerbs, queues_and
 from lamsonq.errors import Later, Refusal
-from lamsonq.jobs import DONE, Damaged
 
 if TYPE_CHECKING:
     from lamsonq.queue import Queue
@@ -85,6 +84,8 @@ def queue(path: str | None, name: str | None, state: str | None, as_json: bool, 
 
 def _pop(queue: Queue, *_: Any) -> None:
     """Print the oldest message; it is out of the queue only when it is printed."""
+    from lamsonq.jobs import DONE
+
     for job in queue.backend.reserve(1):
         printed = False
         try:
@@ -135,6 +136,8 @@ def _clear(queue: Queue, _: bool, state: str, *__: Any) -> None:
 
 
 def _report(queue: Queue, key: str, *_: Any) -> None:
+    from lamsonq.jobs import Damaged
+
     job = queue.backend.get(key)
     if job is None:
         raise _missing(queue, key)

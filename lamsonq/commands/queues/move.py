@@ -18,7 +18,6 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -104,6 +103,8 @@ class _Mover:
 
     def _move_ready(self, count: int, advance: Advance) -> None:
         """So many of the ready ones, as a worker takes them: the quickest way. From a paused queue it takes none."""
+        from concurrent.futures import ThreadPoolExecutor
+
         with ThreadPoolExecutor(THREADS, thread_name_prefix="lamsonq-move") as pool:
             while count > 0:
                 jobs = self.store.reserve(min(count, BATCH))

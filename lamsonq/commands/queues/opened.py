@@ -10,7 +10,6 @@ Rules:
 
 from __future__ import annotations
 
-import difflib
 import os
 from typing import TYPE_CHECKING
 
@@ -93,6 +92,8 @@ def _directory(name: str) -> str | None:
 
 def _refuse_missing(name: str) -> None:
     if _is_missing(name):
+        import difflib
+
         near = difflib.get_close_matches(name.removeprefix("maildir:"), queues_of("run"), n=1)
         raise Refusal(f"there is no queue {name}{f': did you mean {near[0]}?' if near else ''}")
 

@@ -9,17 +9,18 @@ Rules:
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import math
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lamsonq.errors import Refusal
-from lamsonq.jobs import Damaged, Job
+
+if TYPE_CHECKING:
+    from lamsonq.jobs import Job
 
 RECORD_VERSION = 1
 """What the records of `export` say of their form."""
@@ -127,6 +128,8 @@ def whole(job: Job, state: str) -> dict[str, Any]:
 
 
 def _trouble(job: Job) -> dict[str, str]:
+    from lamsonq.jobs import Damaged
+
     return {"trouble": job.trouble} if isinstance(job, Damaged) else {}
 
 
@@ -135,4 +138,6 @@ def body_fields(body: bytes) -> dict[str, str]:
     try:
         return {"body": body.decode("utf-8")}
     except UnicodeDecodeError:
+        import base64
+
         return {"body_base64": base64.b64encode(body).decode("ascii")}

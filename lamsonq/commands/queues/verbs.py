@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -31,6 +30,8 @@ class WithVerbs(Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         words = [word for word in args[:2] if not word.startswith("-")]
         if len(words) == 2 and not ctx.resilient_parsing:  # only a verb stands in front of a queue
+            import difflib
+
             near = difflib.get_close_matches(words[0], self.verbs, n=1)
             meant = f": did you mean {near[0]}?" if near else "."
             raise click.UsageError(f"There is no verb {words[0]!r}{meant} There are {', '.join(self.verbs)}.", ctx)

@@ -44,7 +44,7 @@ def contests(scale: Scale) -> Iterator[Contest]:
         [
             *(Target(name, None, P50, most=1) for name in ours),
             *(Target(name, None, P99, most=10) for name in ours),
-            *(Target(name, None, WAKEUPS, most=0.5) for name in ours),
+            *(Target(name, None, WAKEUPS, most=0.2) for name in ours),
             *(Target(SQLITE, peer, P50) for peer in (SALMON, *(each.name for each in theirs))),
         ],
         measures=(P50, P99, WAKEUPS, IDLE),

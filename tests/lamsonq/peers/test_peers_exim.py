@@ -14,7 +14,7 @@ from lamsonq.logins import Logins
 from lamsonq.routing import RoutingBase
 from lamsonq.server import LMTPReceiver, Receiver, SMTPReceiver
 from lamsonq.session import Session
-from lamsonq.wire import Hot, Work
+from lamsonq.wire import Command, Work
 
 from .conftest import NAME, PASSWORD, Handled, Papers, mail_named
 from .exim import Exim
@@ -58,14 +58,14 @@ def pieces(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The arguments of BDAT that our sessions were given."""
     given: list[str] = []
     for kind in (Session, LMTPSession):
-        hot = dict(kind.hot)
-        take = hot["BDAT"]
+        commands = dict(kind.commands)
+        take = commands["BDAT"]
 
-        def noted(session: Session, argument: str | None, take: Hot = take) -> Work | None:
+        def noted(session: Session, argument: str | None, take: Command = take) -> Work | None:
             given.append(argument or "")
             return take(session, argument)
 
-        monkeypatch.setattr(kind, "hot", {**hot, "BDAT": noted})
+        monkeypatch.setattr(kind, "commands", {**commands, "BDAT": noted})
     return given
 
 
