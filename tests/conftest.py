@@ -9,8 +9,9 @@ AT_MOST = 4
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """The whole suite runs in a process more than there are processors, because much of it waits, a file in one. What is named on the command line
-    runs in this process: that has ended before others have started. So do the long tests, which measure time."""
+    """The whole suite runs in a process more than there are processors, because much of it waits, and a file in one of
+    them. What is named on the command line runs in this process: that has ended before others have started. So do the
+    long tests, which measure time."""
     whole = config.args_source is not pytest.Config.ArgsSource.ARGS and not config.option.keyword
     plain = config.option.markexpr == "not slow"
     return min(AT_MOST, 1 + len(os.sched_getaffinity(0))) if whole and plain else 0
