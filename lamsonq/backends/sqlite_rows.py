@@ -193,6 +193,8 @@ def _insert_together(database: sqlite3.Connection, rows: Sequence[Row]) -> list[
     try:
         database.execute(_TOGETHER[len(rows)], values)
     except sqlite3.IntegrityError:
+        if not database.in_transaction:  # a trigger has rolled back everything: what is put from here on would stay
+            raise
         return None
     return [True] * len(rows)
 

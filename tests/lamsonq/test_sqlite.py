@@ -455,6 +455,19 @@ def test_a_connection_that_is_closed_or_of_another_thread_is_told(queue: SQLite,
         put(queue, mine)
 
 
+def test_what_a_users_trigger_rolls_back_is_not_kept_in_part(queue: SQLite, tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "q.db")) as other:
+        other.execute(
+            "create trigger no before insert on jobs when new.sender = 'bad' begin select raise(rollback, 'no'); end"
+        )
+    puts = [Put(queue, Job(key=queue.new_key(), body=b"", sender=sender)) for sender in ("good", "bad", "good")]
+
+    with pytest.raises(QueueError, match="nothing was kept"):
+        queue.put(puts)
+
+    assert queue.reserve(3) == []
+
+
 def test_unique_and_gates_hold_on_the_users_connection_and_go_back_with_it(
     queue: SQLite, mine: sqlite3.Connection
 ) -> None:
