@@ -33,7 +33,7 @@ from types import FrameType
 from typing import Any
 
 from lamsonq import about, clock, events
-from lamsonq.errors import Dead, Later, LeaseLost, SMTPError, Undelivered, reason_of
+from lamsonq.errors import Dead, Later, LeaseLost, QueueError, SMTPError, Undelivered, reason_of
 from lamsonq.jobs import DONE, Done, Job, Put, Result
 from lamsonq.mail import MailRequest
 from lamsonq.policy import DEFAULT, Policy
@@ -421,6 +421,9 @@ class Attempt:
                 raise self._error
         except LeaseLost:
             LOG.warning("job %s was taken away while it was handled; this attempt's result is dropped", self.key)
+            return False
+        except QueueError as error:  # it says in a line what to do; thousands of tracebacks would fill the disk
+            LOG.error("job %s could not be settled: %s", self.key, error)
             return False
         except BaseException:  # the settler has answered for itself; others are to be settled yet
             LOG.exception("job %s could not be settled", self.key)

@@ -188,6 +188,18 @@ def test_one_that_cannot_be_kept_takes_no_other_with_it(
     assert waiting == (reply == "250")
 
 
+def test_a_queue_that_has_no_room_for_what_a_function_pushes_is_one_line_for_each_message(
+    serve: Serve, handlers: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    handlers(DESK)
+    monkeypatch.setattr(Queue("memory:together").backend, "put", Once(QueueError("no room"), print))
+    with Client(serve(deliver=None)) as client:
+        assert client.mail("1@x.test").startswith("451")
+    [record] = [record for record in caplog.records if "could not be settled" in record.message]
+    assert record.message.endswith(": no room")
+    assert record.exc_info is None
+
+
 def test_a_state_store_that_hangs_asks_for_a_new_process(
     serve: Serve, handlers: Any, router: RoutingBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
