@@ -495,14 +495,17 @@ def end(attempts: Sequence[Attempt]) -> None:
     """End attempts whose functions have returned: keep their states, then what they pushed, then tell what has become
     of them. Each fails alone."""
     try:
-        _commit_states([attempt for attempt in attempts if attempt.states])
-        _publish([attempt for attempt in attempts if attempt._leaving and attempt._unkept is not None])
+        if changing := [attempt for attempt in attempts if attempt.states]:
+            _commit_states(changing)
+        if leaving := [attempt for attempt in attempts if attempt._leaving and attempt._unkept is not None]:
+            _publish(leaving)
         settled = []
         for attempt in attempts:
             with about.about(attempt.about):
                 if attempt._tell():
                     settled.append(attempt)
-        _forget_states([attempt for attempt in settled if attempt.states])
+        if changed := [attempt for attempt in settled if attempt.states]:
+            _forget_states(changed)
         for attempt in settled:
             with about.about(attempt.about):
                 attempt._depart()
