@@ -55,7 +55,7 @@ def test_a_from_header_that_is_none_keeps_nothing_from_being_posted_and_answered
     from app.model import post
 
     name = f"test.blog.{time.time():.0f}.strange"
-    message = MailRequest(None, "stranger@sender.com", [f"{name}@osb.{HOST}"], b"From: " + b"(" * 500_000 + b"\n\nHi")
+    message = MailRequest(None, "stranger@sender.com", [f"{name}@osb.{HOST}"], b"From: " + b"(" * 50 + b"\n\nHi")
     clear_queue()
     Router.deliver(message)
     assert post.find(name) is not None

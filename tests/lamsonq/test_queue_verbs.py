@@ -97,6 +97,15 @@ def test_ls_shows_each_state_and_no_more_than_asked_for(queue: Queue) -> None:
     assert short.stderr == "... and 1 more: -limit 0 shows all\n"
 
 
+def test_ls_of_a_state_that_nothing_is_in_says_where_something_is(queue: Queue) -> None:
+    assert lamsonq("queue", "ls", queue.dir, "-state", "dead").stderr == ""
+    put(queue, outcome=Dead("no"))
+    put(queue, due=time.time() + 3600)
+    empty = lamsonq("queue", "ls", queue.dir)
+    assert empty.stdout == ""
+    assert empty.stderr == "nothing is ready; there are 1 delayed (-state delayed), 1 dead (-state dead)\n"
+
+
 def test_what_is_being_worked_is_listed_as_reserved(queue: Queue) -> None:
     key = put(queue)
     [job] = queue.backend.reserve(1)

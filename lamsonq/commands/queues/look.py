@@ -55,6 +55,16 @@ def ls(name: str | None, state: str, limit: int, as_json: bool) -> None:
         print_line(row(record, now))
     if limit and len(keys) > limit:
         click.echo(f"... and {len(keys) - limit} more: -limit 0 shows all", err=True)
+    if not keys and (others := [f"{count} {other} (-state {other})" for other, count in _others(queue.backend, state)]):
+        click.echo(f"nothing is {state}; there are {', '.join(others)}", err=True)
+
+
+def _others(store: Backend, state: str) -> Iterator[tuple[str, int]]:
+    """The other states that something is in, and how much."""
+    counts = store.counts()
+    for other in STATES.choices:
+        if other != state and counts.get(other):
+            yield other, counts[other]
 
 
 def _jobs(store: Backend, keys: list[str]) -> Iterator[Job]:
