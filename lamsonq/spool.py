@@ -21,6 +21,7 @@ from typing import Protocol
 from lamsonq.jobs import Job
 from lamsonq.queue import Queue
 from lamsonq.tally import TALLY
+from lamsonq.threads import Watched
 
 BATCH_MAX = 256
 """Messages in one put."""
@@ -42,17 +43,15 @@ class Waiting(Protocol):
         """It is not, and nothing of it is kept."""
 
 
-class Spool:
+class Spool(Watched):
     """Puts messages into `queue`, in a thread of its own."""
 
     def __init__(self, queue: Queue) -> None:
+        super().__init__()
         self._queue = queue
         self._waiting: SimpleQueue[Waiting | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._begun: float | None = None
-        """Since when a put is under way, by the monotonic clock."""
-        self._told: float | None = None
 
     def keep(self, message: Waiting) -> None:
         """Have it kept; it is told."""
@@ -66,14 +65,6 @@ class Spool:
                     return
                 self._thread = thread
             self._waiting.put(message)
-
-    def hangs(self, seconds: float) -> bool:
-        """Whether a put takes longer than that; it is told once of each."""
-        begun = self._begun
-        if begun is None or begun == self._told or time.monotonic() - begun <= seconds:
-            return False
-        self._told = begun
-        return True
 
     def close(self) -> None:
         """Nothing more will come: the thread ends when it has put what waits."""

@@ -145,7 +145,7 @@ _TIDY = "delete from conversations where key = ? and sender = ? and state = 'STA
 class _Write:
     """One thread's change on its way into the file. `waits`: it is to be durable before that thread goes on."""
 
-    def __init__(self, execute: Callable[[sqlite3.Connection], None], *, waits: bool) -> None:
+    def __init__(self, execute: Callable[[sqlite3.Connection], object], *, waits: bool) -> None:
         self.execute = execute
         self.waits = waits
         self.done = False
@@ -183,14 +183,14 @@ class SQLiteStorage(StateStorage):
         self.commit({(key, sender): state}, "")
 
     def clear(self) -> None:
-        self._write(_Write(lambda database: _execute(database, "delete from conversations"), waits=True))
+        self._write(_Write(lambda database: database.execute("delete from conversations"), waits=True))
 
     def commit(self, changes: Mapping[Conversation, str], job: str) -> None:
         self.commit_all([(changes, job)])
 
     def commit_all(self, made: Sequence[Made]) -> None:
         rows = [(*who, state, job) for changes, job in made for who, state in changes.items()]
-        self._write(_Write(lambda database: _execute_all(database, _COMMIT, rows), waits=True))
+        self._write(_Write(lambda database: database.executemany(_COMMIT, rows), waits=True))
 
     def found_by(self, key: str, sender: str, job: str) -> str | None:
         return self.look(key, sender, job)[1]
@@ -210,8 +210,8 @@ class SQLiteStorage(StateStorage):
         over = [who for changes, _ in made for who, state in changes.items() if state == START]
 
         def execute(database: sqlite3.Connection) -> None:
-            _execute_all(database, _FORGET, rows)
-            _execute_all(database, _TIDY, over)
+            database.executemany(_FORGET, rows)
+            database.executemany(_TIDY, over)
 
         # Losing this to a power failure is harmless: the job only stays remembered. So nobody waits for it.
         self._write(_Write(execute, waits=False))
@@ -322,15 +322,6 @@ class SQLiteStorage(StateStorage):
     def _forked(self) -> None:
         _ABANDONED.extend([self._reader, self._writer])  # what was busy: neither to be used here nor closed
         self._begin()
-
-
-def _execute(database: sqlite3.Connection, statement: str) -> None:
-    database.execute(statement)
-
-
-def _execute_all(database: sqlite3.Connection, statement: str, rows: Sequence[tuple[str, ...]]) -> None:
-    for row in rows:
-        database.execute(statement, row)
 
 
 _ABANDONED: list[sqlite3.Connection | None] = []

@@ -93,16 +93,31 @@ class Threads:
                 self._free += 1
 
 
-class Together(Generic[T]):
+class Watched:
+    """Something of which one piece of work is under way at a time, and somebody looks whether that hangs."""
+
+    def __init__(self) -> None:
+        self._begun: float | None = None
+        """Since when it is under way, by the monotonic clock."""
+        self._told: float | None = None
+
+    def hangs(self, seconds: float) -> bool:
+        """Whether it takes longer than that; it is told once of each piece."""
+        begun = self._begun
+        if begun is None or begun == self._told or time.monotonic() - begun <= seconds:
+            return False
+        self._told = begun
+        return True
+
+
+class Together(Watched, Generic[T]):
     """Has things dealt with by `act`: those that come while it is at work, all at once by its next call."""
 
     def __init__(self, act: Callable[[list[T]], None]) -> None:
+        super().__init__()
         self._act = act
         self._waiting: deque[T] = deque()
         self._busy = threading.Lock()
-        self._begun: float | None = None
-        """Since when `act` is at work, by the monotonic clock."""
-        self._told: float | None = None
 
     def submit(self, thing: T) -> None:
         """Have it dealt with: before this returns, or by the thread that is at work."""
@@ -118,11 +133,3 @@ class Together(Generic[T]):
             finally:
                 self._begun = None
                 self._busy.release()
-
-    def hangs(self, seconds: float) -> bool:
-        """Whether one call takes longer than that; it is told once of each."""
-        begun = self._begun
-        if begun is None or begun == self._told or time.monotonic() - begun <= seconds:
-            return False
-        self._told = begun
-        return True
