@@ -6,6 +6,9 @@ import socket
 import ssl
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
 
 from lamsonq.smtp import SMTPReceiver
 
@@ -113,3 +116,13 @@ def waits_until(condition: Callable[[], object], seconds: float = 5.0) -> bool:
             return False
         time.sleep(0.005)
     return True
+
+
+def clock_ahead(monkeypatch: pytest.MonkeyPatch, *modules: str) -> Callable[[float], None]:
+    """What puts the monotonic clock of these modules ahead, by seconds in which no processor was used."""
+    ahead = [0.0]
+    stepping = SimpleNamespace(**vars(time))
+    stepping.monotonic = lambda: time.monotonic() + ahead[0]
+    for module in modules:
+        monkeypatch.setattr(f"{module}.time", stepping)
+    return lambda seconds: ahead.append(ahead.pop() + seconds)

@@ -28,7 +28,7 @@ from lamsonq.session import Session
 from lamsonq.smtp import SMTPReceiver
 from lamsonq.tally import TALLY
 
-from .clients import MESSAGE, Client, waits_until
+from .clients import MESSAGE, Client, clock_ahead, waits_until
 from .offline import Taker, Transport
 
 Start = Callable[..., SMTPReceiver]
@@ -640,6 +640,34 @@ def test_a_function_that_hangs_leaves_its_stack_and_asks_for_a_new_process(
     noted.gate.set()
     assert "did not return within 0.2 seconds" in report
     assert "gate.wait()" in report
+
+
+def test_while_the_process_was_stopped_no_function_has_hung(
+    start: Start, handlers: Any, router: RoutingBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lamsonq.commit.LOOK_EVERY", 0.1)
+    noted = handlers("""
+@route("a@y.test")
+@stateless
+def WAIT(message):
+    calls.append(1)
+    gate.wait(10)
+""")
+    receiver = start(timeout=60)
+    ahead = clock_ahead(monkeypatch, "lamsonq.attempt", "lamsonq.commit", "lamsonq.threads")
+    with Client(receiver) as client:
+        client.begin("a@y.test")
+        client.say("DATA")
+        client.send(MESSAGE + b".\r\n")
+        assert waits_until(lambda: noted.calls)
+        ahead(3600)
+        for _ in range(2):
+            before = receiver._committer._looks
+            assert waits_until(lambda before=before: receiver._committer._looks is not before)  # it has looked
+        noted.gate.set()
+        assert client.reply().startswith("250 2.0.0 Ok: handled")
+    assert not receiver.stuck
+    assert dead_letters(router) == []
 
 
 def test_a_deliver_that_hangs_is_refused(start: Start) -> None:

@@ -23,7 +23,7 @@ from lamsonq.state import MemoryStorage, SQLiteStorage
 from lamsonq.testing import frozen_clock
 from lamsonq.worker import QueueReceiver
 
-from .clients import waits_until
+from .clients import clock_ahead, waits_until
 
 Mail = Callable[..., MailRequest]
 Module = Callable[..., str]
@@ -514,6 +514,43 @@ def test_a_handler_that_hangs_is_settled_without_it_and_the_process_asks_to_be_r
     assert target == f"{name}.START"
     assert "did not return within 0.1 seconds" in report
     assert "GO.wait" in details(posts)
+
+
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_while_the_process_was_stopped_no_handler_has_hung(
+    router: RoutingBase, module: Module, mail: Mail, posts: Queue, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    name = module(
+        f"""
+        import asyncio, threading, time
+        STOPPED, LOOKED = threading.Event(), threading.Event()
+        @route('desk@example.com')
+        @stateless
+        {kind} START(message):
+            STOPPED.set()
+            while not LOOKED.is_set(): {"await asyncio.sleep(0.01)" if kind != "def" else "time.sleep(0.01)"}
+            CALLS.append(1)
+        """
+    )
+    router.load([name])
+    posts.push(mail())
+    stopped, looked = sys.modules[name].STOPPED, sys.modules[name].LOOKED
+    ahead = clock_ahead(monkeypatch, "lamsonq.attempt", "lamsonq.threads", "lamsonq.worker")
+    receiver = QueueReceiver("run/posts", router=router, timeout=60)
+    look = receiver._give_up_the_late
+
+    def stop_and_look() -> None:
+        if stopped.is_set() and not looked.is_set():
+            ahead(3600)
+            look()
+            looked.set()
+        look()
+
+    monkeypatch.setattr(receiver, "_give_up_the_late", stop_and_look)
+    receiver.start(one_shot=True)
+    assert calls_of(name) == [1]
+    assert not receiver.stuck
+    assert not any(posts.backend.counts().values())
 
 
 def test_while_it_looks_for_what_a_handler_hangs_at_no_garbage_is_collected() -> None:
