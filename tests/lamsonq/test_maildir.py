@@ -1592,6 +1592,21 @@ def test_a_scheme_that_nothing_serves_is_refused_with_what_there_is() -> None:
         open_backend("durable:x")
 
 
+@pytest.mark.parametrize("name", ["", "maildir:", "posts\0", "run/q.db?queue=posts"])
+def test_what_names_no_queue_is_refused_and_makes_no_folder(here: Path, name: str) -> None:
+    with pytest.raises(BrokerError, match="sqlite:"):
+        open_backend(name)
+    assert os.listdir(here) == []
+
+
+def test_a_scheme_may_be_written_in_any_case(here: Path) -> None:
+    assert open_backend("SQLite:q.db?queue=Posts") is open_backend("sqlite:q.db?queue=Posts")
+    assert open_backend("Maildir:posts") is open_backend("posts")
+    with pytest.raises(BrokerError, match="no queue backend serves carrier-pigeon:"):
+        open_backend("Carrier-Pigeon://coop")
+    assert os.listdir(here) == []
+
+
 def test_a_backend_of_somebody_else_is_an_entry_point(tmp_path: Path) -> None:
     """A package that is installed elsewhere, seen by a fresh interpreter."""
     info = tmp_path / "pigeon-1.dist-info"
