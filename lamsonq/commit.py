@@ -489,7 +489,10 @@ class _Run:
 def trouble(error: BaseException) -> str:
     """Log an error that the client must not see; the reply names the log line."""
     mark = secrets.token_hex(6)
-    LOG.error("Session error %s", mark, exc_info=error)
+    if isinstance(error, QueueError):  # as in `_say_failed`
+        LOG.error("Session error %s: %s", mark, error)
+    else:
+        LOG.error("Session error %s", mark, exc_info=error)
     return f"451 4.3.0 Internal error {mark}, please try again later"
 
 

@@ -207,7 +207,8 @@ class Database:
         try:
             fcntl.flock(self._turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            time.sleep(aside)
+            if aside:
+                time.sleep(aside)
             fcntl.flock(self._turn, fcntl.LOCK_EX)
         return self._turn
 
