@@ -12,9 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import threading
 from collections.abc import Iterable, Sequence
+
+OPEN_MAX = 100
+"""Files that one call has open at the same time: a process may have a thousand, and most are its connections."""
 
 
 def write_file(path: str, *chunks: bytes) -> None:
@@ -25,29 +29,38 @@ def write_file(path: str, *chunks: bytes) -> None:
 def write_files(files: Iterable[tuple[str, Sequence[bytes]]]) -> None:
     """Make new files (0600), each of its chunks of bytes, and sync them; on an OSError there is none of them.
 
-    All are on their way to the disk before the first one is waited for: of those behind it most have arrived by then.
+    Many are on their way to the disk before the first one is waited for: of those behind it most have arrived by then.
     """
-    made: list[tuple[str, int]] = []
+    made: list[str] = []
+    left = iter(files)
     try:
-        try:
-            for path, chunks in files:
-                fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-                made.append((path, fd))
-                for chunk in chunks:
-                    _write_all(fd, chunk)
-            if len(made) > 1:
-                for _, fd in made:
-                    # Linux begins to write what is dirty (mm/fadvise.c); it is no promise, the fsync is.
-                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            for _, fd in made:
-                os.fsync(fd)
-        finally:
-            for _, fd in made:
-                os.close(fd)
+        while part := list(itertools.islice(left, OPEN_MAX)):
+            _write_part(part, made)
     except OSError:
-        for path, _ in made:
+        for path in made:
             remove_file(path)
         raise
+
+
+def _write_part(files: Sequence[tuple[str, Sequence[bytes]]], made: list[str]) -> None:
+    """Add to `made` what is there, whole or not."""
+    opened: list[int] = []
+    try:
+        for path, chunks in files:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            made.append(path)
+            opened.append(fd)
+            for chunk in chunks:
+                _write_all(fd, chunk)
+        if len(opened) > 1:
+            for fd in opened:
+                # Linux begins to write what is dirty (mm/fadvise.c); it is no promise, the fsync is.
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        for fd in opened:
+            os.fsync(fd)
+    finally:
+        for fd in opened:
+            os.close(fd)
 
 
 def _write_all(fd: int, data: bytes) -> None:

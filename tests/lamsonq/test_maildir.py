@@ -9,6 +9,7 @@ import logging
 import mailbox
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -1256,6 +1257,19 @@ def test_a_file_that_may_not_be_read_is_left_alone(
     assert queue.reserve(5, wait=0.05) == []
     assert (new / "1.secret").exists()
     assert len([line for line in caplog.messages if "is left alone: Permission denied" in line]) == 1
+
+
+def test_a_put_of_more_jobs_than_a_process_may_have_files_open(queue: Maildir) -> None:
+    """As when a function pushes a message to each subscriber of a list."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = max(map(int, os.listdir("/proc/self/fd"))) + durable.OPEN_MAX + 10
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, before[1]))
+    try:
+        assert all(queue.put([Put(queue, Job(key=queue.new_key(), body=b"")) for _ in range(most)]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert queue.counts()["ready"] == most
+    assert os.listdir(queue.folders.at("tmp")) == []
 
 
 def test_when_there_are_no_descriptors_left_the_job_stays(queue: Maildir, monkeypatch: pytest.MonkeyPatch) -> None:
