@@ -31,7 +31,7 @@ from lamsonq import clock
 from lamsonq.backends.durable import make_folders, sync_folder, write_file
 from lamsonq.backends.maildir_names import Name, Record, decode_block, encode_block, fitted
 from lamsonq.errors import Dead, Later, QueueError
-from lamsonq.jobs import Done, Gate, Job, Put, due_after
+from lamsonq.jobs import PRIORITY_MAX, Done, Gate, Job, Put, due_after
 from lamsonq.reports import entry_of
 
 READY, DELAYED, DEAD, DONE = "new", ".delayed/new", ".dead/new", ".done/new"
@@ -290,7 +290,7 @@ def place_of(put: Put, now: float) -> Place:
         failures=min(max(job.attempts, 0), _COUNT_MAX),
         bound=int(job.target is not None),
         errors=int(bool(put.report or entry)),
-        priority=job.priority,
+        priority=min(max(job.priority, 0), PRIORITY_MAX),
         expires=0 if job.expires is None else milliseconds(job.expires),
         unique=int(unique is not None),
     )
