@@ -6,8 +6,8 @@ Rules:
    few jobs that wait for their turn in a conversation.
 2. Where several queues have something to do, they get threads in proportion to their weights: a queue has until a look
    at it finds nothing, and not only in the moments in which its fetcher asks for a thread.
-3. A function that does not return in time is settled without it, and this process asks to be replaced. The time in which
-   the process itself stood still is not the function's.
+3. A function that does not return in time is settled without it, and this process asks to be replaced. For how long
+   the process itself stood still is not counted.
 4. There is no scheduler: whoever works a queue puts the periodic jobs of that queue, each moment once (jobs.Tick).
 5. TERM: first the claims no longer count as deliveries, so that a KILL which follows harms no job; then what runs is
    finished.

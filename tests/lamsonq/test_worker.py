@@ -12,7 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from lamsonq.errors import Failure, Later, QueueError, Refusal, SettingsError, SMTPError, Undelivered
+from lamsonq.errors import (
+    Dead,
+    Failure,
+    Later,
+    QueueError,
+    Refusal,
+    SettingsError,
+    SMTPError,
+    Undelivered,
+    report_of,
+)
 from lamsonq.jobs import Done, Job
 from lamsonq.mail import MailRequest
 from lamsonq.policy import MAX_ATTEMPTS
@@ -109,6 +119,44 @@ def test_nonsense_is_a_dead_letter_too(router: RoutingBase, module: Module, mail
     ((target, report),) = dead(posts)
     assert target == f"{name}.START"
     assert "returned 'POSTING'" in report
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        ("ValueError('x' * 10_000_000)", "ValueError: xxxx"),
+        ("BadText()", "BadText: (an error whose text cannot be told)"),
+    ],
+)
+def test_whatever_an_error_tells_its_job_is_settled_and_its_report_is_short(
+    router: RoutingBase, module: Module, mail: Mail, posts: Queue, error: str, told: str
+) -> None:
+    name = module(
+        f"""
+        class BadText(Exception):
+            def __str__(self): raise SystemExit
+        @route('desk@example.com')
+        @stateless
+        @deferrable(max_attempts=1)
+        def START(message): raise {error}
+        """
+    )
+    router.load([name])
+    posts.push(mail())
+    work(router)
+    ((_, reason),) = dead(posts)
+    assert reason.startswith(told)
+    assert len(reason) < 1100
+    assert len(details(posts)) < 70_000
+
+
+def test_a_failure_whose_traceback_cannot_be_told_has_a_report() -> None:
+    class Bad(Exception):
+        __notes__ = property(lambda _: 1 / 0)
+
+    outcome = Dead("gave up")
+    outcome.__cause__ = Bad()
+    assert report_of(outcome) == "gave up\n\n(its traceback cannot be told: ZeroDivisionError)\n"
 
 
 def test_even_a_handler_that_exits_is_only_a_failure(
