@@ -6,6 +6,8 @@ Rules:
 2. A descriptor whose fsync has failed is never synced again. The kernel reports a lost page once and then calls the
    file clean, so a second fsync would lie; the file is thrown away instead.
 3. Threads that wait for the same folder share one sync.
+4. Files that belong together are synced at the same time, each by a thread: the kernel commits its journal and flushes
+   the disk once for many that wait, but once for each that comes alone.
 """
 
 from __future__ import annotations
@@ -15,7 +17,13 @@ import errno
 import itertools
 import os
 import threading
+from collections import deque
 from collections.abc import Iterable, Sequence
+
+from lamsonq.threads import Threads
+
+SYNCED_AT_ONCE = 8
+"""Files of one `write_files`; more wait for a thread."""
 
 OPEN_MAX = 100
 """Files that one call has open at the same time: a process may have a thousand, and most are its connections."""
@@ -56,11 +64,61 @@ def _write_part(files: Sequence[tuple[str, Sequence[bytes]]], made: list[str]) -
             for fd in opened:
                 # Linux begins to write what is dirty (mm/fadvise.c); it is no promise, the fsync is.
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        for fd in opened:
-            os.fsync(fd)
+        _sync_files(opened)
     finally:
         for fd in opened:
             os.close(fd)
+
+
+def _sync_files(fds: Sequence[int]) -> None:
+    """Return when all of them are synced; raises the first OSError."""
+    if len(fds) == 1:
+        os.fsync(fds[0])
+    elif fds:
+        files = _Files(fds)
+        for _ in fds[1:SYNCED_AT_ONCE]:
+            try:
+                _helpers.submit(files.sync)
+            except OSError:  # this machine has no threads just now: it takes longer
+                break
+        files.sync()
+        files.wait()
+
+
+class _Files:
+    """Descriptors that any number of threads sync, each taking the next one."""
+
+    def __init__(self, fds: Sequence[int]) -> None:
+        self._waiting = deque(fds)
+        self._unsynced = len(fds)
+        self._lock = threading.Lock()
+        self._done = threading.Lock()
+        self._done.acquire()
+        self._error: BaseException | None = None
+
+    def sync(self) -> None:
+        """Sync those that no other thread has begun with."""
+        with contextlib.suppress(IndexError):
+            while True:
+                self._sync(self._waiting.popleft())
+
+    def _sync(self, fd: int) -> None:
+        error: BaseException | None = None
+        try:
+            os.fsync(fd)
+        except BaseException as failure:  # whatever it is, somebody waits for us
+            error = failure
+        with self._lock:
+            self._error = self._error or error
+            self._unsynced -= 1
+            if not self._unsynced:
+                self._done.release()
+
+    def wait(self) -> None:
+        """Return when all are synced; raises what one of them has raised."""
+        self._done.acquire()
+        if self._error is not None:
+            raise self._error
 
 
 def _write_all(fd: int, data: bytes) -> None:
@@ -150,6 +208,7 @@ def _fsync_folder(folder: str) -> None:
 
 
 _shared = _SharedSync()
+_helpers = Threads(SYNCED_AT_ONCE - 1, "lamsonq-sync")
 
 
 def sync_folder(folder: str) -> None:
@@ -158,9 +217,13 @@ def sync_folder(folder: str) -> None:
 
 
 def _start_afresh() -> None:
-    """A forked child has no thread that could finish the syncs that its parent had begun."""
-    global _shared
+    """A forked child has none of its parent's threads, to finish what they have begun or to help."""
+    global _shared, _helpers
     _shared = _SharedSync()
+    _helpers = Threads(SYNCED_AT_ONCE - 1, "lamsonq-sync")
+
+
+_helpers = Threads(SYNCED_AT_ONCE - 1, "lamsonq-sync")
 
 
 os.register_at_fork(after_in_child=_start_afresh)
