@@ -223,7 +223,4 @@ def _start_afresh() -> None:
     _helpers = Threads(SYNCED_AT_ONCE - 1, "lamsonq-sync")
 
 
-_helpers = Threads(SYNCED_AT_ONCE - 1, "lamsonq-sync")
-
-
 os.register_at_fork(after_in_child=_start_afresh)
