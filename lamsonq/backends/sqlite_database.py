@@ -207,8 +207,7 @@ class Database:
         try:
             fcntl.flock(self._turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if aside:
-                time.sleep(aside)
+            time.sleep(aside)
             fcntl.flock(self._turn, fcntl.LOCK_EX)
         return self._turn
 
