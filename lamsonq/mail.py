@@ -158,8 +158,14 @@ class MailRequest:
     # Headers. `_edits` maps a lower-case name to (name, text), or (name, None) when it was deleted.
 
     def __getitem__(self, name: str) -> str | None:
-        """The first header of this name, decoded, on one line; None when there is none."""
-        return next(self._texts(name), None)
+        """The first header of this name, decoded, on one line; None when there is none.
+
+        A message that came without From or To has the envelope's here, as Lamson wrote them into it.
+        """
+        text = next(self._texts(name), None)
+        if text is None and (key := name.lower()) in ("from", "to") and key not in self._edits:
+            return (self.From if key == "from" else self.To) or None
+        return text
 
     def get_all(self, name: str) -> list[str]:
         """Every header of this name, decoded, in order."""

@@ -207,7 +207,8 @@ def test_of_many_threads_that_come_with_a_secret_at_once_one_gets_the_message(en
 
 def test_a_message_without_a_sender_confirms_nothing(engine: ConfirmationEngine) -> None:
     secret = secret_in(engine.register("blog", post()))
-    assert engine.verify("blog", post(b"Subject: no From\r\n\r\n")["from"], secret) is None
+    assert post(b"Subject: no From\r\n\r\n", sender="")["from"] is None
+    assert engine.verify("blog", None, secret) is None
     assert engine.verify("blog", ALICE, secret) is not None
 
 

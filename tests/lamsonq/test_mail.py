@@ -356,6 +356,18 @@ def test_a_deleted_header_is_gone_in_every_copy() -> None:
     assert message.to_message().keys() == ["A", "B"]
 
 
+def test_a_message_without_from_and_to_is_asked_for_those_of_the_envelope() -> None:
+    message = request(b"Subject: x\r\n\r\nbody", sender="Joe@x.org", to=["list@y.org", "ann@y.org"])
+    assert (message["From"], message["to"]) == ("joe@x.org", "list@y.org")
+    assert message.addressed("ann@y.org")["To"] == "ann@y.org"
+    assert message.keys() == ["Subject"]
+    assert message.to_bytes() == b"Subject: x\r\n\r\nbody"
+    del message["From"]
+    message["To"] = "Ann <ann@y.org>"
+    assert (message["From"], message["To"]) == (None, "Ann <ann@y.org>")
+    assert request(b"\r\nbody", sender="")["from"] is None
+
+
 def test_a_header_that_is_set_is_folded_and_encoded() -> None:
     message = request(SIMPLE)
     message["Subject"] = "ü" * 100
