@@ -167,8 +167,8 @@ class RoutingBase:
         self.queues.update(dict.fromkeys(modules, target))
 
     def clear_routes(self) -> None:
-        """Forget all routes; `load` brings modules back. What `defaults` has been told stays, as in Lamson: a module that
-        has said it will not be imported again."""
+        """Forget all routes; `load` brings modules back. What `defaults` has been told stays, as in Lamson: the module
+        that said it is not imported again."""
         with self._lock:
             self._names.clear()
             self._direct.clear()

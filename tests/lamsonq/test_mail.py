@@ -437,6 +437,9 @@ def test_the_body_of_a_multipart_is_its_text() -> None:
     assert (picture.body, picture.filename, picture.disposition) == (PNG, "Bild ü.png", "attachment")
     assert picture["Content-Transfer-Encoding"] == "base64"
     assert picture["nothing"] is None
+    assert "content-transfer-encoding" in picture
+    assert "nothing" not in picture
+    assert list(picture) == picture.keys() == picture.message.keys()
     assert request("Subject: ü\r\n\r\n").all_parts()[0]["subject"] == "ü"
 
 
