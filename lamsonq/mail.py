@@ -179,7 +179,10 @@ class MailRequest:
         yield from map(self._source.shown, self._source.block.named(name))
 
     def __setitem__(self, name: str, value: object) -> None:
-        """Replace every header of this name by one, or add it; None deletes. Raises ValueError."""
+        """Replace every header of this name by one, or add it; None deletes. Raises ValueError.
+
+        One that is there keeps its place, and its name as it was written.
+        """
         text = None if value is None else check_value(name, value)
         self._edits[check_name(name).lower()] = (name, text)
 
@@ -213,9 +216,9 @@ class MailRequest:
             if key not in self._edits:
                 yield found.name, found
             elif key in pending:
-                name, text = pending.pop(key)
+                _, text = pending.pop(key)
                 if text is not None:
-                    yield name, text
+                    yield found.name, text
         yield from ((name, text) for name, text in pending.values() if text is not None)
 
     # What is in it.

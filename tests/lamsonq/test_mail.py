@@ -356,6 +356,15 @@ def test_a_deleted_header_is_gone_in_every_copy() -> None:
     assert message.to_message().keys() == ["A", "B"]
 
 
+def test_a_header_that_is_replaced_keeps_its_place_and_its_spelling() -> None:
+    message = request(b"From: a@x.org\r\nX-ID: 1\r\nTo: b@y.org\r\n\r\n")
+    message["x-id"] = "2"
+    assert message.to_bytes() == b"From: a@x.org\r\nX-ID: 2\r\nTo: b@y.org\r\n\r\n"
+    response = MailResponse("b@y.org", "a@x.org", "one")
+    response["subject"] = "two"
+    assert response.items() == [("From", "a@x.org"), ("To", "b@y.org"), ("Subject", "two")]
+
+
 def test_a_message_without_from_and_to_is_asked_for_those_of_the_envelope() -> None:
     message = request(b"Subject: x\r\n\r\nbody", sender="Joe@x.org", to=["list@y.org", "ann@y.org"])
     assert (message["From"], message["to"]) == ("joe@x.org", "list@y.org")
