@@ -356,6 +356,28 @@ def test_a_deleted_header_is_gone_in_every_copy() -> None:
     assert message.to_message().keys() == ["A", "B"]
 
 
+@pytest.mark.parametrize(
+    ("text", "raw"),
+    [
+        ("Jörg <joerg-AT-x.org>", b"=?utf-8?b?SsO2cmc=?= <joerg-AT-x.org>"),
+        ("Jörg", b"=?utf-8?b?SsO2cmc=?="),
+        ("Jörg <j@x.org>, ann, Bob <bob>", b"=?utf-8?b?SsO2cmc=?= <j@x.org>, ann, Bob <bob>"),
+    ],
+)
+def test_what_is_no_address_stays_in_a_header_of_addresses(text: str, raw: bytes) -> None:
+    written = MailResponse("b@y.org", text).to_bytes()
+    assert b"From: " + raw + b"\r\n" in written
+    message = request(written)
+    assert message["From"] == text
+    assert mail.addresses_in(str(message["From"])) == mail.addresses_in(raw.decode())
+
+
+@pytest.mark.parametrize("raw", ["=?utf-8?q?=22?= <a@b.c> x", "=?utf-8?q?J?= <a@b@c>", '=?utf-8?q?J?= <"a@b.c>, d'])
+def test_what_is_no_address_does_not_become_one(raw: str) -> None:
+    assert mail.addresses_in(raw) == []
+    assert mail.addresses_in(str(request(f"From: {raw}\r\n\r\n", sender=None)["From"])) == []
+
+
 def test_a_header_that_is_replaced_keeps_its_place_and_its_spelling() -> None:
     message = request(b"From: a@x.org\r\nX-ID: 1\r\nTo: b@y.org\r\n\r\n")
     message["x-id"] = "2"
