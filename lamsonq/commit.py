@@ -32,11 +32,11 @@ from functools import partial
 from lamsonq import about, mail
 from lamsonq.address import canonical
 from lamsonq.attempt import PATIENCE, Attempt, Call, end, key_of
-from lamsonq.backends.maildir_names import new_key as new_id
 from lamsonq.content import Content, Spilled
 from lamsonq.delivery import carried, reported_once
 from lamsonq.errors import Dead, Failure, Later, QueueError, SMTPError, Undelivered, outcome_of, reason_of
 from lamsonq.jobs import Done, Job, Put, Result
+from lamsonq.keys import new_key as new_id
 from lamsonq.queue import job_of, new_key, queue_of
 from lamsonq.routing import RoutingBase, unplanned
 from lamsonq.spool import Spool

@@ -26,13 +26,13 @@ Rules, which every backend keeps:
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from lamsonq.clock import CORRECTION
 from lamsonq.errors import Dead, Later, LeaseLost
+from lamsonq.keys import derived_key
 
 DELIVERIES_MAX = 3
 """How often a job may take its worker down with it before it is a dead letter."""
@@ -373,15 +373,7 @@ def exponential(failures: int) -> float:
     return float(min(2 ** min(max(failures, 1), 20) * 2, 3600)) * random.uniform(0.5, 1)
 
 
-def derived_key(key: str, number: int) -> str:
-    """A key beside its parent's in the order of the queue, that only this parent can make."""
-    derived, found = re.subn(r"^(\d+\.M\d+P\d+Q\d+(?:R\d+)*)", rf"\1R{_in_order(number)}", key, count=1)
-    return derived if found else f"{key}.R{_in_order(number)}"
-
-
-def _in_order(number: int) -> str:
-    """The number in digits that sort as texts do, because keys are sorted so: 8, 9009, 9010, 9099, 990100."""
-    if number < 9:
-        return str(number)
-    digits = f"{number:02d}"
-    return f"{'9' * (len(digits) - 1)}0{digits}"
+def part_of(job: Job, recipients: tuple[str, ...], number: int) -> Job:
+    """A new job for some of a job's recipients, beside it in the order of the queue."""
+    key = derived_key(job.key, number)
+    return replace(job, key=key, recipients=recipients, deliveries=0, due=None, unique=None, claim="")

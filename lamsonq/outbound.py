@@ -40,7 +40,7 @@ from lamsonq.connection import own_name
 from lamsonq.envelope import Envelope
 from lamsonq.errors import Dead, Failure, Later, Receipt, SettingsError, SMTPError, Undelivered, reason_of
 from lamsonq.headers import HeaderBlock, shown
-from lamsonq.jobs import Backend, Job, Put, derived_key
+from lamsonq.jobs import Backend, Job, Put, part_of
 from lamsonq.mail import MailRequest
 from lamsonq.notification import DELAYED, DELIVERED, FAILED, RELAYED, Fate, notification
 from lamsonq.policy import GIVE_UP_AFTER, Policy
@@ -150,7 +150,7 @@ class Outbox:
         if self.relay.hostname or len(job.recipients) < 2:
             return []
         groups = [tuple(group) for _, group in groupby(sorted(job.recipients, key=_domain), _domain)]
-        return [_child(job, group, n) for n, group in enumerate(groups, 1)] if len(groups) > 1 else []
+        return [part_of(job, group, n) for n, group in enumerate(groups, 1)] if len(groups) > 1 else []
 
     def settlement(self, store: Backend, job: Job, outcome: Later | Dead) -> Settlement:
         """What a failed attempt is settled with: the job stays whole where one outcome is everybody's."""
@@ -321,13 +321,8 @@ def _together(later: Sequence[tuple[Failure, Later]]) -> Later | None:
     return again
 
 
-def _child(job: Job, recipients: tuple[str, ...], number: int) -> Job:
-    key = derived_key(job.key, number)
-    return replace(job, key=key, recipients=recipients, deliveries=0, due=None, unique=None, claim="")
-
-
 def _failed(job: Job, recipients: tuple[str, ...], number: int) -> Job:
-    return replace(_child(job, tuple(filter(None, recipients)), number), attempts=job.attempts + 1)
+    return replace(part_of(job, tuple(filter(None, recipients)), number), attempts=job.attempts + 1)
 
 
 def _of_ours(error: BaseException) -> Exception:

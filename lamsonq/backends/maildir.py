@@ -49,10 +49,11 @@ from lamsonq.backends.maildir_files import (
     read_job,
 )
 from lamsonq.backends.maildir_guards import Guards
-from lamsonq.backends.maildir_names import Name, fitted, is_derived, new_key, parse_name, use_key
+from lamsonq.backends.maildir_names import Name, fitted, parse_name
 from lamsonq.backends.maildir_settle import Settler, fate_of, killed
 from lamsonq.errors import LeaseLost, QueueError
 from lamsonq.jobs import DELIVERIES_MAX, Done, Job, Outcome, Put, finish_each
+from lamsonq.keys import is_derived, new_key, use_key
 
 LOG = logging.getLogger()
 """The root logger: users of Lamson grep for these lines."""

@@ -16,9 +16,9 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from lamsonq import clock
-from lamsonq.backends.maildir_names import new_key
 from lamsonq.errors import Dead, Later, LeaseLost, QueueError, SettingsError
 from lamsonq.jobs import DELIVERIES_MAX, STATES, Done, Expired, Job, Limit, Outcome, Put, due_after, finish_each
+from lamsonq.keys import new_key
 from lamsonq.reports import entry_of
 
 

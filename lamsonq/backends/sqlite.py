@@ -28,7 +28,6 @@ from urllib.parse import parse_qsl, quote, unquote
 
 from lamsonq import clock
 from lamsonq.backends import sqlite_bodies, sqlite_lanes, sqlite_settle, sqlite_workers
-from lamsonq.backends.maildir_names import new_key
 from lamsonq.backends.sqlite_bodies import INLINE_MAX, Bodies
 from lamsonq.backends.sqlite_database import database_at
 from lamsonq.backends.sqlite_errors import About
@@ -37,6 +36,7 @@ from lamsonq.backends.sqlite_reserve import Reserving
 from lamsonq.backends.sqlite_rows import Row, insert, row_of
 from lamsonq.errors import BrokerError, LeaseLost, QueueError, SettingsError
 from lamsonq.jobs import Done, Job, Limit, Outcome, Put
+from lamsonq.keys import new_key
 
 _T = TypeVar("_T")
 
