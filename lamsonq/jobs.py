@@ -373,6 +373,17 @@ def exponential(failures: int) -> float:
     return float(min(2 ** min(max(failures, 1), 20) * 2, 3600)) * random.uniform(0.5, 1)
 
 
+def killed(times: int) -> str:
+    """Why a job is dead whose worker died so often."""
+    return f"the worker died {times} times while it had this job"
+
+
+def check_state(state: str) -> None:
+    """Raises ValueError for a word that is none of STATES."""
+    if state not in STATES:
+        raise ValueError(f"a job is {', '.join(STATES)}; not {state!r}")
+
+
 def part_of(job: Job, recipients: tuple[str, ...], number: int) -> Job:
     """A new job for some of a job's recipients, beside it in the order of the queue."""
     key = derived_key(job.key, number)

@@ -50,9 +50,9 @@ from lamsonq.backends.maildir_files import (
 )
 from lamsonq.backends.maildir_guards import Guards
 from lamsonq.backends.maildir_names import Name, fitted, parse_name
-from lamsonq.backends.maildir_settle import Settler, fate_of, killed
+from lamsonq.backends.maildir_settle import Settler, fate_of
 from lamsonq.errors import LeaseLost, QueueError
-from lamsonq.jobs import DELIVERIES_MAX, Done, Job, Outcome, Put, finish_each
+from lamsonq.jobs import DELIVERIES_MAX, Done, Job, Outcome, Put, finish_each, killed
 from lamsonq.keys import is_derived, new_key, use_key
 
 LOG = logging.getLogger()

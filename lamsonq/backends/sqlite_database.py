@@ -76,7 +76,7 @@ class Database:
         _all.add(self)
 
     def _begin(self) -> None:
-        self._writing, self._reading, self._opening = threading.Lock(), threading.Lock(), threading.Lock()
+        self._writing, self._reading = threading.Lock(), threading.Lock()
         self._pending: deque[_Write] = deque()
         self._writer: sqlite3.Connection | None = None
         self._reader: sqlite3.Connection | None = None
