@@ -54,6 +54,7 @@ Group = tuple[str, ...]
 Tell = Callable[[str], None]
 
 Inspect = Callable[[mail.Envelope, bytes, str], tuple[mail.Envelope, bytes]]
+"""From the envelope, the message and its id, what everybody sees of the two."""
 
 
 class _Unkept(Later):

@@ -405,7 +405,7 @@ def queue_of_function(function: Callable[..., Any]) -> Queue:
 
 
 def job_of_call(function: Callable[..., Any]) -> Job:
-    """The job of a call without arguments, as its policy says, but due now."""
+    """The job of a call without arguments, as its policy says; its gate, a Tick, makes it due at once."""
     return cast("Deferrable[[], Any]", function).using().job()
 
 
