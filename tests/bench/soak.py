@@ -418,7 +418,7 @@ class Ledger:
         self.calm_from: int | None = None
         """How many were accepted when the last interruption was over."""
         self._looks = deque(int(messages * share) for share in FIRST_LOOKS)
-        """Before more than so many are sent, all processes have to be looked at: however fast it goes, none is missed."""
+        """Before more than so many are sent, all processes are looked at: however fast it goes, none is missed."""
         self._next = 0
         self._last: int | None = None
         self._paused = False
