@@ -175,6 +175,7 @@ class SMTPReceiver:
         self._stopping = asyncio.Event()
         self._deadline = float("inf")
         self._sessions: set[Session] = set()
+        self._reporting: set[Future[object]] = set()
 
     # -- the receiver's life -----------------------------------------------------------------------------------
 
@@ -360,7 +361,7 @@ class SMTPReceiver:
     async def _drain(self) -> None:
         """Let what has begun finish; send everybody else away."""
         self.draining = True
-        while (self._sessions or self._committer.open) and time.monotonic() < self._deadline:
+        while (self._sessions or self._committer.open or self._reporting) and time.monotonic() < self._deadline:
             for session in [session for session in self._sessions if session.idle_for > LEAVE_AFTER]:
                 session.dismiss(_GOODBYE)
             await asyncio.sleep(0.02)
@@ -370,6 +371,8 @@ class SMTPReceiver:
                 len(cut),
                 ", ".join(sorted(cut)),
             )
+        if unsent := len(self._reporting):
+            LOG.warning("%d report(s) of deliveries have not been sent in time", unsent)
         self._committer.give_up()
         for session in list(self._sessions):
             session.dismiss(_GOODBYE)
@@ -475,7 +478,14 @@ class SMTPReceiver:
             return
         report = report_of(message.envelope, message.Data, handled, self.hostname)
         if report is not None:
-            self._checks.submit(self.reports, report).add_done_callback(_log_unreported)
+            sending = self._checks.submit(self.reports, report)
+            self._reporting.add(sending)
+            sending.add_done_callback(self._reported)
+
+    def _reported(self, sending: Future[object]) -> None:
+        self._reporting.discard(sending)
+        if not sending.cancelled() and sending.exception() is not None:
+            LOG.error("The report of a delivery could not be sent", exc_info=sending.exception())
 
     def _inspected(self, envelope: mail.Envelope, content: bytes, id: str) -> tuple[mail.Envelope, bytes]:
         """The envelope with our trace fields and verdicts (RFC 5321 section 4.4, RFC 8601)."""
@@ -515,11 +525,6 @@ def _checked(envelope: mail.Envelope, content: bytes, verifier: Verifier, authse
         verdict = Verdict("auth", "pass", properties={"smtp.auth": envelope.login})
         return Auth((verdict,)), without_forged(content, authserv_id)
     return verifier.verify(envelope, content), without_forged(content, authserv_id)
-
-
-def _log_unreported(told: Future[object]) -> None:
-    if not told.cancelled() and told.exception() is not None:
-        LOG.error("The report of a delivery could not be sent", exc_info=told.exception())
 
 
 def _log_refusal(envelope: mail.Envelope, group: tuple[str, ...], reply: str) -> None:
