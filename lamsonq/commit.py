@@ -97,7 +97,7 @@ class Committer:
         self.spool = None if queue is None else Spool(queue)
         self.together: Together[Attempt] = Together(end)
         self._looks: asyncio.TimerHandle | None = None
-        self._told: deque[Callable[[], None]] = deque()
+        self._acts: deque[Callable[[], None]] = deque()
         self._is_told = False
 
     def commit(self, envelope: mail.Envelope, content: Content, groups: Sequence[Group], tell: Tell) -> None:
@@ -129,7 +129,7 @@ class Committer:
 
     def on_loop(self, act: Callable[[], None]) -> None:
         """From any thread; what comes at the same time wakes the loop once."""
-        self._told.append(act)
+        self._acts.append(act)
         if not self._is_told:
             self._is_told = True
             with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits for this any more
@@ -137,8 +137,8 @@ class Committer:
 
     def _hear(self) -> None:
         self._is_told = False  # first: what is told from here on wakes the loop again
-        while self._told:
-            act = self._told.popleft()
+        while self._acts:
+            act = self._acts.popleft()
             try:
                 act()
             except Exception:  # a fault of one session is not the others'
