@@ -256,7 +256,8 @@ class Backend(Protocol):
     except that one thread at a time reserves and waits. Whatever cannot be read or written is a QueueError."""
 
     name: str
-    """The queue as its user wrote it: `run/posts`."""
+    """The queue as its user wrote it: `run/posts`. A store whose names are paths has an `address`, too, that opens it
+    wherever a process runs (lamsonq.backends.address_of)."""
 
     capabilities: frozenset[str]
     """What not every store can: "limits" (`limit`), "transactions" (`put` with `conn`), "processes" (several processes
