@@ -29,7 +29,6 @@ Rules:
 from __future__ import annotations
 
 import functools
-import ipaddress
 import logging
 import smtplib
 import time
@@ -46,6 +45,7 @@ from lamsonq.connection import Client, HandshakeError, Pool, Server, own_name
 from lamsonq.envelope import UNASKED, Notify
 from lamsonq.errors import Dead, Failure, Later, QueueError, Receipt, SettingsError, SMTPError, Undelivered
 from lamsonq.signing import DKIM, signed
+from lamsonq.sockets import is_this_machine
 from lamsonq.transaction import Stale, Transaction, for_the_wire, one_line
 
 if TYPE_CHECKING:
@@ -464,11 +464,3 @@ def _unverified() -> SSLContext:
     context.check_hostname = False
     context.verify_mode = CERT_NONE
     return context
-
-
-def is_this_machine(host: str) -> bool:
-    """Whether this host of a relay is the machine that we are on: loopback, or a unix socket."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.startswith("/") or host.lower() == "localhost"

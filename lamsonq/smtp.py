@@ -44,7 +44,7 @@ from lamsonq.limits import Limits, Network, Traffic, within
 from lamsonq.queue import Queue
 from lamsonq.routing import Router, RoutingBase
 from lamsonq.session import Check, Dialogue, Session
-from lamsonq.sockets import BACKLOG, listen
+from lamsonq.sockets import BACKLOG, is_this_machine, listen
 from lamsonq.space import MIN_FREE, Space
 from lamsonq.tally import TALLY
 from lamsonq.threads import Threads
@@ -214,7 +214,7 @@ class SMTPReceiver:
 
     def _check_relaying(self) -> None:
         """Rule 5."""
-        public = self.socket is None and not _is_this_machine(self.host)
+        public = self.socket is None and not is_this_machine(self.host)
         limited = self.hosts is not None or self.login_required or self.router.table.routes
         if public and self.deliver is not None and not limited:
             raise SettingsError(
@@ -538,13 +538,6 @@ def _networks(name: str, texts: Sequence[str]) -> tuple[Network, ...]:
         return tuple(ipaddress.ip_network(text) for text in texts)
     except ValueError as error:
         raise ValueError(f"{name}: {error}; a network is written as 10.0.0.0/8, an address as 192.0.2.1") from error
-
-
-def _is_this_machine(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _allow_files(count: int) -> None:
