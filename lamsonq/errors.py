@@ -75,8 +75,9 @@ class SMTPError(Exception):
         if not (isinstance(code, int) and len(digits) == 3 and digits.isdigit()):
             raise ValueError(f"an SMTP reply code has three digits (RFC 5321 section 4.2), not {code!r}")
         if message is None:
-            known = [_CLASS[digits[0]], _SUBJECT.get(digits[1])] if digits[0] in _CLASS else []
-            message = " ".join(filter(None, known))
+            message = " ".join(filter(None, [_CLASS.get(digits[0]), _SUBJECT.get(digits[1])]))
+            if digits[0] not in _CLASS:
+                message = ""
         self.code = code
         self.message = message
         super().__init__(f"{code} {message}")
