@@ -536,6 +536,42 @@ def test_all_threads_of_a_failed_sync_are_told(tmp_path: Path, monkeypatch: pyte
     durable.sync_folder(str(tmp_path))
 
 
+def files_of(folder: Path, number: int) -> list[tuple[str, Sequence[bytes]]]:
+    return [(str(folder / f"{n}"), (b"one ", b"two")) for n in range(number)]
+
+
+def test_files_that_belong_together_are_synced_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = threading.Barrier(durable.SYNCED_AT_ONCE)
+    monkeypatch.setattr(os, "fsync", lambda _: together.wait(10))
+    durable.write_files(files_of(tmp_path, 2 * durable.SYNCED_AT_ONCE))
+    assert {path.read_bytes() for path in tmp_path.iterdir()} == {b"one two"}
+
+
+def test_of_files_of_which_one_cannot_be_synced_none_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    syncs: list[int] = []
+
+    def third_fails(fd: int) -> None:
+        syncs.append(fd)
+        if len(syncs) == 3:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", third_fails)
+    with pytest.raises(OSError, match="Input/output"):
+        durable.write_files(files_of(tmp_path, 5))
+    assert len(syncs) == 5
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_no_thread_can_be_had_all_files_are_synced_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    syncs: list[int] = []
+    monkeypatch.setattr(os, "fsync", syncs.append)
+    monkeypatch.setattr(durable._helpers, "submit", Mock(side_effect=OSError(errno.EAGAIN, "no threads")))
+    durable.write_files(files_of(tmp_path, 5))
+    assert len(syncs) == 5
+
+
 def test_many_threads_put_and_none_is_lost(queue: Maildir) -> None:
     def work(number: int) -> None:
         for turn in range(10):
