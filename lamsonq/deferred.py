@@ -38,9 +38,9 @@ from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 
 from lamsonq import arguments, attempt, clock, events
 from lamsonq.arguments import carries
-from lamsonq.backends.maildir_names import new_key
 from lamsonq.errors import Dead, Later, UsageError, reason_of
 from lamsonq.jobs import Debounce, Done, Gate, Job, Put, Result, exponential
+from lamsonq.keys import new_key
 from lamsonq.mail import MailRequest
 from lamsonq.marks import MODULES, mark, marks_of
 from lamsonq.modules import load
@@ -405,7 +405,7 @@ def queue_of_function(function: Callable[..., Any]) -> Queue:
 
 
 def job_of_call(function: Callable[..., Any]) -> Job:
-    """The job of a call without arguments, as its policy says, but due now."""
+    """The job of a call without arguments, as its policy says; its gate, a Tick, makes it due at once."""
     return cast("Deferrable[[], Any]", function).using().job()
 
 

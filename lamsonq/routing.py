@@ -443,7 +443,7 @@ class RoutingBase:
         patience: float = ELSEWHERE_PATIENCE,
         unkept: type[Later] | None = None,
     ) -> Attempt:
-        """One call of a plan, ready to start."""
+        """One call of a plan, ready to start; see Attempt."""
         message = message.addressed(call.recipient)
         return Attempt(call, message, key=key, settle=settle, patience=patience, unkept=unkept)
 

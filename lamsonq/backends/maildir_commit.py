@@ -54,7 +54,7 @@ class Fate(msgspec.Struct, frozen=True):
 
 
 class Publication(msgspec.Struct, frozen=True):
-    """One put: the staged file's name, the queue (a path, or another store's URL) and its place there."""
+    """One put: the staged file's name, where the queue is (a path, or another store's URL), its place there."""
 
     staged: str
     queue: str

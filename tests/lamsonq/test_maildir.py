@@ -1113,7 +1113,7 @@ def test_a_manifest_that_cannot_be_read_stops_nobody(make: Callable[..., Maildir
 class OtherStore:
     """A store of another kind."""
 
-    name = "nowhere:store"
+    name = address = "nowhere:store"
     capabilities: frozenset[str] = frozenset()
 
     def __init__(self) -> None:
@@ -1172,6 +1172,24 @@ def test_a_store_that_did_not_answer_a_dead_worker_gets_its_job_from_the_next(
     assert kept[1][:2] == ("l", b"dead one")
     assert isinstance(kept[1][4], Dead)
     assert counts(after) == (0, 0, 0, 0)
+
+
+def test_a_store_of_another_kind_gets_its_job_from_the_next_worker_wherever_that_runs(
+    make: Callable[..., Maildir], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    queue, store = make(), open_backend("sqlite:q.db")
+    push(queue)
+    with monkeypatch.context() as broken:
+        broken.setattr(type(store), "put", lambda *_: (_ for _ in ()).throw(QueueError("nobody answers")))
+        queue.settle(take(queue), DONE, [Put(store, Job(key="k", body=b"child"))])
+    die(queue)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert make().reserve(1) == []
+    [job] = store.reserve(1)
+    assert job.body == b"child"
+    store.settle(job, DONE)
 
 
 def test_a_queue_on_another_file_system_gets_a_synced_copy(
