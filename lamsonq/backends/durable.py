@@ -6,6 +6,8 @@ Rules:
 2. A descriptor whose fsync has failed is never synced again. The kernel reports a lost page once and then calls the
    file clean, so a second fsync would lie; the file is thrown away instead.
 3. Threads that wait for the same folder share one sync.
+4. Files that belong together are synced at the same time, each by a thread: the kernel commits its journal and flushes
+   the disk once for many that wait, but once for each that comes alone.
 """
 
 from __future__ import annotations
@@ -14,7 +16,13 @@ import contextlib
 import errno
 import os
 import threading
+from collections import deque
 from collections.abc import Iterable, Sequence
+
+from lamsonq.threads import Threads
+
+SYNCED_AT_ONCE = 8
+"""Files of one `write_files`; more wait for a thread."""
 
 
 def write_file(path: str, *chunks: bytes) -> None:
@@ -39,8 +47,7 @@ def write_files(files: Iterable[tuple[str, Sequence[bytes]]]) -> None:
                 for _, fd in made:
                     # Linux begins to write what is dirty (mm/fadvise.c); it is no promise, the fsync is.
                     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            for _, fd in made:
-                os.fsync(fd)
+            _sync_files([fd for _, fd in made])
         finally:
             for _, fd in made:
                 os.close(fd)
@@ -48,6 +55,57 @@ def write_files(files: Iterable[tuple[str, Sequence[bytes]]]) -> None:
         for path, _ in made:
             remove_file(path)
         raise
+
+
+def _sync_files(fds: Sequence[int]) -> None:
+    """Return when all of them are synced; raises the first OSError."""
+    if len(fds) == 1:
+        os.fsync(fds[0])
+    elif fds:
+        files = _Files(fds)
+        for _ in fds[1:SYNCED_AT_ONCE]:
+            try:
+                _helpers.submit(files.sync)
+            except OSError:  # this machine has no threads just now: it takes longer
+                break
+        files.sync()
+        files.wait()
+
+
+class _Files:
+    """Descriptors that any number of threads sync, each taking the next one."""
+
+    def __init__(self, fds: Sequence[int]) -> None:
+        self._waiting = deque(fds)
+        self._unsynced = len(fds)
+        self._lock = threading.Lock()
+        self._done = threading.Lock()
+        self._done.acquire()
+        self._error: BaseException | None = None
+
+    def sync(self) -> None:
+        """Sync those that no other thread has begun with."""
+        with contextlib.suppress(IndexError):
+            while True:
+                self._sync(self._waiting.popleft())
+
+    def _sync(self, fd: int) -> None:
+        error: BaseException | None = None
+        try:
+            os.fsync(fd)
+        except BaseException as failure:  # whatever it is, somebody waits for us
+            error = failure
+        with self._lock:
+            self._error = self._error or error
+            self._unsynced -= 1
+            if not self._unsynced:
+                self._done.release()
+
+    def wait(self) -> None:
+        """Return when all are synced; raises what one of them has raised."""
+        self._done.acquire()
+        if self._error is not None:
+            raise self._error
 
 
 def _write_all(fd: int, data: bytes) -> None:
@@ -137,6 +195,7 @@ def _fsync_folder(folder: str) -> None:
 
 
 _shared = _SharedSync()
+_helpers = Threads(SYNCED_AT_ONCE - 1, "lamsonq-sync")
 
 
 def sync_folder(folder: str) -> None:
@@ -145,9 +204,13 @@ def sync_folder(folder: str) -> None:
 
 
 def _start_afresh() -> None:
-    """A forked child has no thread that could finish the syncs that its parent had begun."""
-    global _shared
+    """A forked child has none of its parent's threads, to finish what they have begun or to help."""
+    global _shared, _helpers
     _shared = _SharedSync()
+    _helpers = Threads(SYNCED_AT_ONCE - 1, "lamsonq-sync")
+
+
+_helpers = Threads(SYNCED_AT_ONCE - 1, "lamsonq-sync")
 
 
 os.register_at_fork(after_in_child=_start_afresh)

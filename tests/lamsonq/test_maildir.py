@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -533,6 +534,42 @@ def test_all_threads_of_a_failed_sync_are_told(tmp_path: Path, monkeypatch: pyte
             durable.sync_folder(str(tmp_path))
     monkeypatch.undo()
     durable.sync_folder(str(tmp_path))
+
+
+def files_of(folder: Path, number: int) -> list[tuple[str, Sequence[bytes]]]:
+    return [(str(folder / f"{n}"), (b"one ", b"two")) for n in range(number)]
+
+
+def test_files_that_belong_together_are_synced_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = threading.Barrier(durable.SYNCED_AT_ONCE)
+    monkeypatch.setattr(os, "fsync", lambda _: together.wait(10))
+    durable.write_files(files_of(tmp_path, 2 * durable.SYNCED_AT_ONCE))
+    assert {path.read_bytes() for path in tmp_path.iterdir()} == {b"one two"}
+
+
+def test_of_files_of_which_one_cannot_be_synced_none_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    syncs: list[int] = []
+
+    def third_fails(fd: int) -> None:
+        syncs.append(fd)
+        if len(syncs) == 3:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", third_fails)
+    with pytest.raises(OSError, match="Input/output"):
+        durable.write_files(files_of(tmp_path, 5))
+    assert len(syncs) == 5
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_no_thread_can_be_had_all_files_are_synced_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    syncs: list[int] = []
+    monkeypatch.setattr(os, "fsync", syncs.append)
+    monkeypatch.setattr(durable._helpers, "submit", Mock(side_effect=OSError(errno.EAGAIN, "no threads")))
+    durable.write_files(files_of(tmp_path, 5))
+    assert len(syncs) == 5
 
 
 def test_many_threads_put_and_none_is_lost(queue: Maildir) -> None:
@@ -1076,7 +1113,7 @@ def test_a_manifest_that_cannot_be_read_stops_nobody(make: Callable[..., Maildir
 class OtherStore:
     """A store of another kind."""
 
-    name = "nowhere:store"
+    name = address = "nowhere:store"
     capabilities: frozenset[str] = frozenset()
 
     def __init__(self) -> None:
@@ -1135,6 +1172,24 @@ def test_a_store_that_did_not_answer_a_dead_worker_gets_its_job_from_the_next(
     assert kept[1][:2] == ("l", b"dead one")
     assert isinstance(kept[1][4], Dead)
     assert counts(after) == (0, 0, 0, 0)
+
+
+def test_a_store_of_another_kind_gets_its_job_from_the_next_worker_wherever_that_runs(
+    make: Callable[..., Maildir], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    queue, store = make(), open_backend("sqlite:q.db")
+    push(queue)
+    with monkeypatch.context() as broken:
+        broken.setattr(type(store), "put", lambda *_: (_ for _ in ()).throw(QueueError("nobody answers")))
+        queue.settle(take(queue), DONE, [Put(store, Job(key="k", body=b"child"))])
+    die(queue)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert make().reserve(1) == []
+    [job] = store.reserve(1)
+    assert job.body == b"child"
+    store.settle(job, DONE)
 
 
 def test_a_queue_on_another_file_system_gets_a_synced_copy(
@@ -1483,6 +1538,20 @@ def test_without_watches_it_looks_by_itself(
     timer.start()
     assert len(queue.reserve(1, wait=10)) == 1
     timer.join()
+    assert len([line for line in caplog.messages if "Cannot watch" in line]) == 1
+
+
+def test_watches_that_the_kernel_had_not_are_asked_for_again(
+    queue: Maildir, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as shortage:
+        shortage.setattr(watch, "Inotify", Mock(side_effect=OSError(errno.EMFILE, "Too many open files")))
+        shortage.setattr(watch, "AGAIN_AFTER", 0.01)
+        shortage.setattr("lamsonq.backends.maildir_arrivals.BLIND_LOOK_EVERY", 0.005)
+        assert queue.reserve(1, wait=0.05) == []
+        assert not queue._arrivals.seeing
+    queue.reserve(1, wait=0.05)
+    assert queue._arrivals.seeing
     assert len([line for line in caplog.messages if "Cannot watch" in line]) == 1
 
 
