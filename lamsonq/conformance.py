@@ -215,7 +215,12 @@ class BackendConformance:
             assert refusal(lambda priority=priority: push(queue, priority=priority)).startswith(  # type: ignore[misc]
                 f"priority={priority!r}: "
             )
-        wrong: tuple[dict[str, Any], ...] = ({"sender": 3}, {"recipients": ("a", 3)}, {"metadata": {"a": 3}}, {"key": 3})
+        wrong: tuple[dict[str, Any], ...] = (
+            {"sender": 3},
+            {"recipients": ("a", 3)},
+            {"metadata": {"a": 3}},
+            {"key": 3},
+        )
         for fields in wrong:
             assert "texts, not 3" in refusal(lambda fields=fields: push(queue, **fields))  # type: ignore[misc]
         assert "bytes, not str" in refusal(lambda: push(queue, cast(bytes, "text")))

@@ -53,9 +53,7 @@ def daemon_options(pid: str) -> Callable[[F], F]:
     )
 
 
-force_option = switch(
-    "FORCE", "As in Lamson, but not needed: a pid file that nobody holds is taken over.", "-f"
-)
+force_option = switch("FORCE", "As in Lamson, but not needed: a pid file that nobody holds is taken over.", "-f")
 
 
 @declare()
