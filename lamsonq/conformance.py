@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, Protocol, cast, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from lamsonq.errors import Dead, Later, LeaseLost
 from lamsonq.jobs import DELIVERIES_MAX, DONE, EXPIRED, KEPT, STATES, Backend, Debounce, Gate, Job, Put, Tick

@@ -115,8 +115,8 @@ def demo() -> None:
 def completion(ctx: click.Context, shell: str) -> None:
     """Print the script for completion in a shell.
 
-    It completes commands, options, boots, queues and files. In ~/.bashrc or ~/.zshrc: eval "$(lamsonq completion bash)", or zsh; for fish, lamsonq completion fish >
-    ~/.config/fish/completions/lamsonq.fish
+    It completes commands, options, boots, queues and files. In ~/.bashrc or ~/.zshrc: eval "$(lamsonq completion
+    bash)", or zsh; for fish, lamsonq completion fish > ~/.config/fish/completions/lamsonq.fish
     """
     click.echo(shells.script(shell, ctx.find_root().command))
 

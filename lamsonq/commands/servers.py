@@ -175,8 +175,8 @@ def _words_of_start(ctx: click.Context) -> list[str]:
 def log(ctx: click.Context, /, port: int, host: str, **options: Any) -> None:
     """Start a server that takes all mail and keeps it in run/queue.
 
-    It logs to logs/logger.log. Relay to it while you develop: nothing leaves your machine. It listens where [relay] of config/settings.toml sends
-    to, unless -port or -host is given.
+    It logs to logs/logger.log. Relay to it while you develop: nothing leaves your machine. It listens where [relay] of
+    config/settings.toml sends to, unless -port or -host is given.
     """
     given = any(ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE for name in ("port", "host"))
 

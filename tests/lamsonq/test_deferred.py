@@ -353,7 +353,7 @@ def _raise_value_error() -> None:
     raise ValueError("no")
 
 
-@deferrable(max_attempts=3, backoff=lambda failures: 60.0)
+@deferrable(max_attempts=3, backoff=lambda _: 60.0)
 def comes_again(at: float) -> None:
     if at:
         raise Later("busy", at=at)
