@@ -197,7 +197,7 @@ def remove_stale(path: str) -> bool:
 
 def held(path: str) -> str:
     """What `start` says when another process runs."""
-    first = f"Stop it first (lamsonq stop -pid {path}); lamsonq restart does both."
+    first = f"Stop it first (lamsonq stop -pid {path}); for a boot lamsonq restart does both."
     return f"PID file {path} exists, so assuming lamsonq is running.  {first}"
 
 

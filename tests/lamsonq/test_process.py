@@ -66,7 +66,7 @@ def test_a_second_start_is_refused_and_force_cannot_take_the_lock(project: Proje
         assert again.returncode == 4
         assert again.stderr == (
             "ERROR: PID file run/smtp.pid exists, so assuming lamsonq is running.  "
-            "Stop it first (lamsonq stop -pid run/smtp.pid); lamsonq restart does both.\n"
+            "Stop it first (lamsonq stop -pid run/smtp.pid); for a boot lamsonq restart does both.\n"
         )
     assert not gone(parent)
 
