@@ -195,6 +195,7 @@ def test_a_queue_that_has_no_room_for_what_a_function_pushes_is_one_line_for_eac
     monkeypatch.setattr(Queue("memory:together").backend, "put", Once(QueueError("no room"), print))
     with Client(serve(deliver=None)) as client:
         assert client.mail("1@x.test").startswith("451")
+        waits_until(lambda: "could not be settled" in caplog.text)
     [record] = [record for record in caplog.records if "could not be settled" in record.message]
     assert record.message.endswith(": no room")
     assert record.exc_info is None
