@@ -48,6 +48,7 @@ from lamsonq.child import (
     reopen,
 )
 from lamsonq.errors import Refusal
+from lamsonq.jobs import DELIVERIES_MAX
 from lamsonq.pidfile import PidFile
 from lamsonq.reload import Command, Old, Record, Reload, Trial, become_fresh
 from lamsonq.sockets import Listeners
@@ -379,7 +380,7 @@ class Parent:
             return
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         failure = child.failure or answer_of(Refusal(f"process {child.pid} {how} before the server listened"))
-        if not self.listening:
+        if not self.listening and not (child.ready and self.quick_deaths < DELIVERIES_MAX):  # by a job, perhaps
             self.failure = failure
             self._stop_children()
             return

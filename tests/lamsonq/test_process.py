@@ -17,7 +17,9 @@ from pathlib import Path
 import pytest
 
 from lamsonq import pidfile
+from lamsonq.deferred import publish
 from lamsonq.errors import PidFileError, Refusal
+from lamsonq.queue import Queue
 
 from .cli import lamsonq
 from .projects import ENVIRON, Project, children_of, gone, until
@@ -105,6 +107,24 @@ def test_a_surviving_child_does_not_hold_the_pid_file(project: Project) -> None:
     assert not gone(project.noted("start")[0])
     assert pidfile.find(str(project.path / "run" / "smtp.pid")) is None
     until(lambda: gone(project.noted("start")[0]))
+
+
+@pytest.mark.parametrize("workers", ["1", "3"])
+def test_a_job_that_its_process_dies_of_at_once_keeps_no_server_from_starting(project: Project, workers: str) -> None:
+    project.boot(
+        "from lamsonq.deferred import deferrable\n"
+        "from lamsonq.server import QueueReceiver\n"
+        "@deferrable(name='dies')\n"
+        "def dies():\n"
+        "    os._exit(3)\n"
+        "settings.receiver = QueueReceiver('run/jobs')\n"
+    )
+    jobs = str(project.path / "run" / "jobs")
+    publish(jobs, "dies", {})
+    parent = project.start("-workers", workers)
+    until(lambda: Queue(jobs).backend.counts()["dead"] == 1)
+    assert project.pid() == parent
+    assert project.run("stop").returncode == 0
 
 
 def test_a_child_that_dies_is_replaced(project: Project) -> None:
