@@ -95,7 +95,6 @@ class Child:
         signals = self._hear_signals()
         self.told = TALLY.told()
         register_event_consumer(TALLY)
-        register_event_consumer(self)
         for work, *args in ((self._watch, signals), (self._receive,)):
             threading.Thread(target=work, args=args, name=work.__name__, daemon=True).start()
         event = self._next(_STARTED_AFTER)
@@ -115,10 +114,6 @@ class Child:
                 break
             event = self._next(self._patience())
         return self._end()
-
-    def on_start(self, _: object) -> None:
-        """A worker begins, in this very thread: its first job may end the process before the main thread says so."""
-        self._say(READY)
 
     def _patience(self) -> float:
         """Seconds until the next look, if nothing happens."""

@@ -74,7 +74,7 @@ def test_a_state_is_asserted_of_a_module_that_there_is_and_of_no_other(module: C
         assert_in_state(known, "desk@example.com", "joe@example.com", "START", router)
     with pytest.raises(AssertionError, match=f"app.handlers.post is no module of handlers; loaded are .*{name}"):
         assert_in_state("app.handlers.post", "desk@example.com", "joe@example.com", "START", router)
-    with pytest.raises(AssertionError, match="in state START of .*, not in POSTING"):
+    with pytest.raises(AssertionError, match=r"in state START of .*, not in POSTING"):
         assert_in_state(name, "desk@example.com", "joe@example.com", "POSTING", router)
 
 
