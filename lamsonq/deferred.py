@@ -33,14 +33,13 @@ import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from queue import SimpleQueue
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 
 from lamsonq import arguments, attempt, clock, events
 from lamsonq.arguments import carries
-from lamsonq.backends.maildir_names import new_key
 from lamsonq.errors import Dead, Later, UsageError, reason_of
-from lamsonq.jobs import Debounce, Done, Gate, Job, Put, Result, exponential
+from lamsonq.jobs import Debounce, Done, Gate, Job, exponential
+from lamsonq.keys import new_key
 from lamsonq.mail import MailRequest
 from lamsonq.marks import MODULES, mark, marks_of
 from lamsonq.modules import load
@@ -413,7 +412,7 @@ def queue_of_function(function: Callable[..., Any]) -> Queue:
 
 
 def job_of_call(function: Callable[..., Any]) -> Job:
-    """The job of a call without arguments, as its policy says, but due now."""
+    """The job of a call without arguments, as its policy says; its gate, a Tick, makes it due at once."""
     return cast("Deferrable[[], Any]", function).using().job()
 
 
@@ -597,23 +596,16 @@ def _is_eager() -> bool:
 
 
 def _call_now(function: Callable[..., Any], body: bytes) -> None:
-    outcomes: list[Result] = []
-    steps: SimpleQueue[Callable[[], object]] = SimpleQueue()
-
-    def tell(outcome: Result, _puts: list[Put]) -> None:
-        outcomes.append(outcome)
-        steps.put(outcomes.copy)  # nothing to do, but to wake up
-
     message = MailRequest("eager", None, [], b"")
     name = request_type_of(function)
     job = Job(key=new_key(), body=body, target=name, received=clock.now(), metadata=events.produced())
     call = _call(function, body, name)
-    attempt.Attempt(call, message, key="", settle=tell, job=job, unkept=Later).start(steps.put)
-    while not outcomes:
-        steps.get()()
-    if not isinstance(outcomes[0], Done):
-        assert isinstance(outcomes[0], Later | Dead)
-        raise outcomes[0].__cause__ or outcomes[0]
+    outcome = attempt.run_here(
+        lambda settle: attempt.Attempt(call, message, key="", settle=settle, job=job, unkept=Later)
+    )
+    if not isinstance(outcome, Done):
+        assert isinstance(outcome, Later | Dead)
+        raise outcome.__cause__ or outcome
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -283,9 +283,9 @@ class MailRequest:
     def may_be_answered(self) -> bool:
         """Whether a program may answer this at all.
 
-        Neither the null sender (RFC 5321 section 4.5.5) nor another program's answer or notice (RFC 3834 section 2, RFC
-        5436 section 2.7) gets one: that would go on for ever. Whether other automatic mail, as a monitor's or a list's,
-        is answered is up to the application.
+        Neither the null sender (RFC 5321 section 4.5.5) nor another program's answer or notice (RFC 3834 section 2,
+        RFC 5436 section 2.7) gets one: that would go on for ever. Whether other automatic mail, as a monitor's
+        or a list's, is answered is up to the application.
         """
         return self.From != "" and self._submitted in ("no", "auto-generated")
 

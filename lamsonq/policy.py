@@ -152,7 +152,7 @@ class Policy:
         try:
             wait = self.backoff(failures)
             wait = wait.total_seconds() if isinstance(wait, timedelta) else wait
-            return min(max(0.0, seconds(max(wait, 0.0))), WAIT_MAX)
+            return min(seconds(max(wait, 0.0)), WAIT_MAX)
         except Exception as error:  # a function of the user's: the job must be settled all the same
             logging.error("backoff(%d) of a policy fails: %s", failures, reason_of(error))
             return exponential(failures)

@@ -360,7 +360,7 @@ class Session(Wire):
 
     @property
     def _tls_version(self) -> str:
-        return (self._tls_protocol.version() or "") if isinstance(self._tls_protocol, _SSLObject) else ""
+        return (self._tls_protocol.version() or "") if isinstance(self._tls_protocol, ssl.SSLObject) else ""
 
     def _dialogue(self) -> Dialogue:
         session, envelope = self._state, self.envelope
@@ -880,7 +880,6 @@ class Session(Wire):
 
 _NO_MEMORY = "452 4.3.1 Too many messages at the moment, try again later"
 _NO_STORAGE = "452 4.3.1 Insufficient system storage, try again later"
-_SSLObject = ssl.SSLObject
 _MECHANISMS = ("PLAIN", "LOGIN")
 _AFTER_TLS = frozenset({"MAIL", "RCPT", "DATA", "BDAT", "VRFY", "AUTH"})
 

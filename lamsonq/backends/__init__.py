@@ -39,6 +39,11 @@ def open_backend(url: str, *, pop_limit: int = 0, oversize_dir: str | None = Non
     return _open(scheme, url, place, pop_limit, oversize_dir and os.path.abspath(oversize_dir))
 
 
+def address_of(store: Backend) -> str:
+    """What opens this store in another process, wherever that runs: its `address`, where it has one beside its name."""
+    return str(getattr(store, "address", store.name))
+
+
 @functools.lru_cache(maxsize=128)
 def _open(scheme: str, url: str, _place: str, pop_limit: int, oversize_dir: str | None) -> Backend:
     backend: Backend = _opener(scheme, url)(url, pop_limit=pop_limit, oversize_dir=oversize_dir)

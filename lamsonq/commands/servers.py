@@ -195,8 +195,8 @@ def log(ctx: click.Context, /, port: int, host: str, **options: Any) -> None:
 
 def _relayed_to(host: str, port: int) -> tuple[str, int]:
     """Where the project relays to, if a server of ours can be there; else this host and port, which is said."""
-    from lamsonq.relay import is_this_machine
     from lamsonq.settings import machine
+    from lamsonq.sockets import is_this_machine
 
     if not os.path.isfile(SETTINGS):
         why = f"there is no {SETTINGS}"

@@ -935,6 +935,21 @@ def test_what_lies_between_when_the_clock_is_set_forward_is_neither_run_nor_coun
     assert time.monotonic() - began < 5
 
 
+def test_a_periodic_job_that_cannot_be_made_keeps_no_other_from_its_moment(
+    jobs: Queue, module: Module, frozen: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    mod = in_module(
+        module,
+        f"RUN = []\nqueue = {jobs.dir!r}\n"
+        "@periodic('* * * * *', queue=queue, ttl_seconds=lambda: [][0])\ndef broken():\n    RUN.append('broken')\n"
+        "@periodic('* * * * *', queue=queue)\ndef sound():\n    RUN.append('sound')\n",
+    )
+    frozen.now = datetime(2026, 3, 1, 12, 0, 30).timestamp()
+    QueueReceiver(jobs, router=RoutingBase()).run_once()
+    assert mod.RUN == ["sound"]
+    assert ".broken could not be put: IndexError: list index out of range" in caplog.text
+
+
 def test_a_schedule_that_is_none_is_refused_where_it_is_written() -> None:
     with pytest.raises(ValueError, match="minute, hour, day, month"):
         periodic("61 * * * *")
