@@ -1665,6 +1665,13 @@ def test_a_scheme_that_nothing_serves_is_refused_with_what_there_is() -> None:
     ) as found:
         open_backend("carrier-pigeon:coop")
     assert found.value.exit_code == 3
+
+
+@pytest.mark.parametrize("name", ["", "maildir:"])
+def test_a_queue_without_a_name_is_not_the_current_directory(name: str, here: Path) -> None:
+    with pytest.raises(BrokerError, match="a queue without a name: give a directory"):
+        open_backend(name)
+    assert list(here.iterdir()) == []
     with pytest.raises(BrokerError):
         open_backend("durable:x")
 
