@@ -239,7 +239,7 @@ def deferrable(
     if backoff is not None and not use_exponential_backoff:
         raise ValueError("backoff=... and use_exponential_backoff=False contradict each other")
     policy = Policy(
-        error_classes=(Exception,) if error_classes is None else tuple(error_classes),
+        error_classes=(Exception,) if error_classes is None else _classes(error_classes),
         max_attempts=max_attempts,
         backoff=backoff or (exponential if use_exponential_backoff else at_once),
         timeout=timeout,
@@ -255,6 +255,12 @@ def deferrable(
         return _deferrable(function, policy, queue, name)
 
     return decorate if function is None else decorate(function)
+
+
+def _classes(error_classes: Iterable[type[BaseException]]) -> tuple[type[BaseException], ...]:
+    if isinstance(error_classes, type):
+        raise TypeError(f"error_classes takes several: write [{error_classes.__name__}]")
+    return tuple(error_classes)
 
 
 def _deferrable(
@@ -321,7 +327,9 @@ def periodic(schedule: str, **policy: Any) -> Callable[[Callable[P, R]], Deferra
     check(schedule)
 
     def decorate(function: Callable[..., Any]) -> Any:
-        needed = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty and p.kind < 2]
+        arguments_of = inspect.signature(function).parameters.values()
+        any_number = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        needed = [p for p in arguments_of if p.default is p.empty and p.kind not in any_number]
         if needed:
             raise TypeError(f"@periodic: {_name(function)} is called without arguments, and needs {needed[0].name}")
         decorated = deferrable(**policy)(function)

@@ -190,15 +190,22 @@ class Put:
 
 
 def _plain(job: Job) -> Job:
-    """The job with all its texts as they are kept: one that is of a class of its own, as an enum's or a template's, is
-    its text, in every store."""
+    """The job as every store keeps it: a text or a number of a class of its own, as an enum's or a template's, is its
+    text or number. Raises TypeError and ValueError for what no store keeps."""
+    if not isinstance(job.body, bytes):
+        raise TypeError(f"the body of a job is bytes, not {type(job.body).__name__}")
     one = (job.key, job.sender, job.peer, job.target, job.unique)
     texts = (*one, *job.recipients, *job.metadata, *job.metadata.values())
-    if not any(isinstance(text, str) and type(text) is not str for text in texts):
+    if (
+        type(job.priority) is int
+        and 0 <= job.priority <= PRIORITY_MAX
+        and all(type(text) is str or text is None for text in texts)
+    ):
         return job
     key, sender, peer, target, unique = map(_text, one)
     return replace(
         job,
+        priority=_priority(job.priority),
         key=key,
         sender=sender,
         peer=peer,
@@ -210,8 +217,18 @@ def _plain(job: Job) -> Job:
 
 
 def _text(value: Any) -> Any:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"the names, addresses and metadata of a job are texts, not {value!r}")
     # not str(value): an enum's name, or whatever that class says
-    return str.__str__(value) if isinstance(value, str) else value
+    return None if value is None else str.__str__(value)
+
+
+def _priority(number: Any) -> int:
+    if not isinstance(number, int):
+        raise TypeError(f"priority={number!r}: it is a whole number")
+    if not 0 <= number <= PRIORITY_MAX:
+        raise ValueError(f"priority={number}: from 0, the most urgent, to {PRIORITY_MAX}")
+    return int(number)
 
 
 @dataclass(frozen=True, slots=True)

@@ -176,5 +176,7 @@ def _given_up(outcome: Later, when: str) -> Dead:
 
 
 def priority_of(number: int) -> int:
-    """A priority within its bounds: a negative one is the most urgent, as in pulpo-messaging."""
+    """A priority within its bounds: a negative one is the most urgent, as in pulpo-messaging. Raises TypeError."""
+    if not isinstance(number, int):
+        raise TypeError(f"priority={number!r}: it is a whole number, and 0 is the most urgent")
     return min(max(int(number), 0), PRIORITY_MAX)

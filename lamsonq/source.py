@@ -198,7 +198,8 @@ class Source:
         if self.outbox is not None and call is not None:
             self._settle_outbound(self.outbox, job, outcome)
             return
-        LOG.error("Job %s of %s failed: %s", job.key, self.queue.dir, reason_of(outcome))
+        again = f"; tried again at {_utc(outcome.at)}" if isinstance(outcome, Later) else ""
+        LOG.error("Job %s of %s failed: %s%s", job.key, self.queue.dir, reason_of(outcome), again)
         store = self.queue.backend
         refused = outcome.__cause__ if call is not None and call.name is None else None
         if isinstance(refused, Undelivered) and refused.failures:
@@ -341,7 +342,8 @@ def _told(job: Job, failed: Later | Dead) -> str:
 
 
 def _utc(at: float | None) -> str:
-    return f"{datetime.fromtimestamp(at or clock.now(), UTC):%Y-%m-%dT%H:%M:%SZ}"
+    at = min(max(at or clock.now(), 0.0), 253402300799.0)  # no calendar has a later moment than the year 9999
+    return f"{datetime.fromtimestamp(at, UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
 def _failed(job: Job) -> Job:

@@ -81,6 +81,7 @@ class Table:
             found = self.routes[expression] = Route(expression, compiled, read(expression), [])
             self._index.add(len(self._order), found.reading.shapes)
             self._order.append(found)
+        _check_call(handler, found.compiled, where)
         if handler not in found.handlers:
             found.handlers.append(handler)
         self.handlers[handler.name] = handler
@@ -129,6 +130,20 @@ def _add(table: Table, module: str, function: Callable[..., Any], captures: Mapp
     for mark in marks.routes:
         where = f"{mark.where}: @route({mark.format!r})"
         table.register(_resolved(mark.format, {**captures, **mark.captures}, where), handler, where)
+
+
+def _check_call(handler: Handler, compiled: re.Pattern[str], where: str) -> None:
+    """A function is called with the message and what its route captures. Raises RouteError where it cannot be."""
+    try:
+        # As it is called: a decorator that takes anything may fill in what the function below it needs.
+        signature = inspect.signature(handler.function, follow_wrapped=False)
+    except (TypeError, ValueError):
+        return  # nobody knows what it takes
+    try:
+        signature.bind(None, **dict.fromkeys(compiled.groupindex, ""))
+    except TypeError as error:
+        called = ", ".join(["message", *(f"{name}=..." for name in compiled.groupindex)])
+        raise RouteError(f"{where}: {handler.name} is called as {handler.state}({called}): {error}") from error
 
 
 def _check_policy(module: str, function: Callable[..., Any], marks: Marks) -> None:

@@ -141,8 +141,7 @@ def stage(home: Folders, token: str, fate: Fate, targets: Sequence[Target]) -> M
         manifest = Manifest(fate, tuple(publications))
         # json, not msgspec, because file names may hold undecodable bytes.
         files[_manifest_path(home, token)] = (json.dumps(msgspec.to_builtins(manifest)).encode("ascii"),)
-        write_files(files.items())
-        sync_folder(home.at("held"))
+        write_files(files.items(), home.at("held"))
     except OSError:
         discard(home, token, publications)
         raise

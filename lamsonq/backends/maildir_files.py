@@ -31,7 +31,7 @@ from lamsonq import clock
 from lamsonq.backends.durable import make_folders, sync_folder, write_file
 from lamsonq.backends.maildir_names import Name, Record, decode_block, encode_block, fitted
 from lamsonq.errors import Dead, Later, QueueError
-from lamsonq.jobs import Done, Gate, Job, Put, due_after
+from lamsonq.jobs import PRIORITY_MAX, Done, Gate, Job, Put, due_after
 from lamsonq.reports import entry_of
 
 READY, DELAYED, DEAD, DONE = "new", ".delayed/new", ".dead/new", ".done/new"
@@ -246,7 +246,7 @@ def _job(name: Name, block: bytes, body: bytes, received: float, claim: str) -> 
         received=record.received or received,
         due=name.due / 1000 if name.due else None,
         expires=name.expires / 1000 if name.expires else None,
-        priority=name.priority,
+        priority=min(name.priority, PRIORITY_MAX),  # another program's may be more
         unique=record.unique,
         deliveries=name.deliveries,
         attempts=name.failures,

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import sys
 import threading
 import time
@@ -77,6 +78,46 @@ def test_a_capture_that_nothing_defines_fails_the_load_with_file_and_line(router
 def test_a_broken_expression_fails_the_load(router: RoutingBase, module: Module) -> None:
     with pytest.raises(RouteError, match="not a regular expression"):
         router.load([module("@route('(?:desk@h')\ndef START(message): ...\n")])
+
+
+@pytest.mark.parametrize(
+    ("function", "trouble"),
+    [
+        ("def START(message): ...", "got an unexpected keyword argument 'host'"),
+        ("def START(message, host, name): ...", "missing a required argument: 'name'"),
+        ("def START(host): ...", "multiple values for argument 'host'"),
+        ("async def START(): ...", "too many positional arguments"),
+    ],
+)
+def test_a_function_that_cannot_be_called_with_what_its_route_captures_fails_the_load(
+    function: str, trouble: str, router: RoutingBase, module: Module
+) -> None:
+    bad = module(f"@route('desk@(host)', host='h')\n{function}\n")
+    with pytest.raises(RouteError) as refused:
+        router.load([bad])
+    at = rf"{bad}\.py:4: @route\('desk@\(host\)'\): "
+    assert re.search(rf"{at}{bad}\.START is called as START\(message, host=\.\.\.\): {trouble}$", str(refused.value))
+
+
+def test_a_decorator_may_fill_in_what_the_function_below_it_needs(
+    router: RoutingBase, module: Module, mail: Mail
+) -> None:
+    name = module(
+        """
+        import functools
+        def with_desk(function):
+            @functools.wraps(function)
+            def called(message, **captures):
+                return function(message, desk="desk", **captures)
+            return called
+        @route('(who)@(host)', who='desk(?P<number>[0-9]+)?', host='example.com')
+        @with_desk
+        def START(message, desk, who, host, number=None): CALLS.append((desk, who, host, number))
+        """
+    )
+    router.load([name])
+    router.deliver(mail())
+    assert calls_of(name) == [("desk", "desk", "example.com", None)]
 
 
 def test_a_handler_module_that_does_not_import_fails_the_load_in_one_line(router: RoutingBase, module: Module) -> None:

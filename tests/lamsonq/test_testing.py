@@ -12,7 +12,15 @@ from lamsonq.deferred import deferrable, publish
 from lamsonq.mail import MailRequest
 from lamsonq.queue import Queue
 from lamsonq.routing import RoutingBase
-from lamsonq.testing import FrozenClock, assert_enqueued, assert_not_enqueued, delivered, drain, enqueued
+from lamsonq.testing import (
+    FrozenClock,
+    assert_enqueued,
+    assert_in_state,
+    assert_not_enqueued,
+    delivered,
+    drain,
+    enqueued,
+)
 
 SEEN: list[int] = []
 
@@ -71,6 +79,19 @@ def test_an_error_comes_out_of_a_drain_and_its_job_is_settled(jobs: Queue) -> No
     assert jobs.backend.counts()["delayed"] == 1
     again.later(-2)
     assert drain(jobs, raising=False) == 1
+
+
+def test_a_state_is_asserted_of_a_module_that_there_is_and_of_no_other(module: Callable[..., str]) -> None:
+    router = RoutingBase()
+    name = module("@route('desk@example.com')\ndef START(message): ...\n")
+    router.load([name])
+    router.hand_over(["app.handlers.slow"], "memory:slow")
+    for known in (name, "app.handlers.slow"):
+        assert_in_state(known, "desk@example.com", "joe@example.com", "START", router)
+    with pytest.raises(AssertionError, match=f"app.handlers.post is no module of handlers; loaded are .*{name}"):
+        assert_in_state("app.handlers.post", "desk@example.com", "joe@example.com", "START", router)
+    with pytest.raises(AssertionError, match=r"in state START of .*, not in POSTING"):
+        assert_in_state(name, "desk@example.com", "joe@example.com", "POSTING", router)
 
 
 def test_messages_are_drained_by_a_router(jobs: Queue, mail: Callable[..., MailRequest]) -> None:
