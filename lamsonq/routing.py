@@ -166,9 +166,9 @@ class RoutingBase:
         self.queues.update(dict.fromkeys(modules, target))
 
     def clear_routes(self) -> None:
-        """Forget all routes and captures; `load` brings modules back."""
+        """Forget all routes; `load` brings modules back. What `defaults` has been told stays, as in Lamson: the module
+        that said it is not imported again."""
         with self._lock:
-            self.DEFAULT_CAPTURES.clear()
             self._names.clear()
             self._direct.clear()
             self.queues.clear()

@@ -157,8 +157,10 @@ def _messages(searched: Queue) -> list[MailRequest]:
 
 
 def _as_read(message: MailRequest) -> str:
-    """What a reader sees: the source, and the decoded headers and text."""
-    headers = "\n".join(f"{name}: {value}" for name, value in message.items())
+    """What a reader sees: the source, and the decoded headers and text; From and To of the envelope, where there is no
+    header that tells them."""
+    parties = [("From", message["from"]), ("To", message["to"])]
+    headers = "\n".join(f"{name}: {value}" for name, value in [*message.items(), *parties] if value)
     body = message.body()
     return f"{message}\n{headers}\n\n{body if isinstance(body, str) else ''}"
 

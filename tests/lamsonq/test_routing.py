@@ -141,6 +141,16 @@ def test_defaults_may_come_after_load(router: RoutingBase, module: Module) -> No
     assert router.takes("desk@h")
 
 
+def test_defaults_stay_when_the_routes_are_cleared(router: RoutingBase, module: Module) -> None:
+    name = module("@route('desk@(host)')\ndef START(message, host): ...\n")
+    router.defaults(host="h")
+    router.load([name])
+    router.clear_routes()
+    assert not router.takes("desk@h")
+    router.load([name])
+    assert router.takes("desk@h")
+
+
 def test_decorators_return_the_same_function(module: Module) -> None:
     def plain(message: MailRequest) -> None: ...
 

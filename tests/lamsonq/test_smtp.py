@@ -226,9 +226,11 @@ def test_the_null_path_is_no_recipient(start: Start) -> None:
         ("size=100 body=7bit", "250"),
         ("SIZE=2000", "552 5.3.4"),
         ("SIZE=" + "9" * 20, "552 5.3.4"),
-        ("SIZE=x", "555 5.5.4"),
+        ("SIZE=x", "501 5.5.4"),
         ("BODY=BINARYMIME", "501 5.5.4"),
-        ("SMTPUTF8=yes", "555 5.5.4"),
+        ("SMTPUTF8=yes", "501 5.5.4"),
+        ("FOO=bar", "555 5.5.4"),
+        ("SIZE", "501 5.5.4"),
         ("AUTH=<>", "555 5.5.4"),
     ],
 )
@@ -288,6 +290,8 @@ def test_the_greeting_names_no_version_and_ehlo_what_is_offered(start: Start) ->
         )
         assert client.say("EHLO") == "501 5.5.4 Syntax: EHLO hostname"
         assert client.say("VRFY root").startswith("252")
+        assert client.say("VRFY").startswith("501 5.5.4")
+        assert client.say("EXPN staff").startswith("502 5.5.1")
         assert client.say("HELP").startswith("214")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,15 @@ from lamsonq.deferred import deferrable, publish
 from lamsonq.mail import MailRequest
 from lamsonq.queue import Queue
 from lamsonq.routing import RoutingBase
-from lamsonq.testing import FrozenClock, assert_enqueued, assert_in_state, assert_not_enqueued, drain, enqueued
+from lamsonq.testing import (
+    FrozenClock,
+    assert_enqueued,
+    assert_in_state,
+    assert_not_enqueued,
+    delivered,
+    drain,
+    enqueued,
+)
 
 SEEN: list[int] = []
 
@@ -39,6 +48,13 @@ def test_a_call_that_waits_is_found_by_its_function_and_arguments(jobs: Queue) -
         assert_enqueued(jobs, later, number=4)
     with pytest.raises(AssertionError, match="1 calls of"):
         assert_not_enqueued(jobs, later)
+
+
+def test_a_message_is_found_by_the_envelope_that_no_header_tells(here: Path) -> None:
+    Queue("run/queue").push(MailRequest("peer", "joe@x.example", "list@y.example", b"Subject: hi\r\n\r\nbody\r\n"))
+    assert delivered("(?m:^From: joe@x.example$)")
+    assert delivered("(?m:^To: list@y.example$)")
+    assert not delivered("ann@y.example")
 
 
 def test_a_published_request_is_found_by_its_type(jobs: Queue) -> None:
