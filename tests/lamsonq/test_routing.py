@@ -99,6 +99,16 @@ def test_a_function_that_cannot_be_called_with_what_its_route_captures_fails_the
     assert re.search(rf"{at}{bad}\.START is called as START\(message, host=\.\.\.\): {trouble}$", str(refused.value))
 
 
+def test_one_asterisk_for_two_is_warned_of(
+    router: RoutingBase, module: Module, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = module("@route('desk@(host)', host='h')\ndef START(message, *kw): ...\n")
+    router.load([name])
+    assert router.takes("desk@h")
+    assert f"{name}.py:4: @route('desk@(host)'): {name}.START is called as START(message, host=...): " in caplog.text
+    assert caplog.text.endswith("it will fail: write **captures, not *captures\n")
+
+
 def test_a_decorator_may_fill_in_what_the_function_below_it_needs(
     router: RoutingBase, module: Module, mail: Mail
 ) -> None:
