@@ -32,7 +32,10 @@ def open_backend(url: str, *, pop_limit: int = 0, oversize_dir: str | None = Non
     # in any case (RFC 3986 section 3.1)
     url = _SCHEME.sub(lambda found: found[0].lower(), url).removeprefix("maildir:")
     if not url or "\0" in url:
-        raise BrokerError(f"{url!r} names no queue: it is a directory, as in run/posts, or sqlite:run/q.db?queue=posts")
+        raise BrokerError(
+            "a queue without a name: give a directory, as in run/posts, or a URL, as in sqlite:run/q.db?queue=posts;"
+            f" not {url!r}"
+        )
     match = _SCHEME.match(url)
     scheme = match[1] if match else "maildir"
     if not match and "?queue=" in url and not url.startswith(("/", "./")):
@@ -40,6 +43,11 @@ def open_backend(url: str, *, pop_limit: int = 0, oversize_dir: str | None = Non
     # A path means another directory or file after a chdir, so where we are is part of the question.
     place = os.path.abspath(url) if scheme in _PATHS else ""
     return _open(scheme, url, place, pop_limit, oversize_dir and os.path.abspath(oversize_dir))
+
+
+def address_of(store: Backend) -> str:
+    """What opens this store in another process, wherever that runs: its `address`, where it has one beside its name."""
+    return str(getattr(store, "address", store.name))
 
 
 @functools.lru_cache(maxsize=128)

@@ -6,7 +6,7 @@ Rules:
 2. A descriptor whose fsync has failed is never synced again. The kernel reports a lost page once and then calls the
    file clean, so a second fsync would lie; the file is thrown away instead.
 3. Threads that wait for the same folder share one sync.
-4. Files that belong together are synced at the same time, each by a thread: the kernel commits its journal and flushes
+4. What belongs together is synced at the same time, each file by a thread: the kernel commits its journal and flushes
    the disk once for many that wait, but once for each that comes alone.
 """
 
@@ -14,16 +14,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 from lamsonq.threads import Threads
 
 SYNCED_AT_ONCE = 8
-"""Files of one `write_files`; more wait for a thread."""
+"""Files of one `write_files`, and their folder; more wait for a thread."""
 
 OPEN_MAX = 100
 """Files that one call has open at the same time: a process may have a thousand, and most are its connections."""
@@ -34,23 +34,25 @@ def write_file(path: str, *chunks: bytes) -> None:
     write_files([(path, chunks)])
 
 
-def write_files(files: Iterable[tuple[str, Sequence[bytes]]]) -> None:
+def write_files(files: Iterable[tuple[str, Sequence[bytes]]], folder: str | None = None) -> None:
     """Make new files (0600), each of its chunks of bytes, and sync them; on an OSError there is none of them.
 
     Many are on their way to the disk before the first one is waited for: of those behind it most have arrived by then.
+    With `folder`, where they are, their names survive a power failure, too.
     """
+    files = list(files)
     made: list[str] = []
-    left = iter(files)
     try:
-        while part := list(itertools.islice(left, OPEN_MAX)):
-            _write_part(part, made)
+        for begin in range(0, len(files) or 1, OPEN_MAX):
+            is_last = begin + OPEN_MAX >= len(files)
+            _write_part(files[begin : begin + OPEN_MAX], made, folder if is_last else None)
     except OSError:
         for path in made:
             remove_file(path)
         raise
 
 
-def _write_part(files: Sequence[tuple[str, Sequence[bytes]]], made: list[str]) -> None:
+def _write_part(files: Sequence[tuple[str, Sequence[bytes]]], made: list[str], folder: str | None) -> None:
     """Add to `made` what is there, whole or not."""
     opened: list[int] = []
     try:
@@ -64,58 +66,61 @@ def _write_part(files: Sequence[tuple[str, Sequence[bytes]]], made: list[str]) -
             for fd in opened:
                 # Linux begins to write what is dirty (mm/fadvise.c); it is no promise, the fsync is.
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        _sync_files(opened)
+        syncs: list[Callable[[], object]] = [partial(os.fsync, fd) for fd in opened]
+        if folder is not None:
+            syncs.append(partial(sync_folder, folder))
+        _at_once(syncs)
     finally:
         for fd in opened:
             os.close(fd)
 
 
-def _sync_files(fds: Sequence[int]) -> None:
-    """Return when all of them are synced; raises the first OSError."""
-    if len(fds) == 1:
-        os.fsync(fds[0])
-    elif fds:
-        files = _Files(fds)
-        for _ in fds[1:SYNCED_AT_ONCE]:
+def _at_once(syncs: Sequence[Callable[[], object]]) -> None:
+    """Return when all of them have ended; raises what one of them has raised."""
+    if len(syncs) == 1:
+        syncs[0]()
+    elif syncs:
+        all_of_them = _Syncs(syncs)
+        for _ in syncs[1:SYNCED_AT_ONCE]:
             try:
-                _helpers.submit(files.sync)
+                _helpers.submit(all_of_them.work)
             except OSError:  # this machine has no threads just now: it takes longer
                 break
-        files.sync()
-        files.wait()
+        all_of_them.work()
+        all_of_them.wait()
 
 
-class _Files:
-    """Descriptors that any number of threads sync, each taking the next one."""
+class _Syncs:
+    """What any number of threads work off, each taking the next one."""
 
-    def __init__(self, fds: Sequence[int]) -> None:
-        self._waiting = deque(fds)
-        self._unsynced = len(fds)
+    def __init__(self, syncs: Sequence[Callable[[], object]]) -> None:
+        self._waiting = deque(syncs)
+        self._left = len(syncs)
         self._lock = threading.Lock()
         self._done = threading.Lock()
         self._done.acquire()
         self._error: BaseException | None = None
 
-    def sync(self) -> None:
-        """Sync those that no other thread has begun with."""
+    def work(self) -> None:
+        """Do those that no other thread has begun with."""
         with contextlib.suppress(IndexError):
             while True:
-                self._sync(self._waiting.popleft())
+                self._do(self._waiting.popleft())
 
-    def _sync(self, fd: int) -> None:
+    def _do(self, sync: Callable[[], object]) -> None:
         error: BaseException | None = None
         try:
-            os.fsync(fd)
+            sync()
         except BaseException as failure:  # whatever it is, somebody waits for us
             error = failure
         with self._lock:
             self._error = self._error or error
-            self._unsynced -= 1
-            if not self._unsynced:
+            self._left -= 1
+            if not self._left:
                 self._done.release()
 
     def wait(self) -> None:
-        """Return when all are synced; raises what one of them has raised."""
+        """Return when all have ended; raises what one of them has raised."""
         self._done.acquire()
         if self._error is not None:
             raise self._error
