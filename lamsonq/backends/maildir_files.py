@@ -292,7 +292,7 @@ def place_of(put: Put, now: float) -> Place:
         failures=min(max(job.attempts, 0), _COUNT_MAX),
         bound=int(job.target is not None),
         errors=int(bool(put.report or entry)),
-        priority=min(max(job.priority, 0), PRIORITY_MAX),
+        priority=job.priority,
         expires=0 if job.expires is None else milliseconds(job.expires),
         unique=int(unique is not None),
     )

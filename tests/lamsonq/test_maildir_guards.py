@@ -21,7 +21,7 @@ from lamsonq.backends.maildir_files import read_record
 from lamsonq.backends.maildir_guards import Guards, Number, mark_of
 from lamsonq.conformance import Clock, kept, push, take
 from lamsonq.errors import Dead, Later, QueueError, SettingsError
-from lamsonq.jobs import DONE, KEPT, PRIORITY_MAX, Debounce, Job, Limit, Outcome, Passage, Put, Tick
+from lamsonq.jobs import DONE, KEPT, Debounce, Job, Limit, Outcome, Passage, Put, Tick
 from lamsonq.keys import derived_key
 from lamsonq.reports import entries
 
@@ -401,12 +401,6 @@ def test_a_strangers_file_is_of_the_most_urgent(queue: Maildir) -> None:
     push(queue, b"ours", priority=1)
     Path(queue.folders.at("new", "9999999999.stranger")).write_bytes(b"stranger's")
     assert [job.body for job in queue.reserve(2)] == [b"stranger's", b"ours"]
-
-
-@pytest.mark.parametrize(("asked", "priority"), [(-1, 0), (2**40, PRIORITY_MAX), (10**25, PRIORITY_MAX)])
-def test_a_priority_that_is_none_is_the_next_that_is_one(queue: Maildir, asked: int, priority: int) -> None:
-    push(queue, priority=asked)
-    assert take(queue).priority == priority
 
 
 def test_an_urgent_job_that_another_process_puts_is_next_in_a_long_queue(make: Callable[..., Maildir]) -> None:
