@@ -286,6 +286,38 @@ def test_the_end_of_a_child_is_noticed_although_what_a_handler_has_forked_lives_
             os.kill(pid, signal.SIGKILL)
 
 
+LATE = """
+import ctypes, operator, select
+from functools import partial
+from types import SimpleNamespace
+from lamsonq import supervisor
+
+class Late:
+    def __init__(self):
+        self.real = select.poll()
+        self.register = self.real.register
+    def poll(self, timeout):
+        if not os.path.exists("run/late"):
+            return self.real.poll(timeout)
+        os.unlink("run/late")
+        kill = partial(ctypes.CDLL(None).kill, os.getpid(), 15)
+        # C calls C here: no handler that is written in Python runs between the two.
+        return list(map(operator.call, [kill, partial(self.real.poll, timeout)]))[1]
+
+supervisor.select = SimpleNamespace(poll=Late, POLLIN=select.POLLIN)
+"""
+"""What a boot adds so that TERM comes to a parent that has looked for signals and is just going to sleep."""
+
+
+def test_a_signal_that_comes_in_the_moment_before_the_parent_sleeps_is_heard(project: Project) -> None:
+    project.boot(LATE)
+    parent = project.start()
+    (project.path / "run" / "late").touch()
+    os.kill(parent, signal.SIGUSR1)
+    until(lambda: gone(parent))
+    assert len(project.noted("stop(30)")) == 1
+
+
 # ---- a machine that is short of processes ----------------------------------------------------------------------
 
 NO_FORKS = """
