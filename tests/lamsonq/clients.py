@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import socket
 import ssl
-import time
-from collections.abc import Callable
 
 from lamsonq.smtp import SMTPReceiver
 
@@ -103,13 +101,3 @@ class Client:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def waits_until(condition: Callable[[], object], seconds: float = 5.0) -> bool:
-    """Whether this comes true in time."""
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.005)
-    return True

@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import socket
 import ssl
 import sys
 import textwrap
@@ -18,6 +17,8 @@ from lamsonq.mail import MailRequest
 from lamsonq.marks import MODULES
 from lamsonq.routing import RoutingBase
 from lamsonq.smtp import SMTPReceiver
+
+from . import ports
 
 _numbers = itertools.count(1)
 
@@ -93,14 +94,8 @@ def mail() -> Callable[..., MailRequest]:
 
 @pytest.fixture
 def free_port() -> Callable[[], int]:
-    """`free_port()` is a port of the loopback that nobody listens on at this moment."""
-
-    def find() -> int:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port: int = server.getsockname()[1]
-            return port
-
-    return find
+    """`free_port()` is a port that nobody listens on, and nobody but the test will."""
+    return ports.free_port
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from lamsonq.mail import MailRequest
 from lamsonq.queue import Queue, job_of
 
 from .cli import ENVIRON, every_command, lamsonq, parsed, refused
-from .clients import waits_until
+from .waiting import until
 
 # ---- spelling --------------------------------------------------------------------------------------------------
 
@@ -256,7 +256,7 @@ def test_stop_all_prints_what_the_tutorial_shows_and_leaves_nothing(project: Pat
         *(f"Attempting to stop lamsonq at pid {pid}" for pid in pids),
     ]
     assert list(project.glob("run/*.pid")) == []
-    assert waits_until(lambda: not any(os.path.exists(f"/proc/{pid}/fd/0") for pid in pids))
+    until(lambda: not any(os.path.exists(f"/proc/{pid}/fd/0") for pid in pids))
 
 
 def test_stop_all_of_nothing_is_no_mistake(project: Path) -> None:

@@ -18,8 +18,9 @@ from lamsonq.limits import Limits
 from lamsonq.mail import MailRequest
 from lamsonq.smtp import SMTPReceiver
 
-from .clients import MESSAGE, Client, waits_until
+from .clients import MESSAGE, Client
 from .offline import Taker, Transport, cut, ours, talk
+from .waiting import until
 
 Serve = Any
 
@@ -216,12 +217,12 @@ def test_a_thousand_clients_that_only_begin_keep_out_nobody(serve: Serve, many_f
         for _ in range(1000):
             clients.append(socket.create_connection(("127.0.0.1", receiver.port), timeout=10))
             clients[-1].sendall(begun)
-        assert waits_until(lambda: receiver.traffic.open == 1000, 20)
+        until(lambda: receiver.traffic.open == 1000)
         assert seconds_for_a_message(receiver) < 1
     finally:
         for client in clients:
             client.close()
-    assert waits_until(lambda: receiver.traffic.open == 0)
+    until(lambda: receiver.traffic.open == 0)
     assert receiver.traffic.memory == 0
 
 
@@ -271,7 +272,7 @@ def test_a_storm_of_connections_leaves_nothing(serve: Serve) -> None:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         client.close()
     assert seconds_for_a_message(receiver) < 1
-    assert waits_until(lambda: (receiver.traffic.open, receiver._sessions) == (0, set()))
+    until(lambda: (receiver.traffic.open, receiver._sessions) == (0, set()))
 
 
 @pytest.mark.parametrize(
@@ -287,7 +288,7 @@ def test_no_content_costs_more_than_its_size(serve: Serve, content: bytes, limit
         client.send(content)
         assert client.say(b"\r\n.").startswith("250")
         assert time.monotonic() - begun < 2
-    assert waits_until(lambda: receiver.traffic.memory == 0)
+    until(lambda: receiver.traffic.memory == 0)
     assert len(serve.taken[0].Data) <= limit
 
 

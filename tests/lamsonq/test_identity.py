@@ -13,8 +13,7 @@ import socket
 import stat
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +23,7 @@ from lamsonq.commands.project import generate
 from lamsonq.errors import UsageError
 
 from .servers import Server
+from .waiting import until
 
 PACKAGE = Path(identity.__file__).parent
 UID, GID, CERTS = 4242, 4243, 4244
@@ -171,13 +171,6 @@ def identities_in(status: Path) -> dict[str, list[int]]:
 
 PATH = "/usr/bin:/bin:/usr/sbin:/sbin"
 AS_BLOG = {"Uid": [UID] * 4, "Gid": [GID] * 4, "Groups": [GID, CERTS], "CapPrm": [0], "CapEff": [0]}
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about in 20 s"
-        time.sleep(0.01)
 
 
 def mounts(root: Path) -> Iterator[str]:

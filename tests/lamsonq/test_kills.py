@@ -11,7 +11,6 @@ import random
 import re
 import signal
 import smtplib
-import socket
 import subprocess
 import sys
 import textwrap
@@ -24,6 +23,8 @@ import pytest
 
 from lamsonq import databases, fsck
 from lamsonq.queue import Queue
+
+from .ports import free_port
 
 KILLS = int(os.environ.get("KILLS", "25"))
 
@@ -94,7 +95,7 @@ class Project:
     def __init__(self, folder: Path, way: str, store: str) -> None:
         self.folder = folder
         self.posts, self.archive = store.format("posts"), store.format("archive")
-        self.port = _free_port()
+        self.port = free_port()
         self.accepted = folder / "accepted"
         self.servers: dict[str, subprocess.Popen[bytes]] = {}
         self.stop = threading.Event()
@@ -188,13 +189,6 @@ def _children(pid: int) -> list[int]:
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
         return []
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.fixture(params=WAYS)

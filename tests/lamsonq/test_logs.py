@@ -12,7 +12,6 @@ import smtplib
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,6 +33,8 @@ from lamsonq.routing import RoutingBase
 from lamsonq.smtp import SMTPReceiver
 from lamsonq.worker import QueueReceiver
 
+from .waiting import until
+
 SHIPPED = Path(__file__).parents[2] / "config/logging.toml"
 Write = Callable[..., str]
 
@@ -49,13 +50,6 @@ def _logging_as_it_was() -> Iterator[None]:
     root.handlers, root.level = handlers, level
     for name, before in levels.items():
         logging.getLogger(name).setLevel(before)
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about in 20 s"
-        time.sleep(0.01)
 
 
 # ---- JSON ------------------------------------------------------------------------------------------------------

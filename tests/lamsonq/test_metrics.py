@@ -27,7 +27,8 @@ from lamsonq.jobs import Job, Put
 from lamsonq.queue import Queue
 
 from .cli import ENVIRON, lamsonq
-from .projects import Project, until
+from .projects import Project
+from .waiting import until
 
 Get = Callable[[str], tuple[int, str]]
 

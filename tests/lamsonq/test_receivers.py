@@ -24,6 +24,8 @@ from lamsonq.queue import Queue
 from lamsonq.routing import RoutingBase
 from lamsonq.worker import QueueReceiver
 
+from .waiting import until
+
 Module = Callable[..., str]
 Mail = Callable[..., MailRequest]
 _numbers = itertools.count(1)
@@ -37,13 +39,6 @@ def run(receiver: QueueReceiver) -> threading.Thread:
     thread = threading.Thread(target=receiver.start, daemon=True)
     thread.start()
     return thread
-
-
-def until(true: Callable[[], object]) -> None:
-    begun = time.monotonic()
-    while not true():
-        assert time.monotonic() - begun < 10, "it did not happen"
-        time.sleep(0.005)
 
 
 @pytest.fixture

@@ -24,7 +24,8 @@ from lamsonq.reload import Old, Record, Role
 from lamsonq.sockets import Listener
 from lamsonq.tally import figures
 
-from .projects import ENVIRON, MailProject, Project, children_of, gone, holdings, until
+from .projects import ENVIRON, MailProject, Project, children_of, gone, holdings
+from .waiting import until
 
 SLOW = """
 kind = "successor" if open("run/smtp.pid").read() == f"{os.getpid()}\\n" else "trial"

@@ -21,7 +21,8 @@ from lamsonq.child import GRACE, MARGIN
 from lamsonq.errors import Refusal
 from lamsonq.sockets import Listener, Listeners
 
-from .projects import ENVIRON, MailProject, children_of, gone, until
+from .projects import ENVIRON, MailProject, children_of, gone
+from .waiting import until
 
 CONFIG = Path(sockets.__file__).parents[1] / "config"
 
@@ -207,13 +208,14 @@ def test_a_unix_socket_is_taken_for_a_path_and_a_port_for_an_address(
     assert not (tmp_path / "asked").exists()
 
 
-def test_what_we_have_opened_is_handed_on_only_for_its_own_address(kept: Callable[..., Listeners]) -> None:
+def test_what_we_have_opened_is_handed_on_only_for_its_own_address(
+    kept: Callable[..., Listeners], free_port: Callable[[], int]
+) -> None:
     first = kept()
     port = sockets.listen("127.0.0.1", 0).getsockname()[1]
     first.settle()
     second = kept(*first.to_hand_over())
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        free = other.getsockname()[1]
+    free = free_port()
     assert name(sockets.listen("127.0.0.1", free)) == ("127.0.0.1", free)
     assert name(sockets.listen("127.0.0.1", 0)) == ("127.0.0.1", port)
     second.undo()

@@ -23,7 +23,7 @@ from lamsonq.state import MemoryStorage, SQLiteStorage
 from lamsonq.testing import frozen_clock
 from lamsonq.worker import QueueReceiver
 
-from .clients import waits_until
+from .waiting import until
 
 Mail = Callable[..., MailRequest]
 Module = Callable[..., str]
@@ -882,7 +882,7 @@ def test_what_is_finished_is_settled_while_its_receiver_waits_for_more(
     try:
         for _ in range(3):
             queue.push(mail())
-            assert waits_until(lambda: sum(queue.backend.counts().values()) == 0)
+            until(lambda: sum(queue.backend.counts().values()) == 0)
     finally:
         receiver.stop()
         thread.join(10)

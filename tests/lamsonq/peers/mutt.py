@@ -14,7 +14,8 @@ import threading
 import time
 from pathlib import Path
 
-from .programs import need, until
+from ..waiting import until
+from .programs import need
 
 CONFIG = """\
 set folder = {home}
