@@ -116,14 +116,14 @@ def test_a_message_stays_what_it_was_after_everything_was_read(name: str) -> Non
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_bomb_is_read_in_time(name: str) -> None:
-    start = time.monotonic()
+    start = time.thread_time()
     message = MailRequest("peer", None, None, BOMBS[name])
     read_everything(message)
     answer = MailResponse(To=message.From, From="a@b.c", Subject=message["subject"])
     answer.attach_all_parts(message)
     answer.in_reply_to(message)
     assert answer.to_bytes()
-    assert time.monotonic() - start < 5
+    assert time.thread_time() - start < 5
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ from lamsonq.errors import Dead, Later, QueueError, SettingsError
 from lamsonq.jobs import DONE, KEPT, Debounce, Job, Limit, Outcome, Passage, Put, Tick, derived_key
 from lamsonq.reports import entries
 
+from .waiting import PATIENCE
+
 FORK = multiprocessing.get_context("fork")
 HOUR = 3600.0
 
@@ -552,8 +554,8 @@ def test_a_paused_receiver_that_waits_wakes_soon_after_the_pause(make: Callable[
     timer = threading.Timer(0.2, other.resume)
     timer.start()
     begun = time.monotonic()
-    [job] = queue.reserve(1, wait=20)
-    assert 0.15 < time.monotonic() - begun < 3
+    [job] = queue.reserve(1, wait=PATIENCE)
+    assert 0.15 < time.monotonic() - begun < PATIENCE / 2
     timer.join()
     queue.settle(job, DONE)
     other.pause()

@@ -23,7 +23,7 @@ from lamsonq.state import MemoryStorage, SQLiteStorage
 from lamsonq.testing import frozen_clock
 from lamsonq.worker import QueueReceiver
 
-from .waiting import until
+from .waiting import PATIENCE, until
 
 Mail = Callable[..., MailRequest]
 Module = Callable[..., str]
@@ -332,9 +332,7 @@ def test_what_could_not_be_settled_is_given_back_as_soon_as_that_is_possible(
     receiver = QueueReceiver(posts, 0.1, router=router)
     thread = threading.Thread(target=receiver.start)
     thread.start()
-    deadline = time.monotonic() + 10
-    while (len(calls_of(name)) < 2 or any(posts.backend.counts().values())) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until(lambda: len(calls_of(name)) == 2 and not any(posts.backend.counts().values()))
     receiver.stop()
     thread.join(10)
     assert calls_of(name) == [1, 1]
@@ -555,10 +553,7 @@ def test_an_async_handler_that_hangs_is_cancelled(
     work(router, timeout=0.1)
     assert "did not return within" in dead(posts)[0][1]
     assert "await asyncio.sleep(60)" in details(posts), "with the line at which it waited"
-    deadline = time.monotonic() + 5
-    while not calls_of(name) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert calls_of(name) == ["cancelled"]
+    assert until(lambda: calls_of(name)) == ["cancelled"]
 
 
 @pytest.mark.parametrize("beside", ["", "@route('desk@example.com')\n@stateless\ndef AUDIT(message): pass\n"])
@@ -656,16 +651,15 @@ def test_run_once_gives_up_a_function_whose_time_is_over(router: RoutingBase, mo
         GO = threading.Event()
         @route('desk@example.com')
         @stateless
-        def START(message): GO.wait(20)
+        def START(message): CALLS.append(GO.wait(60))
         """
     )
     router.load([name])
     posts = Queue("memory:run-once-hangs")
     posts.push(mail())
     receiver = QueueReceiver(posts, router=router, timeout=0.1)
-    begun = time.monotonic()
     assert receiver.run_once()
-    assert time.monotonic() - begun < 5
+    assert calls_of(name) == [], "it has not waited for the function"
     sys.modules[name].GO.set()
     assert receiver.stuck
     ((target, report),) = dead(posts)
@@ -714,15 +708,13 @@ def test_an_idle_receiver_wakes_at_once_and_stops_at_once(
     with caplog.at_level("DEBUG"):
         thread = threading.Thread(target=receiver.start)
         thread.start()
-        deadline = time.monotonic() + 10
-        while "Sleeping for 60 seconds..." not in caplog.text and time.monotonic() < deadline:
-            time.sleep(0.01)
+        until(lambda: "Sleeping for 60 seconds..." in caplog.text)
         pushed = time.monotonic()
         posts.push(mail())
-        assert sys.modules[name].DONE.wait(10)
-        assert sys.modules[name].AT[0] - pushed < 2
+        assert sys.modules[name].DONE.wait(PATIENCE)
+        assert sys.modules[name].AT[0] - pushed < 30
         receiver.stop()
-        thread.join(10)
+        thread.join(30)
     assert not thread.is_alive()
     lines = [record.getMessage() for record in caplog.records]
     assert "Queue receiver started on queue dir run/posts" in lines
