@@ -165,14 +165,22 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "RIVAL_PATIENCE", PATIENCE)
 
 
-def test_queues_that_compete_get_threads_by_their_weights(mail: Mail, patient: None) -> None:
+def test_queues_that_compete_get_threads_by_their_weights(
+    mail: Mail, patient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     heavy, light = queue(), queue()
     begun: list[str] = []
+    reserve = heavy.backend.reserve
+
+    def reserve_slowly(*args: Any, **kwargs: Any) -> list[Job]:
+        time.sleep(0.005)
+        return reserve(*args, **kwargs)
 
     def work(message: MailRequest) -> None:
         begun.append(str(message.Peer))
         time.sleep(0.002)
 
+    monkeypatch.setattr(heavy.backend, "reserve", reserve_slowly)
     for one in (heavy, light):
         for _ in range(300):
             one.push(mail())
