@@ -7,6 +7,8 @@ import ssl
 
 from lamsonq.smtp import SMTPReceiver
 
+from .waiting import PATIENCE
+
 MESSAGE = b"From: a@x.test\r\nTo: desk@y.test\r\nSubject: hi\r\n\r\nbody\r\n"
 
 
@@ -26,7 +28,7 @@ class Client:
         wait: bool = True,
     ) -> None:
         port = receiver if isinstance(receiver, int) else receiver.port
-        self.socket = socket.create_connection(("127.0.0.1", port), timeout=10)
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.lines = self.socket.makefile("rb")
         if header:

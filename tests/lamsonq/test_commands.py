@@ -25,7 +25,7 @@ from lamsonq.mail import MailRequest
 from lamsonq.queue import Queue, job_of
 
 from .cli import ENVIRON, every_command, lamsonq, parsed, refused
-from .waiting import until
+from .waiting import PATIENCE, until
 
 # ---- spelling --------------------------------------------------------------------------------------------------
 
@@ -336,7 +336,7 @@ def test_log_takes_the_options_of_start(project: Path, free_port: Callable[[], i
         *("-FORCE", "--daemon", "-uid", user, "-gid", group),
     )
     try:
-        with socket.create_connection(("127.0.0.2", int(port)), timeout=10) as client:
+        with socket.create_connection(("127.0.0.2", int(port)), timeout=PATIENCE) as client:
             assert client.recv(3) == b"220"
         assert Path("sub/logs/logger.log").stat().st_mode & 0o777 == 0o600
     finally:

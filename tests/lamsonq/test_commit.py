@@ -23,7 +23,7 @@ from lamsonq.state import SQLiteStorage
 from lamsonq.threads import Threads
 
 from .clients import MESSAGE, Client
-from .waiting import until
+from .waiting import PATIENCE, until
 
 Serve = Callable[..., SMTPReceiver]
 
@@ -37,7 +37,7 @@ class Gated(Queue):
 
     def keep(self, jobs: Sequence[Job]) -> None:
         self.begun.release()
-        assert self.gate.wait(10)
+        assert self.gate.wait(PATIENCE)
         super().keep(jobs)
 
 
@@ -116,7 +116,7 @@ class Counted:
 
     def __call__(self, things: Sequence[Any]) -> Any:
         self.begun.release()
-        assert self.gate.wait(10)
+        assert self.gate.wait(PATIENCE)
         self.given.append(len(things))
         if self.refuses and any(self.refuses in repr(thing) for thing in things):
             raise QueueError(f"no {self.refuses}")
@@ -133,7 +133,7 @@ def six_at_once(receiver: SMTPReceiver, gated: Counted) -> Iterator[list[str]]:
             client.begin(f"{number}@x.test", sender=f"{number}@y.test")
             assert client.say("DATA").startswith("354")
         opened[0].send(MESSAGE + b".\r\n")
-        assert gated.begun.acquire(timeout=10)
+        assert gated.begun.acquire(timeout=PATIENCE)
         for client in opened[1:]:
             client.send(MESSAGE + b".\r\n")
         until(lambda: len(receiver._committer.together._waiting) == 5)
@@ -384,7 +384,7 @@ def test_each_group_of_a_spooled_message_is_told_and_its_memory_is_given_back(se
     receiver = serve(LMTPReceiver, deliver=gated.push)
     with lmtp(receiver) as client:
         sent(client, "a@y.test", "b@y.test", "a@y.test")
-        assert gated.begun.acquire(timeout=10)
+        assert gated.begun.acquire(timeout=PATIENCE)
         assert receiver.traffic.memory == len(MESSAGE)
         gated.gate.set()
         assert {client.reply() for _ in range(3)} == {f"250 2.0.0 Ok: queued as {gated.keys()[0]}"}
@@ -399,7 +399,7 @@ def test_a_message_whose_client_has_gone_is_kept_and_forgotten(serve: Serve, gat
     receiver = serve(deliver=gated.push)
     client = Client(receiver)
     sent(client, "a@y.test")
-    assert gated.begun.acquire(timeout=10)
+    assert gated.begun.acquire(timeout=PATIENCE)
     client.reset()
     until(lambda: not receiver._sessions)
     assert receiver.traffic.memory == len(MESSAGE)
@@ -417,7 +417,7 @@ def test_what_waits_in_the_spool_when_the_receiver_ends_is_kept_and_answered(ser
     clients = [Client(receiver) for _ in range(3)]
     for client in clients:
         sent(client, "a@y.test")
-    assert gated.begun.acquire(timeout=10)
+    assert gated.begun.acquire(timeout=PATIENCE)
     until(lambda: len(receiver._committer.open) == 3)
     receiver.stop(10)
     gated.gate.set()
@@ -432,7 +432,7 @@ def test_who_waits_for_the_spool_longer_than_the_grace_is_sent_away(serve: Serve
     receiver = serve(deliver=gated.push)
     with Client(receiver) as client:
         sent(client, "a@y.test")
-        assert gated.begun.acquire(timeout=10)
+        assert gated.begun.acquire(timeout=PATIENCE)
         receiver.stop(0)
         assert client.rest() == "421 4.3.2 Service shutting down\r\n"
     receiver.join()

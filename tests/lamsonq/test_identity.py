@@ -23,7 +23,7 @@ from lamsonq.commands.project import generate
 from lamsonq.errors import UsageError
 
 from .servers import Server
-from .waiting import until
+from .waiting import PATIENCE, until
 
 PACKAGE = Path(identity.__file__).parent
 UID, GID, CERTS = 4242, 4243, 4244
@@ -148,7 +148,7 @@ class System:
         return (self.project / "logs/lamsonq.log").read_text()
 
     def send(self) -> None:
-        with smtplib.SMTP("127.0.0.1", self.port, timeout=10) as client:
+        with smtplib.SMTP("127.0.0.1", self.port, timeout=PATIENCE) as client:
             client.sendmail(
                 "a@example.com", ["test.blog.1@osb.localhost"], "From: a@example.com\r\nSubject: x\r\n\r\nhi\r\n"
             )
@@ -276,7 +276,7 @@ def test_in_the_foreground_too(system: System) -> None:
             until(lambda: (system.project / "logs/lamsonq.log").exists() and "1 process(es)" in system.log())
             assert [identities(pid) for pid in system.family()] == [AS_BLOG, AS_BLOG]
             one.terminate()
-            assert one.wait(20) == 0
+            assert one.wait(PATIENCE) == 0
         finally:
             one.kill()
 

@@ -29,7 +29,7 @@ from lamsonq.routing import RoutingBase
 from lamsonq.server import LMTPReceiver, SMTPReceiver
 from lamsonq.session import enhanced
 
-from .waiting import until
+from .waiting import PATIENCE, until
 
 MESSAGE = b"From: a@x.test\r\nTo: desk@y.test\r\nSubject: hi\r\n\r\nbody\r\n"
 Start = Callable[..., LMTPReceiver]
@@ -48,7 +48,7 @@ class Client:
 
     def __init__(self, receiver: SMTPReceiver, *, greet: str = "LHLO client.test") -> None:
         self.socket = socket.socket(socket.AF_UNIX if receiver.socket else socket.AF_INET)
-        self.socket.settimeout(10)
+        self.socket.settimeout(PATIENCE)
         self.socket.connect(receiver.socket or (receiver.host, receiver.port))
         self.lines = self.socket.makefile("rb")
         self.greeting = self.reply()

@@ -33,7 +33,7 @@ from lamsonq.routing import RoutingBase
 from lamsonq.smtp import SMTPReceiver
 from lamsonq.worker import QueueReceiver
 
-from .waiting import until
+from .waiting import PATIENCE, until
 
 SHIPPED = Path(__file__).parents[2] / "config/logging.toml"
 Write = Callable[..., str]
@@ -237,7 +237,7 @@ def start(router: RoutingBase) -> Iterator[Callable[..., int]]:
 
 def send(port: int, *recipients: str) -> str:
     """The reply to a message."""
-    with smtplib.SMTP("127.0.0.1", port, timeout=10) as client:
+    with smtplib.SMTP("127.0.0.1", port, timeout=PATIENCE) as client:
         client.ehlo()
         client.mail("a@x.test")
         for to in recipients:

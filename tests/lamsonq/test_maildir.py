@@ -519,7 +519,7 @@ def test_threads_that_wait_together_share_a_sync(tmp_path: Path, monkeypatch: py
     until(lambda: len(waiting) == 8)
     go.set()
     for thread in threads:
-        thread.join(10)
+        thread.join(PATIENCE)
     assert len(syncs) == 2, "one under way when the others asked, and one for all of them"
 
 
@@ -755,12 +755,12 @@ def test_a_killed_process_gives_its_job_back_once_and_the_third_death_is_the_las
         here, there = FORK.Pipe()
         child = FORK.Process(target=_reserve_and_hang, args=[queue.folders.path, there])
         child.start()
-        assert here.poll(10)
+        assert here.poll(PATIENCE)
         assert here.recv() == [deaths]
         assert queue.release_stale() == 0, "it lives"
         assert child.pid is not None
         os.kill(child.pid, signal.SIGKILL)
-        child.join(10)
+        child.join(PATIENCE)
         if deaths == 0:
             job = take(queue_again := Maildir(queue.folders.path))
             assert job.deliveries == 1
@@ -785,9 +785,9 @@ def test_a_forked_child_is_a_worker_of_its_own(make: Callable[..., Maildir]) -> 
     here, there = FORK.Pipe()
     child = FORK.Process(target=_use_inherited, args=[queue, there])
     child.start()
-    assert here.poll(10)
+    assert here.poll(PATIENCE)
     assert here.recv() == [b"child's"]
-    child.join(10)
+    child.join(PATIENCE)
     assert child.exitcode == 0
     assert other.release_stale() == 0, "the parent's lock was not dropped by the child"
     queue.settle(job, DONE)
@@ -851,10 +851,10 @@ def test_three_processes_on_one_queue_get_each_job_once(queue: Maildir) -> None:
         child.start()
     found: list[bytes] = []
     for here, _ in pipes:
-        assert here.poll(30)
+        assert here.poll(PATIENCE)
         found += here.recv()
     for child in children:
-        child.join(10)
+        child.join(PATIENCE)
     assert sorted(found) == sorted(wanted)
     assert counts(queue) == (0, 0, 0, 0)
     assert names(queue, "claimed") == []
@@ -1388,7 +1388,7 @@ def test_a_sleeper_is_woken_by_another_process_rename(queue: Maildir) -> None:
     assert job.body == b"hello"
     assert here.poll(PATIENCE)
     assert woken - here.recv() < PATIENCE / 2
-    child.join(10)
+    child.join(PATIENCE)
     timer.join()
 
 

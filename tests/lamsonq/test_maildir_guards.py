@@ -145,7 +145,7 @@ def test_a_forked_child_does_not_keep_the_lock(queue: Maildir) -> None:
     try:
         done = threading.Thread(target=push, args=[queue], kwargs={"unique": "u"})
         done.start()
-        done.join(10)
+        done.join(PATIENCE)
         assert not done.is_alive()
     finally:
         os.kill(child, signal.SIGKILL)
@@ -164,9 +164,9 @@ def test_of_racing_processes_one_puts_each_unique_job(queue: Maildir) -> None:
     children = [FORK.Process(target=_push_unique, args=[queue.folders.path, there]) for _, there in pipes]
     for child in children:
         child.start()
-    assert sum(here.recv() for here, _ in pipes if here.poll(30)) == 40
+    assert sum(here.recv() for here, _ in pipes if here.poll(PATIENCE)) == 40
     for child in children:
-        child.join(10)
+        child.join(PATIENCE)
     assert queue.counts()["ready"] == 40
 
 

@@ -26,7 +26,7 @@ from lamsonq.server import QueueReceiver
 from lamsonq.state import SQLiteStorage, StateStorage
 from lamsonq.testing import TestConversation
 
-from .waiting import until
+from .waiting import PATIENCE, until
 
 ROOT = Path(lamsonq.__file__).parents[1]
 PAGE = (ROOT / "docs" / "coming-from-lamson.md").read_text()
@@ -235,7 +235,7 @@ class Moved:
         self.sends(sender, to, message.as_bytes())
 
     def sends(self, sender: str, to: str, message: bytes) -> None:
-        with smtplib.SMTP("localhost", self.port, timeout=20) as client:
+        with smtplib.SMTP("localhost", self.port, timeout=PATIENCE) as client:
             client.sendmail(sender, [to], message)
 
     def answer(self, to: str, subject: str) -> str:

@@ -21,6 +21,7 @@ from lamsonq.relay import Relay
 
 from .ports import free_port
 from .servers import HANG_UP, Dns, Server
+from .waiting import PATIENCE
 
 ZONE = """
 y.test.        60 IN MX 20 mx2.y.test.
@@ -223,7 +224,7 @@ def relays(dns_server: Dns) -> Iterator[Callable[..., Relay]]:
     made: list[Relay] = []
 
     def make(port: int, **options: object) -> Relay:
-        made.append(Relay(None, port, timeout=5, resolver=dns_server.resolver, **options))  # type: ignore[arg-type]
+        made.append(Relay(None, port, timeout=PATIENCE, resolver=dns_server.resolver, **options))  # type: ignore[arg-type]
         return made[-1]
 
     yield make
@@ -401,7 +402,7 @@ def test_all_kept_connections_together_are_bounded(hosts: Hosts, relays: Relays)
     many = POOL_MAX + 3
     zone = [f"d{n}.test. 60 IN A 127.0.0.{n + 10}" for n in range(many)]
     server = Dns("\n".join(zone))
-    relay = Relay(None, hosts(one={})[0].port, resolver=server.resolver, timeout=5)
+    relay = Relay(None, hosts(one={})[0].port, resolver=server.resolver, timeout=PATIENCE)
     port = relay.port
     running = [Server(address=f"127.0.0.{n + 10}", port=port) for n in range(many)]
     try:

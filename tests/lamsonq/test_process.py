@@ -21,7 +21,7 @@ from lamsonq.errors import PidFileError, Refusal
 
 from .cli import lamsonq
 from .projects import ENVIRON, Project, children_of, gone
-from .waiting import until
+from .waiting import PATIENCE, until
 
 
 @pytest.fixture
@@ -490,7 +490,7 @@ def test_a_run_directory_that_cannot_be_written_is_refused(project: Project) -> 
 def test_in_the_foreground_it_tells_systemd_when_it_listens_and_ends_with_0_at_ctrl_c(project: Project) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(project.path / "notify"))
-        manager.settimeout(20)
+        manager.settimeout(PATIENCE)
         environ = {**ENVIRON, "NOTIFY_SOCKET": str(project.path / "notify")}
         command = project.command("start", "--no-daemon")
         with subprocess.Popen(command, cwd=project.path, env=environ, process_group=0) as server:
@@ -498,7 +498,7 @@ def test_in_the_foreground_it_tells_systemd_when_it_listens_and_ends_with_0_at_c
                 assert manager.recv(64) == b"READY=1"
                 assert project.pid() == server.pid
                 os.killpg(server.pid, signal.SIGINT)  # as the terminal does it: to the children too
-                assert server.wait(20) == 0
+                assert server.wait(PATIENCE) == 0
             finally:
                 server.kill()
     assert project.noted("stop(30)") == project.noted("start")
@@ -531,7 +531,7 @@ def test_debug_shows_the_log_on_stderr(project: Project) -> None:
             assert next(lines) == "lamsonq started in debug mode. ctrl-c to quit...\n"
             assert any("INFO:root:waiting with 1 process(es)." in line for line in lines)
             server.terminate()
-            assert server.wait(20) == 0
+            assert server.wait(PATIENCE) == 0
         finally:
             server.kill()
 

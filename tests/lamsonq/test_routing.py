@@ -17,6 +17,8 @@ from lamsonq.queue import Queue
 from lamsonq.routing import RoutingBase, route, route_like
 from lamsonq.state import MemoryStorage, SQLiteStorage
 
+from .waiting import PATIENCE
+
 Mail = Callable[..., MailRequest]
 Module = Callable[..., str]
 
@@ -934,7 +936,7 @@ def test_an_attempt_that_was_given_up_settles_nothing(router: RoutingBase, modul
     attempt = router.attempt(router.plan(mail())[0], mail(), key="k", settle=lambda *settling: settled.append(settling))
     thread = threading.Thread(target=attempt.start)
     thread.start()
-    assert sys.modules[name].HERE.wait(5)
+    assert sys.modules[name].HERE.wait(PATIENCE)
     outcome = attempt.hung(0.1)
     assert attempt.give_up()
     assert "GO.wait" in "".join(outcome.__notes__)

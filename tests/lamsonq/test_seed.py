@@ -13,7 +13,7 @@ import pytest
 from lamsonq import commands
 
 from .ports import free_port
-from .waiting import until
+from .waiting import PATIENCE, until
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 BLOCKS = re.findall(r"```\w*\n(.*?)```", README, re.DOTALL)
@@ -59,7 +59,7 @@ class Shell:
         return done.stdout
 
     def send(self, sender: str = SENDER) -> None:
-        with smtplib.SMTP("127.0.0.1", self.port, timeout=10) as client:
+        with smtplib.SMTP("127.0.0.1", self.port, timeout=PATIENCE) as client:
             client.sendmail(sender, [TO], f"From: {sender}\r\nTo: {TO}\r\nSubject: a post\r\n\r\nHello\r\n")
 
     def log(self) -> str:

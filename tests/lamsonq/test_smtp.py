@@ -30,7 +30,7 @@ from lamsonq.tally import TALLY
 
 from .clients import MESSAGE, Client
 from .offline import Taker, Transport
-from .waiting import until
+from .waiting import PATIENCE, until
 
 Start = Callable[..., SMTPReceiver]
 Write = Callable[..., str]
@@ -729,7 +729,7 @@ def test_a_client_that_goes_after_the_last_dot_loses_only_the_reply(start: Start
         client.begin("a@y.test")
         client.say("DATA")
         client.send(MESSAGE + b".\r\n")
-        assert noted.begun.wait(10)
+        assert noted.begun.wait(PATIENCE)
         if goodbye == "reset":
             client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     until(lambda: has_seen_the_end(receiver))
@@ -864,7 +864,7 @@ def test_who_has_just_connected_when_it_stops_still_gets_a_message_through(
 ) -> None:
     monkeypatch.setattr("lamsonq.smtp.LEAVE_AFTER", 30.0)
     receiver = start(deliver=lambda _: None)
-    with socket.create_connection(("127.0.0.1", receiver.port), timeout=10) as client:
+    with socket.create_connection(("127.0.0.1", receiver.port), timeout=PATIENCE) as client:
         lines = client.makefile("rb")
         assert lines.readline().startswith(b"220 ")
         receiver.stop()
@@ -883,7 +883,7 @@ def test_a_receiver_that_is_stopped_while_it_starts_ends(start: Start) -> None:
     starting = threading.Thread(target=receiver.start)
     starting.start()
     receiver.stop()
-    starting.join(10)
+    starting.join(PATIENCE)
     assert not starting.is_alive()
     receiver.join()
 

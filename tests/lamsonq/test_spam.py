@@ -25,6 +25,8 @@ from lamsonq.queue import Queue
 from lamsonq.routing import RoutingBase
 from lamsonq.spam import Filter, SpamConfig, Verdict
 
+from .waiting import PATIENCE
+
 Free = Callable[[], int]
 Module = Callable[..., str]
 
@@ -495,7 +497,7 @@ def test_an_async_function_is_scanned_beside_the_loop(rspamd: Rspamd, router: Ro
     go_on = threading.Event()
 
     def slow(body: bytes) -> tuple[int, object]:
-        assert go_on.wait(10)
+        assert go_on.wait(PATIENCE)
         return rspamd.judge(body)
 
     rspamd.answer = slow
@@ -519,7 +521,7 @@ def test_an_async_function_is_scanned_beside_the_loop(rspamd: Rspamd, router: Ro
     scanned.start()
     router.deliver(MailRequest("peer", "b@example.org", "free@example.com", LETTER))
     go_on.set()
-    scanned.join(10)
+    scanned.join(PATIENCE)
     assert sys.modules[name].CALLS == ["free", "scanned"]
 
 

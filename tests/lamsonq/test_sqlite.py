@@ -647,7 +647,7 @@ def test_a_claim_holds_as_long_as_its_process(make: Callable[..., SQLite]) -> No
 
     child = FORK.Process(target=work)
     child.start()
-    assert ready.wait(10)
+    assert ready.wait(PATIENCE)
     assert (queue.release_stale(), queue.state(key)) == (0, "reserved")
     child.kill()
     child.join()

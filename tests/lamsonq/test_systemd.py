@@ -22,7 +22,7 @@ from lamsonq.errors import Refusal
 from lamsonq.sockets import Listener, Listeners
 
 from .projects import ENVIRON, MailProject, children_of, gone
-from .waiting import until
+from .waiting import PATIENCE, until
 
 CONFIG = Path(sockets.__file__).parents[1] / "config"
 
@@ -82,7 +82,7 @@ def activated(project: MailProject, listener: socket.socket) -> Iterator[tuple[i
     """A server as systemd starts one: its pid, and the socket that the manager reads."""
     manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     manager.bind(str(project.path / "notify"))
-    manager.settimeout(20)
+    manager.settimeout(PATIENCE)
     command = [sys.executable, "-c", ACTIVATE, str(listener.fileno()), "start", "--no-daemon"]
     environ = {**ENVIRON, "NOTIFY_SOCKET": str(project.path / "notify")}
     with manager, subprocess.Popen(command, cwd=project.path, env=environ, pass_fds=[listener.fileno()]) as server:
@@ -90,7 +90,7 @@ def activated(project: MailProject, listener: socket.socket) -> Iterator[tuple[i
             yield server.pid, manager
             server.terminate()
             assert manager.recv(256) == b"STOPPING=1"
-            assert server.wait(20) == 0
+            assert server.wait(PATIENCE) == 0
         finally:
             server.kill()
 
@@ -103,7 +103,7 @@ def project(tmp_path: Path, free_port: Callable[[], int]) -> Iterator[MailProjec
 
 
 def send(port: int, name: str) -> None:
-    with smtplib.SMTP("127.0.0.1", port, timeout=20) as client:
+    with smtplib.SMTP("127.0.0.1", port, timeout=PATIENCE) as client:
         client.sendmail("alice@example.com", ["desk@example.com"], f"Message-ID: {name}\r\n\r\nhello\r\n")
 
 
@@ -257,7 +257,7 @@ def test_without_a_manager_nobody_is_told(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_manager_in_the_abstract_namespace_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(f"\0lamsonq-{os.getpid()}")
-        manager.settimeout(5)
+        manager.settimeout(PATIENCE)
         monkeypatch.setenv("NOTIFY_SOCKET", f"@lamsonq-{os.getpid()}")
         systemd.notify("READY=1")
         assert manager.recv(64) == b"READY=1"

@@ -8,9 +8,7 @@ import pytest
 
 from lamsonq.threads import TOGETHER_MAX, Threads, Together
 
-from .waiting import until
-
-PATIENCE = 10.0
+from .waiting import PATIENCE, until
 
 
 def test_functions_run_at_the_same_time_up_to_the_number_of_threads() -> None:

@@ -334,7 +334,7 @@ def test_what_could_not_be_settled_is_given_back_as_soon_as_that_is_possible(
     thread.start()
     until(lambda: len(calls_of(name)) == 2 and not any(posts.backend.counts().values()))
     receiver.stop()
-    thread.join(10)
+    thread.join(PATIENCE)
     assert calls_of(name) == [1, 1]
     assert sum(posts.backend.counts().values()) == 0
 
@@ -403,7 +403,7 @@ def test_async_functions_that_another_one_blocks_are_not_at_fault(
         @stateless
         async def GUILTY(message):
             HERE.set()
-            GO.wait(20)
+            GO.wait(100)
         @route('innocent@example.com')
         @stateless
         async def INNOCENT(message): CALLS.append(1)
@@ -413,14 +413,14 @@ def test_async_functions_that_another_one_blocks_are_not_at_fault(
     posts.push(mail("guilty@example.com"))
     thread = threading.Thread(target=QueueReceiver("run/posts", router=router, timeout=0.5, sleep=0.05).start)
     thread.start()
-    assert sys.modules[name].HERE.wait(5)
+    assert sys.modules[name].HERE.wait(PATIENCE)
     posts.push(mail("innocent@example.com"))
-    thread.join(10)  # it stops by itself, to be replaced
+    thread.join(PATIENCE)  # it stops by itself, to be replaced
     sys.modules[name].GO.set()
     assert not thread.is_alive()
     ((target, _),) = dead(posts)
     assert target == f"{name}.GUILTY"
-    assert "GO.wait(20)" in details(posts)
+    assert "GO.wait(100)" in details(posts)
     assert calls_of(name) == []
     assert posts.backend.counts()["ready"] == 1
 
@@ -436,7 +436,7 @@ def test_what_a_hanging_handler_still_pushes_is_dropped(
         @route('desk@example.com')
         @stateless
         def START(message):
-            GO.wait(20)
+            GO.wait(100)
             try: Queue('run/out').push(message)
             except LeaseLost: CALLS.append('dropped')
             finally: GONE.set()
@@ -446,7 +446,7 @@ def test_what_a_hanging_handler_still_pushes_is_dropped(
     posts.push(mail())
     work(router, timeout=0.1)
     sys.modules[name].GO.set()
-    assert sys.modules[name].GONE.wait(5)
+    assert sys.modules[name].GONE.wait(PATIENCE)
     assert calls_of(name) == ["dropped"]
     assert Queue("run/out").count() == 0
 
@@ -500,7 +500,7 @@ def test_a_handler_that_hangs_is_settled_without_it_and_the_process_asks_to_be_r
         GO = threading.Event()
         @route('desk@example.com')
         @stateless
-        def START(message): GO.wait(20)
+        def START(message): GO.wait(100)
         """
     )
     router.load([name])
@@ -734,7 +734,7 @@ def test_stopping_with_no_grace_gives_running_jobs_back_uncounted(
         @stateless
         def START(message):
             HERE.set()
-            GO.wait(20)
+            GO.wait(100)
         """
     )
     router.load([name])
@@ -742,9 +742,9 @@ def test_stopping_with_no_grace_gives_running_jobs_back_uncounted(
     receiver = QueueReceiver("run/posts", router=router)
     thread = threading.Thread(target=receiver.start)
     thread.start()
-    assert sys.modules[name].HERE.wait(5)
+    assert sys.modules[name].HERE.wait(PATIENCE)
     receiver.stop(grace=0)
-    thread.join(10)
+    thread.join(PATIENCE)
     sys.modules[name].GO.set()
     assert not thread.is_alive()
     (job,) = posts.backend.reserve(1)
@@ -877,7 +877,7 @@ def test_what_is_finished_is_settled_while_its_receiver_waits_for_more(
             until(lambda: sum(queue.backend.counts().values()) == 0)
     finally:
         receiver.stop()
-        thread.join(10)
+        thread.join(PATIENCE)
 
 
 def test_what_is_finished_and_cannot_be_settled_is_given_back(
