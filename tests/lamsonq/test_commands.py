@@ -400,11 +400,12 @@ def test_a_root_directory_that_is_not_there_is_refused(project: Path) -> None:
 def _runs_here(command: list[str], pid_file: Path, says: str) -> None:
     """The command stays in the foreground, with its pid in the file, until it is told to end."""
     process = subprocess.Popen(command, env=ENVIRON, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    deadline = time.monotonic() + 20
-    while not (pid_file.exists() and pid_file.read_text() == f"{process.pid}\n" and _expects_the_end(process.pid)):
+
+    def runs() -> bool:
         assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+        return pid_file.exists() and pid_file.read_text() == f"{process.pid}\n" and _expects_the_end(process.pid)
+
+    until(runs)
     process.terminate()
     _, shown = process.communicate(timeout=30)
     assert process.returncode == 0, shown
@@ -475,13 +476,14 @@ def test_status_tells_when_a_job_was_claimed_last(project: Path) -> None:
     begun = time.time()
     lamsonq("start")
     Queue("run/posts").push("Subject: hi\n\nhello\n")
-    deadline = time.monotonic() + 20
-    while True:
+
+    def status() -> dict[str, Any]:
         (server,) = json.loads(lamsonq("status", "-ALL", "run", "-json").stdout)["servers"]
-        if server["handled"]:
-            break
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+        assert isinstance(server, dict)
+        return server
+
+    until(lambda: status()["handled"])
+    server = status()
     assert begun <= server["last_claim"] <= server["last_settled"] <= time.time()
 
 

@@ -224,11 +224,12 @@ def test_of_a_file_without_an_envelope_only_those_who_failed_are_tried_again(
 def test_an_attempt_that_hangs_is_tried_again(outbox: Queue, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
     push(outbox)
     hanging = threading.Event()
-    monkeypatch.setattr(relay, "transfer", lambda _message: hanging.wait(20))
+    monkeypatch.setattr(relay, "transfer", lambda _message: hanging.wait())
     receiver = QueueReceiver(outbox, deliver=Outbox(relay, timeout=0.1).deliver, sleep=0.05)
-    thread = threading.Thread(target=receiver.start)
+    thread = threading.Thread(target=receiver.start, daemon=True)
     thread.start()
-    thread.join(20)  # it asks to be replaced
+    thread.join(PATIENCE)  # it asks to be replaced
+    assert not thread.is_alive()
     hanging.set()
     assert len(jobs(outbox, "delayed")) == 1
 

@@ -32,6 +32,7 @@ from lamsonq.routing import RoutingBase, stateless
 from lamsonq.settings import RelayTable
 from lamsonq.transaction import for_the_wire
 
+from .ports import free_port
 from .servers import HANG_UP, Server
 from .waiting import PATIENCE
 
@@ -303,8 +304,7 @@ def test_a_server_that_says_nothing_times_out(server: Server) -> None:
 
 
 def test_a_refused_connection_says_so() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = free_port()
     errors = failures_of(Relay("127.0.0.1", port), received())
     assert isinstance(errors["b@y.test"], Later)
     assert str(errors["b@y.test"]) == f"relay 127.0.0.1:{port}: connection refused"

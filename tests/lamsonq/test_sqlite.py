@@ -121,7 +121,7 @@ def test_any_program_puts_a_job_with_one_insert(queue: SQLite, tmp_path: Path) -
     jobs = queue.reserve(100)
     assert [job.body for job in jobs] == [b'{"to": "%d"}' % number for number in range(30)]
     assert {(job.target, job.sender, job.recipients, job.priority) for job in jobs} == {("send_email", None, (), 0)}
-    assert all(abs(job.received - before) < 5 for job in jobs)
+    assert all(abs(job.received - before) < PATIENCE for job in jobs)
     queue.settle(jobs[0], DONE, [Put(queue, Job(key=queue.new_key(), body=b""))])
 
 
