@@ -44,6 +44,8 @@ from lamsonq.queue import Queue
 from lamsonq.routing import RoutingBase
 from lamsonq.worker import QueueReceiver
 
+from .waiting import PATIENCE
+
 Module = Callable[..., str]
 _numbers = itertools.count(1)
 
@@ -1034,7 +1036,6 @@ def consuming() -> Iterator[Callable[[Callable[[], object]], None]]:
     events.clear_metadata_producer_consumers()
 
 
-@pytest.mark.timeout(20)
 def test_a_job_runs_though_a_consumer_of_its_metadata_exits(
     jobs: Queue, work: Callable[[], int], consuming: Callable[[Callable[[], object]], None]
 ) -> None:
@@ -1044,12 +1045,11 @@ def test_a_job_runs_though_a_consumer_of_its_metadata_exits(
     assert SEEN == [(1, "")]
 
 
-@pytest.mark.timeout(20)
 def test_a_consumer_of_metadata_that_hangs_is_cut_as_its_function_would_be(
     jobs: Queue, consuming: Callable[[Callable[[], object]], None]
 ) -> None:
     go = threading.Event()
-    consuming(lambda: go.wait(15))
+    consuming(lambda: go.wait(PATIENCE))
     note.later(1)
     receiver = QueueReceiver(jobs, router=RoutingBase(), timeout=0.1)
     receiver.start(one_shot=True)
