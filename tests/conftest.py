@@ -5,7 +5,7 @@ import os
 import pytest
 
 AT_MOST = 4
-"""A user may have 128 watches of inotify(7), and a process of the tests has some dozens of them at times."""
+"""A user may have 128 instances of inotify(7), and a process of the tests has a dozen of them at times."""
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
