@@ -643,7 +643,7 @@ def test_one_sender_at_a_time_and_others_beside(router: RoutingBase, module: Mod
     name = module(
         """
         import threading
-        INSIDE = threading.Barrier(2, timeout=5)
+        INSIDE = threading.Barrier(2, timeout=60)
         RUNNING = set()
         @route('desk@example.com')
         def START(message):
@@ -735,7 +735,7 @@ def test_nolocking_lets_two_messages_of_one_sender_in(router: RoutingBase, modul
     name = module(
         """
         import threading
-        INSIDE = threading.Barrier(2, timeout=5)
+        INSIDE = threading.Barrier(2, timeout=60)
         @route('desk@example.com')
         @nolocking
         def START(message):
@@ -927,7 +927,7 @@ def test_an_attempt_that_was_given_up_settles_nothing(router: RoutingBase, modul
         @route('desk@example.com')
         def START(message):
             HERE.set()
-            GO.wait(5)
+            GO.wait(60)
             return START
         """
     )
