@@ -492,13 +492,15 @@ def collected(deliver: Callable[[MailRequest], object], message: MailRequest) ->
 
 
 def end(attempts: Sequence[Attempt]) -> None:
-    """End attempts whose functions have returned: keep their states, then what they pushed, then tell what has become
-    of them. Each fails alone."""
+    """End attempts whose functions have returned: keep their states, then what they pushed (or undo the states), then
+    tell what has become of them. Each fails alone."""
     try:
         if changing := [attempt for attempt in attempts if attempt.states]:
             _commit_states(changing)
         if leaving := [attempt for attempt in attempts if attempt._leaving and attempt._unkept is not None]:
             _publish(leaving)
+        if undone := [attempt for attempt in attempts if attempt.states and attempt._error is not None]:
+            _undo_states(undone)
         settled = []
         for attempt in attempts:
             with about.about(attempt.about):
@@ -533,6 +535,17 @@ def _commit_states(attempts: Sequence[Attempt]) -> None:
                     _commit_states([attempt])
                 continue
             own[0]._keep_nothing(_later_for(error))
+
+
+def _undo_states(attempts: Sequence[Attempt]) -> None:
+    """What they pushed could not be kept, so they come to nothing."""
+    for attempt in attempts:
+        assert attempt.call.stateful is not None
+        try:
+            attempt.call.stateful.store.undo(attempt.states, attempt.key)
+        except BaseException:  # the same words again still find what these found
+            LOG.exception("%s: its conversation could not be put back", attempt.key)
+        attempt.states.clear()
 
 
 def _forget_states(attempts: Sequence[Attempt]) -> None:

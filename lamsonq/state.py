@@ -9,6 +9,8 @@ Rules:
 3. A state is committed *before* the attempt is settled, together with the attempt's key and the state that it found.
    If the process dies between the two, the same message comes again: it is routed by the state that it found
    the first time, never by the one that it made itself (a confirmation that nobody sent).
+4. What could not be settled is undone while the attempt still has its conversation: whoever comes next, with the same
+   words or with others, finds what it found.
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ class StateStorage:
     """The base for storages of one's own: `get`, `set` and `clear` are enough.
 
     `lock_file` is where the processes that share this storage lock conversations; None: they are one process.
-    `commit`, `found_by` and `forget` are for stores that can keep rule 3; without them a message that comes again
-    after a crash is routed by the newest state.
+    `commit`, `found_by`, `forget` and `undo` are for stores that can keep rules 3 and 4; without them a message that
+    comes again after a crash or a refusal is routed by the newest state.
     """
 
     lock_file: str | None = "run/conversations.lock"
@@ -72,6 +74,9 @@ class StateStorage:
     def forget(self, changes: Mapping[Conversation, str], job: str) -> None:
         """The job is settled and will not come again."""
 
+    def undo(self, changes: Mapping[Conversation, str], job: str) -> None:
+        """The job came to nothing: what it found is the state again."""
+
     def commit_all(self, made: Sequence[Made]) -> None:
         """`commit` what several attempts have made. Where it raises, it is tried with each alone."""
         for changes, job in made:
@@ -90,7 +95,8 @@ class MemoryStorage(StateStorage):
 
     def __init__(self) -> None:
         self.states: dict[str, str] = {}
-        self._found: dict[tuple[str, str], str] = {}
+        self._found: dict[str, tuple[str, str]] = {}
+        """The job that has changed a state and is not settled yet, and what it found; as in _COMMIT."""
 
     def key(self, key: str, sender: str) -> str:
         return repr([key, sender])
@@ -99,10 +105,7 @@ class MemoryStorage(StateStorage):
         return self.states.get(self.key(key, sender), START)
 
     def set(self, key: str, sender: str, state: str) -> None:
-        if state == START:
-            self.states.pop(self.key(key, sender), None)
-        else:
-            self.states[self.key(key, sender)] = state
+        self.commit({(key, sender): state}, "")
 
     def clear(self) -> None:
         self.states.clear()
@@ -110,15 +113,33 @@ class MemoryStorage(StateStorage):
 
     def commit(self, changes: Mapping[Conversation, str], job: str) -> None:
         for (key, sender), state in changes.items():
-            self._found.setdefault((self.key(key, sender), job), self.get(key, sender))
-            self.set(key, sender, state)
+            before = self.found_by(key, sender, job) or self.get(key, sender)
+            self._keep(key, sender, state)
+            if job:
+                self._found[self.key(key, sender)] = job, before
 
     def found_by(self, key: str, sender: str, job: str) -> str | None:
-        return self._found.get((self.key(key, sender), job))
+        by, found = self._found.get(self.key(key, sender), ("", ""))
+        return found if by == job != "" else None
 
     def forget(self, changes: Mapping[Conversation, str], job: str) -> None:
-        for key, sender in changes:
-            self._found.pop((self.key(key, sender), job), None)
+        for who in changes:
+            if self.found_by(*who, job):
+                del self._found[self.key(*who)]
+
+    def undo(self, changes: Mapping[Conversation, str], job: str) -> None:
+        for who in changes:
+            if found := self.found_by(*who, job):
+                self._keep(*who, found)
+
+    def _keep(self, key: str, sender: str, state: str) -> None:
+        """This, and no attempt that is to be settled."""
+        who = self.key(key, sender)
+        self._found.pop(who, None)
+        if state == START:
+            self.states.pop(who, None)
+        else:
+            self.states[who] = state
 
 
 _SCHEMA_VERSION = 1
@@ -139,6 +160,7 @@ on conflict do update set state = ?3, job = ?4,
     found = case when job = ?4 and job != '' then found else state end
 """
 _FORGET = "update conversations set job = '' where key = ? and sender = ? and job = ?"
+_UNDO = "update conversations set state = found, job = '' where key = ? and sender = ? and job = ?"
 _TIDY = "delete from conversations where key = ? and sender = ? and state = 'START' and job = ''"
 
 
@@ -215,6 +237,13 @@ class SQLiteStorage(StateStorage):
 
         # Losing this to a power failure is harmless: the job only stays remembered. So nobody waits for it.
         self._write(_Write(execute, waits=False))
+
+    def undo(self, changes: Mapping[Conversation, str], job: str) -> None:
+        def execute(database: sqlite3.Connection) -> None:
+            database.executemany(_UNDO, [(*who, job) for who in changes])
+            database.executemany(_TIDY, list(changes))
+
+        self._write(_Write(execute, waits=True))  # whoever has the conversation next reads it at once
 
     def _one(self, query: str, *values: str) -> tuple[str, ...] | None:
         with self._reading:

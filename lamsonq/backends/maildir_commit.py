@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from lamsonq import backends
-from lamsonq.backends.durable import remove_file, sync_folder, write_file
+from lamsonq.backends.durable import remove_file, sync_folder, write_files
 from lamsonq.backends.maildir_files import DEAD, DELAYED, DONE, Folders, Place, read_job
 from lamsonq.backends.maildir_guards import Guards
 from lamsonq.backends.maildir_names import parse_name
@@ -135,11 +135,13 @@ def stage(home: Folders, token: str, fate: Fate, targets: Sequence[Target]) -> M
     """Step 1. On an OSError nothing is left. Raises ValueError for a gate that cannot be kept."""
     publications = [_publication(f"{token}.{number}", target) for number, target in enumerate(targets)]
     try:
+        files: dict[str, Sequence[bytes]] = {}
         for publication, target in zip(publications, targets, strict=True):
-            write_file(home.at("held", publication.staged), target.place.block, target.put.job.body)
+            files[home.at("held", publication.staged)] = (target.place.block, target.put.job.body)
         manifest = Manifest(fate, tuple(publications))
         # json, not msgspec, because file names may hold undecodable bytes.
-        write_file(_manifest_path(home, token), json.dumps(msgspec.to_builtins(manifest)).encode("ascii"))
+        files[_manifest_path(home, token)] = (json.dumps(msgspec.to_builtins(manifest)).encode("ascii"),)
+        write_files(files.items())
         sync_folder(home.at("held"))
     except OSError:
         discard(home, token, publications)

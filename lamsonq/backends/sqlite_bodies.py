@@ -15,9 +15,9 @@ import itertools
 import logging
 import os
 import sqlite3
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
-from lamsonq.backends.durable import make_folders, remove_file, sync_folder, write_file
+from lamsonq.backends.durable import make_folders, remove_file, sync_folder, write_files
 from lamsonq.backends.sqlite_database import Database
 from lamsonq.backends.sqlite_rows import Row
 from lamsonq.errors import QueueError
@@ -38,21 +38,18 @@ class Bodies:
 
     def write(self, rows: Iterable[Row]) -> None:
         """Write those of these bodies that are large. Raises OSError."""
-        written = False
+        files: dict[str, Sequence[bytes]] = {}
         for row in rows:
             if len(row.job.body) > INLINE_MAX:
                 row.file = f"{self._worker()}.{next(self._numbers)}"
-                self._write(os.path.join(self._database.bodies, row.file), row.job.body)
-                written = True
-        if written:
+                files[os.path.join(self._database.bodies, row.file)] = (row.job.body,)
+        if files:
+            try:
+                write_files(files.items())
+            except FileNotFoundError:  # somebody has removed the folder
+                make_folders([self._database.bodies])
+                write_files(files.items())
             sync_folder(self._database.bodies)
-
-    def _write(self, path: str, body: bytes) -> None:
-        try:
-            write_file(path, body)
-        except FileNotFoundError:  # somebody has removed the folder
-            make_folders([self._database.bodies])
-            write_file(path, body)
 
     def doubt(self, rows: Iterable[Row]) -> None:
         """It is not certain that these rows are in the database, or will be: the put has failed, or is the user's."""

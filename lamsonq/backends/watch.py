@@ -1,7 +1,7 @@
 """Sleeping until a file appears.
 
 Rules: watch first, then look, so that nothing can appear between the two. A wake-up that comes before the sleep ends
-the next sleep. Where the kernel gives no more watches, the sleeper is told to look by itself.
+the next sleep. Where the kernel gives no more watches, the sleeper is told to look by itself, and to ask again later.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import select
+import time
 import weakref
 from collections.abc import Sequence
 
@@ -19,6 +20,9 @@ from asyncinotify import Inotify, Mask
 _APPEARED = Mask.MOVED_TO | Mask.CREATE
 _CLOSED = Mask.CLOSE_WRITE | Mask.EXCL_UNLINK
 _VANISHED = Mask.DELETE_SELF | Mask.MOVE_SELF
+
+AGAIN_AFTER = 10.0
+"""Seconds until the kernel is asked again for the watches that it had not."""
 
 
 class Watch:
@@ -30,18 +34,24 @@ class Watch:
         self._finalizer = weakref.finalize(self, os.close, self._bell)
         self._inotify: Inotify | None = None
         self._places: list[tuple[str, int]] = []
-        self.tried = False
+        self._ask_at = 0.0
+        self._complained = False
 
     @property
     def seeing(self) -> bool:
         """False: nothing is watched, `wait` ends only by `wake` and by time."""
         return self._inotify is not None
 
+    @property
+    def tried(self) -> bool:
+        """False: `follow` is worth a try, for the first time or once more."""
+        return self.seeing or time.monotonic() < self._ask_at
+
     def follow(self, folders: Sequence[str], closing: str) -> None:
         """Watch these folders instead of those before; where that cannot be, say so in the log. `closing` is the one
         in which files are closed."""
         self._unfollow()
-        self.tried = True
+        self._ask_at = time.monotonic() + AGAIN_AFTER
         inotify = None
         try:
             inotify = Inotify(sync_timeout=0)
@@ -55,9 +65,10 @@ class Watch:
                 inotify.close()
             if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOSPC, errno.ENOMEM, errno.ENOSYS):
                 raise
-            logging.warning(
-                "Cannot watch %s (%s; see fs.inotify in sysctl): looking once a second.", folders[0], error.strerror
-            )
+            if not self._complained:
+                text = "Cannot watch %s (%s; see fs.inotify in sysctl): looking once a second."
+                logging.warning(text, folders[0], error.strerror)
+                self._complained = True
 
     def moved(self) -> bool:
         """Whether a watched folder is no longer the one behind its path."""

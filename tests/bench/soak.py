@@ -44,7 +44,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -76,6 +76,10 @@ LONG = 3600.0
 GROWTH = 1.10
 GROWTH_MB = 4.0
 """How much larger than before a process may be, by factor and beyond it: allocators and caches fill up slowly."""
+
+FIRST_LOOKS = (0.10, 0.23)
+LAST_LOOKS = (0.85, 0.97)
+"""Shares of the run, in its calm quarters, at which the clients wait until all processes have been looked at."""
 
 FS_IOC_GETFLAGS, FS_IOC_SETFLAGS, FS_IMMUTABLE_FL = 0x80086601, 0x40086602, 0x10
 """linux/fs.h"""
@@ -413,6 +417,8 @@ class Ledger:
         self.path = folder / "accepted"
         self.calm_from: int | None = None
         """How many were accepted when the last interruption was over."""
+        self._looks = deque(int(messages * share) for share in FIRST_LOOKS)
+        """Before more than so many are sent, all processes are looked at: however fast it goes, none is missed."""
         self._next = 0
         self._last: int | None = None
         self._paused = False
@@ -422,7 +428,7 @@ class Ledger:
     def take(self) -> int | None:
         """The number of the next message; None when there are no more."""
         with self._lock:
-            while self._paused:
+            while self._paused or (self._looks and self._next >= self._looks[0]):
                 self._lock.wait()
             if self._next == self._last:
                 return None
@@ -435,11 +441,20 @@ class Ledger:
             self._paused = paused
             self._lock.notify_all()
 
+    def looked(self, accepted: int) -> None:
+        """All processes were looked at, when so many had been accepted."""
+        with self._lock:
+            while self._looks and accepted >= self._looks[0]:
+                self._looks.popleft()
+                self._lock.notify_all()
+
     def calm_down(self) -> None:
         """The interruptions are over: the last quarter follows."""
         with self._lock:
             self.calm_from = self.accepted
             self._last = max(self._next + self.messages // 4, self.messages)
+            rest = self._last - self.calm_from
+            self._looks.extend(self.calm_from + int(rest * (share - 0.75) / 0.25) for share in LAST_LOOKS)
 
     @property
     def total(self) -> int:
@@ -677,10 +692,12 @@ class Sampler(threading.Thread):
             self.look()
 
     def look(self) -> None:
+        accepted = self.ledger.accepted
         for role, pid in self._roles():
-            sample = _sample(pid, self.ledger.accepted)
+            sample = _sample(pid, accepted)
             if sample is not None:
                 self.samples[role].append(sample)
+        self.ledger.looked(accepted)
         waiting = self.project.waiting()
         self.longest = max(self.longest, waiting)
         if not BACKLOG / 2 <= waiting <= BACKLOG:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -1478,6 +1479,20 @@ def test_without_watches_it_looks_by_itself(
     timer.start()
     assert len(queue.reserve(1, wait=10)) == 1
     timer.join()
+    assert len([line for line in caplog.messages if "Cannot watch" in line]) == 1
+
+
+def test_watches_that_the_kernel_had_not_are_asked_for_again(
+    queue: Maildir, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as shortage:
+        shortage.setattr(watch, "Inotify", Mock(side_effect=OSError(errno.EMFILE, "Too many open files")))
+        shortage.setattr(watch, "AGAIN_AFTER", 0.01)
+        shortage.setattr("lamsonq.backends.maildir_arrivals.BLIND_LOOK_EVERY", 0.005)
+        assert queue.reserve(1, wait=0.05) == []
+        assert not queue._arrivals.seeing
+    queue.reserve(1, wait=0.05)
+    assert queue._arrivals.seeing
     assert len([line for line in caplog.messages if "Cannot watch" in line]) == 1
 
 

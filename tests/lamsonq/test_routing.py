@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -15,7 +16,7 @@ from lamsonq.jobs import Job
 from lamsonq.mail import MailRequest
 from lamsonq.queue import Queue
 from lamsonq.routing import RoutingBase, route, route_like
-from lamsonq.state import MemoryStorage, SQLiteStorage
+from lamsonq.state import MemoryStorage, SQLiteStorage, StateStorage
 
 from .waiting import PATIENCE
 
@@ -529,6 +530,56 @@ def test_a_message_whose_push_failed_is_routed_again_by_the_state_that_it_found(
     assert calls_of(name) == ["START", "START"]
     assert Queue("run/out").count() == 1
     assert router.UNDELIVERABLE_QUEUE.count() == 0
+
+
+UNKEPT = """
+from lamsonq.queue import Queue
+
+@route('(desk)@example.com', desk='desk|other')
+def START(message, desk):
+    CALLS.append('START')
+    Queue('run/out').push(message)
+    return NEXT
+
+@route('(desk)@example.com', desk='desk|other')
+def NEXT(message, desk): CALLS.append('NEXT')
+"""
+
+
+@pytest.mark.parametrize("store", [MemoryStorage, lambda: SQLiteStorage("run/state.db")], ids=["memory", "SQLite"])
+def test_a_message_whose_push_failed_has_not_moved_its_conversation(
+    router: RoutingBase, module: Module, mail: Mail, store: Callable[[], StateStorage]
+) -> None:
+    """Not for itself alone: another message of its sender may come before it is sent again."""
+    name = module(UNKEPT)
+    router.STATE_STORE = store()
+    router.load([name])
+    Path("run").mkdir(exist_ok=True)
+    Path("run/out").write_text("no directory")
+    with pytest.raises(Undelivered, match="could not be kept"):
+        router.deliver(mail("desk@example.com"))
+    assert router.get_state(name, mail()) == "START"
+    Path("run/out").unlink()
+    router.deliver(mail("other@example.com"))
+    router.deliver(mail("desk@example.com"))
+    assert calls_of(name) == ["START", "START", "NEXT"]
+
+
+def test_a_state_that_cannot_be_put_back_is_no_other_error(
+    router: RoutingBase, module: Module, mail: Mail, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = module(UNKEPT)
+    router.STATE_STORE = MemoryStorage()
+    monkeypatch.setattr(router.STATE_STORE, "undo", Mock(side_effect=OSError("disk full")))
+    router.load([name])
+    Path("run").mkdir(exist_ok=True)
+    Path("run/out").write_text("no directory")
+    with pytest.raises(Undelivered, match="what the handler pushed could not be kept"):
+        router.deliver(mail("desk@example.com"))
+    assert "its conversation could not be put back" in caplog.text
+    Path("run/out").unlink()
+    router.deliver(mail("desk@example.com"))
+    assert calls_of(name) == ["START", "START"]
 
 
 def test_a_relay_that_is_down_is_no_error_of_the_conversation(router: RoutingBase, module: Module, mail: Mail) -> None:

@@ -57,6 +57,23 @@ def test_a_settled_job_is_forgotten_and_its_state_stays(store: StateStorage) -> 
     assert store.get(*WHO) == "POSTING"
 
 
+def test_a_job_that_came_to_nothing_leaves_the_state_that_it_found(store: StateStorage) -> None:
+    store.set(*WHO, "CONFIRMING")
+    store.commit({WHO: "POSTING"}, "job-1")
+    store.undo({WHO: "POSTING"}, "job-1")
+    assert store.get(*WHO) == "CONFIRMING"
+    assert store.found_by(*WHO, "job-1") is None
+    store.undo({WHO: "POSTING"}, "job-1")
+    assert store.get(*WHO) == "CONFIRMING"
+
+
+def test_a_job_undoes_nothing_that_another_one_has_made(store: StateStorage) -> None:
+    store.commit({WHO: "CONFIRMING"}, "job-1")
+    store.commit({WHO: "POSTING"}, "job-2")
+    store.undo({WHO: "CONFIRMING"}, "job-1")
+    assert store.get(*WHO) == "POSTING"
+
+
 def test_states_survive_a_restart_and_are_shared_by_processes(tmp_path: Path) -> None:
     path = tmp_path / "state.db"
     program = (
@@ -74,6 +91,14 @@ def test_a_conversation_that_ended_leaves_no_row(tmp_path: Path) -> None:
     store.commit({WHO: "POSTING"}, "1")
     store.commit({WHO: "START"}, "2")
     store.forget({WHO: "START"}, "2")
+    with sqlite3.connect(tmp_path / "state.db") as database:
+        assert database.execute("select count(*) from conversations").fetchone() == (0,)
+
+
+def test_a_conversation_that_came_to_nothing_leaves_no_row(tmp_path: Path) -> None:
+    store = SQLiteStorage(tmp_path / "state.db")
+    store.commit({WHO: "POSTING"}, "1")
+    store.undo({WHO: "POSTING"}, "1")
     with sqlite3.connect(tmp_path / "state.db") as database:
         assert database.execute("select count(*) from conversations").fetchone() == (0,)
 
