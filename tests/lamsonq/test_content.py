@@ -140,7 +140,7 @@ def test_the_end_is_found_and_no_other_wherever_a_piece_ends(pause: int) -> None
 FRAGMENTS = [b"\r\n", b"\r", b"\n", b".", b"..", b"\r\n.\r", b"\n.\n", b"\r\n..", b"a", b"text", b"\r\n.", b"x" * 20]
 
 
-@settings(max_examples=150, deadline=None, database=None)
+@settings(max_examples=150, database=None)
 @given(
     st.lists(st.sampled_from(FRAGMENTS), max_size=30).map(b"".join),
     st.lists(st.integers(0, 400), max_size=12),

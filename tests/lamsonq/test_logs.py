@@ -164,7 +164,7 @@ VALUES = st.recursive(
 )
 
 
-@settings_of(max_examples=50, deadline=None)
+@settings_of(max_examples=50)
 @given(st.text(), st.lists(VALUES, max_size=3), st.dictionaries(st.text(max_size=20), VALUES, max_size=3))
 def test_every_call_of_a_logger_is_one_line_of_json(message: str, args: list[object], extra: dict[str, object]) -> None:
     extra = {key: value for key, value in extra.items() if key not in vars(logging.makeLogRecord({}))}

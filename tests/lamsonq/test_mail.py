@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lamsonq import mail
@@ -174,7 +174,6 @@ FRAGMENTS = (
 headerish = st.lists(st.sampled_from(FRAGMENTS), max_size=40).map(b"".join)
 
 
-@settings(deadline=None)
 @given(st.one_of(st.binary(), headerish))
 def test_no_bytes_at_all_make_reading_raise(data: bytes) -> None:
     message = MailRequest("peer", None, None, data)
@@ -187,7 +186,6 @@ def test_no_bytes_at_all_make_reading_raise(data: bytes) -> None:
     assert MailRequest("p", None, None, wire).From == "c@d"
 
 
-@settings(deadline=None)
 @given(st.one_of(st.binary(), headerish))
 def test_a_header_that_is_set_is_read_back_and_the_rest_is_untouched(data: bytes) -> None:
     message = request(data)
@@ -607,7 +605,6 @@ def test_any_subject_arrives(subject: str) -> None:
 printable = st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"])).filter(lambda text: "=?" not in text)
 
 
-@settings(deadline=None)
 @given(printable, printable)
 def test_what_is_said_is_what_is_read(subject: str, body: str) -> None:
     response = MailResponse(To="a@b", From="c@d", Subject=subject, Body=body)

@@ -120,7 +120,7 @@ def act(side: Side, step: Sequence[Any], keys: list[str], new: list[str], clock:
     return None
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(steps, min_size=5, max_size=40))
 def test_the_maildir_does_what_the_queue_in_memory_does(sequence: list[tuple[Any, ...]]) -> None:
     folder = tempfile.mkdtemp(prefix="lamsonq-model-")
