@@ -34,7 +34,7 @@ from lamsonq.transaction import for_the_wire
 
 from .ports import free_port
 from .servers import HANG_UP, Server
-from .waiting import PATIENCE
+from .waiting import PATIENCE, until
 
 MESSAGE = b"From: a@x.test\r\nTo: b@y.test\r\nSubject: hi\r\n\r\nbody\r\n"
 
@@ -766,13 +766,10 @@ def dovecot(tmp_path: Path) -> Iterator[Path]:
     config = here / "dovecot.conf"
     config.write_text(DOVECOT.format(here=here, user=user, group=group))
     process = subprocess.Popen(["/usr/sbin/dovecot", "-F", "-c", str(config)])
-    for _ in range(100):
-        if (here / "lmtp").exists() or process.poll() is not None:
-            break
-        time.sleep(0.05)
+    until(lambda: (here / "lmtp").exists() or process.poll() is not None)
     yield here
     process.terminate()
-    process.wait(20)
+    process.wait(PATIENCE)
     shutil.rmtree(here, ignore_errors=True)
 
 
