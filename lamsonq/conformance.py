@@ -484,6 +484,18 @@ class BackendConformance:
         job = take(stores.open())
         assert (job.key, job.deliveries) == (key, 0)
 
+    def test_a_claim_that_is_forgiven_and_given_back_leaves_the_deliveries_before_it(self, stores: Stores) -> None:
+        killed, queue = stores.open(), stores.open()
+        key = push(killed)
+        take(killed)
+        stores.die(killed)
+        queue.release_stale()
+        take(queue)
+        queue.forgive()
+        queue.close()
+        job = take(stores.open())
+        assert (job.key, job.deliveries) == (key, 1)
+
     # -- one commit point ----------------------------------------------------------------------------------------
 
     def test_what_came_of_a_job_is_there_when_it_is_settled(self, stores: Stores) -> None:
