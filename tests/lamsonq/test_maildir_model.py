@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lamsonq.backends.maildir import Maildir
@@ -122,6 +122,9 @@ def act(side: Side, step: Sequence[Any], keys: list[str], new: list[str], clock:
 
 @settings(max_examples=60)
 @given(st.lists(steps, min_size=5, max_size=40))
+@example([("put", {}), ("put", {}), ("reserve", 1, None), ("close",), ("reserve", 1, None)])
+@example([("put", {}), ("reserve", 1, None), ("die",), ("reserve", 1, None), ("forgive",), ("close",)])
+@example([("put", {"outcome": "later"}), ("claim", 0), ("settle", 0, "kept", [])])
 def test_the_maildir_does_what_the_queue_in_memory_does(sequence: list[tuple[Any, ...]]) -> None:
     folder = tempfile.mkdtemp(prefix="lamsonq-model-")
     clock = Clock()
