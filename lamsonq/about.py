@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import TypeVar
 
-from lamsonq.jobs import derived_key
+from lamsonq.keys import derived_key
 
 T = TypeVar("T")
 

@@ -155,6 +155,11 @@ class Mailbox:
     path: str = ""
 
 
+def domain_of(address: str) -> str:
+    """What stands behind the @, in lower case; all of it where there is none."""
+    return address.rpartition("@")[2].lower()
+
+
 def bare_address(text: str) -> str:
     """The first address, bare and lower-cased: `Joe <Joe@X>` gives `joe@x`; "" when there is none."""
     if is_path_address(text):

@@ -139,7 +139,8 @@ def _told(function: Callable[..., Any], name: str, value: Any, parameter: inspec
         same = _told_by(again, parameter.annotation) == told and _has_arrived(value, again)
     except (TypeError, ValueError, msgspec.ValidationError, NotImplementedError, RecursionError) as error:
         where = _where(function, name, value)
-        raise TypeError(f"{where} cannot travel as {parameter.annotation!r}: {error}") from error
+        meant = inspect.formatannotation(parameter.annotation)
+        raise TypeError(f"{where} cannot travel as {meant}: {error}") from error
     if not same:
         raise TypeError(f"{_where(function, name, value)} would not arrive as it is, but as {_shown(again)}")
     return told

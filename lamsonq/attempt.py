@@ -29,6 +29,7 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from types import FrameType
 from typing import Any
 
@@ -480,6 +481,21 @@ class Attempt:
             entered, self._entered = self._entered, None
         if entered is not None:
             entered.conversations.leave(entered.conversation)
+
+
+def run_here(attempt: Callable[[Settle], Attempt]) -> Result:
+    """Run the attempt that is to be settled so, in this thread to its end; what it came to."""
+    outcomes: list[Result] = []
+    steps: SimpleQueue[Callable[[], object]] = SimpleQueue()
+
+    def tell(outcome: Result, _puts: list[Put]) -> None:
+        outcomes.append(outcome)
+        steps.put(outcomes.copy)  # nothing to do, but to wake up
+
+    attempt(tell).start(steps.put)
+    while not outcomes:
+        steps.get()()  # what has to go on after a wait goes on in this thread
+    return outcomes[0]
 
 
 def collected(deliver: Callable[[MailRequest], object], message: MailRequest) -> list[Put]:

@@ -32,11 +32,11 @@ from functools import partial
 from lamsonq import about, mail
 from lamsonq.address import canonical
 from lamsonq.attempt import PATIENCE, Attempt, Call, end, key_of
-from lamsonq.backends.maildir_names import new_key as new_id
 from lamsonq.content import Content, Spilled
 from lamsonq.delivery import carried, reported_once
 from lamsonq.errors import Dead, Failure, Later, QueueError, SMTPError, Undelivered, outcome_of, reason_of
 from lamsonq.jobs import Done, Job, Put, Result
+from lamsonq.keys import new_key as new_id
 from lamsonq.queue import job_of, new_key, queue_of
 from lamsonq.routing import RoutingBase, unplanned
 from lamsonq.spool import Spool
@@ -54,6 +54,7 @@ Group = tuple[str, ...]
 Tell = Callable[[str], None]
 
 Inspect = Callable[[mail.Envelope, bytes, str], tuple[mail.Envelope, bytes]]
+"""From the envelope, the message and its id, what everybody sees of the two."""
 
 
 class _Unkept(Later):
@@ -96,7 +97,7 @@ class Committer:
         self.spool = None if queue is None else Spool(queue)
         self.together: Together[Attempt] = Together(end)
         self._looks: asyncio.TimerHandle | None = None
-        self._told: deque[Callable[[], None]] = deque()
+        self._acts: deque[Callable[[], None]] = deque()
         self._is_told = False
 
     def commit(self, envelope: mail.Envelope, content: Content, groups: Sequence[Group], tell: Tell) -> None:
@@ -128,7 +129,7 @@ class Committer:
 
     def on_loop(self, act: Callable[[], None]) -> None:
         """From any thread; what comes at the same time wakes the loop once."""
-        self._told.append(act)
+        self._acts.append(act)
         if not self._is_told:
             self._is_told = True
             with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits for this any more
@@ -136,8 +137,8 @@ class Committer:
 
     def _hear(self) -> None:
         self._is_told = False  # first: what is told from here on wakes the loop again
-        while self._told:
-            act = self._told.popleft()
+        while self._acts:
+            act = self._acts.popleft()
             try:
                 act()
             except Exception:  # a fault of one session is not the others'

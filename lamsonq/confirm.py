@@ -261,6 +261,37 @@ class SQLiteConfirmationStorage(ConfirmationStorage):
             database.execute("commit")
 
 
+class Keeps(Protocol):
+    """What Lamson asks of a storage."""
+
+    def clear(self) -> object: ...
+    def get(self, target: str, from_address: str, /) -> tuple[str, str] | tuple[None, None]: ...
+    def delete(self, target: str, from_address: str, /) -> object: ...
+    def store(self, target: str, from_address: str, secret: str, pending_id: str, /) -> object: ...
+
+
+class _Adopted(ConfirmationStorage):
+    """A storage that is derived from nothing of ours, as Lamson's users have them, for one process."""
+
+    def __init__(self, own: Keeps) -> None:
+        self._own = own
+
+    def clear(self) -> None:
+        self._own.clear()
+
+    def get(self, target: str, from_address: str) -> tuple[str, str] | tuple[None, None]:
+        return self._own.get(target, from_address)
+
+    def delete(self, target: str, from_address: str) -> None:
+        self._own.delete(target, from_address)
+
+    def store(self, target: str, from_address: str, expected_secret: str, pending_message_id: str) -> None:
+        self._own.store(target, from_address, expected_secret, pending_message_id)
+
+    def entries(self) -> Iterable[Confirmation]:
+        raise NotImplementedError(f"{type(self._own).__name__} has to be a ConfirmationStorage, for purge()")
+
+
 class Delivers(Protocol):
     """Whatever sends: a Relay."""
 
@@ -271,6 +302,7 @@ class ConfirmationEngine:
     """Registers messages and sets them free.
 
     `pending_queue_dir` is the queue in which they wait, `expires` is in seconds, `clock` gives seconds since the epoch.
+    A storage that only has Lamson's `clear get delete store` is good for one process.
 
     Source: Lamson's and Salmon's `confirm.ConfirmationEngine`.
     """
@@ -278,13 +310,13 @@ class ConfirmationEngine:
     def __init__(
         self,
         pending_queue_dir: str | os.PathLike[str],
-        storage: ConfirmationStorage,
+        storage: ConfirmationStorage | Keeps,
         *,
         expires: float = EXPIRES,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.pending = Queue(pending_queue_dir)
-        self.storage = storage
+        self.storage = storage if isinstance(storage, ConfirmationStorage) else _Adopted(storage)
         self.expires = expires
         self._clock = clock
 

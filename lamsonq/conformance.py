@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from lamsonq.errors import Dead, Later, LeaseLost
 from lamsonq.jobs import DELIVERIES_MAX, DONE, EXPIRED, KEPT, STATES, Backend, Debounce, Gate, Job, Put, Tick
@@ -93,6 +93,15 @@ def drain(queue: Backend) -> list[bytes]:
 def counted(queue: Backend) -> dict[str, int]:
     """The counts that are not zero."""
     return {state: number for state, number in queue.counts().items() if number}
+
+
+def refusal(act: Callable[[], object]) -> str:
+    """What a job that is none is refused with."""
+    try:
+        act()
+    except (TypeError, ValueError) as error:
+        return str(error)
+    raise AssertionError("it was not refused")
 
 
 def raises_lease_lost(act: Callable[[], object]) -> bool:
@@ -201,6 +210,23 @@ class BackendConformance:
         for priority, body in [(10, b"c"), (0, b"a"), (4_000_000, b"e"), (9, b"b"), (10, b"d")]:
             push(queue, body, priority=priority)
         assert drain(queue) == [b"a", b"b", b"c", b"d", b"e"]
+
+    def test_a_job_that_no_store_could_keep_is_refused_by_name(self, stores: Stores) -> None:
+        queue = stores.open()
+        for priority in (2**70, -1, 1.5, "urgent"):
+            assert refusal(lambda priority=priority: push(queue, priority=priority)).startswith(  # type: ignore[misc]
+                f"priority={priority!r}: "
+            )
+        wrong: tuple[dict[str, Any], ...] = (
+            {"sender": 3},
+            {"recipients": ("a", 3)},
+            {"metadata": {"a": 3}},
+            {"key": 3},
+        )
+        for fields in wrong:
+            assert "texts, not 3" in refusal(lambda fields=fields: push(queue, **fields))  # type: ignore[misc]
+        assert "bytes, not str" in refusal(lambda: push(queue, cast(bytes, "text")))
+        assert counted(queue) == {}
 
     def test_an_urgent_job_that_comes_late_is_next(self, stores: Stores) -> None:
         queue = stores.open()

@@ -33,14 +33,13 @@ import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from queue import SimpleQueue
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 
 from lamsonq import arguments, attempt, clock, events
 from lamsonq.arguments import carries
-from lamsonq.backends.maildir_names import new_key
 from lamsonq.errors import Dead, Later, UsageError, reason_of
-from lamsonq.jobs import Debounce, Done, Gate, Job, Put, Result, exponential
+from lamsonq.jobs import Debounce, Done, Gate, Job, exponential
+from lamsonq.keys import new_key
 from lamsonq.mail import MailRequest
 from lamsonq.marks import MODULES, mark, marks_of
 from lamsonq.modules import load
@@ -240,7 +239,7 @@ def deferrable(
     if backoff is not None and not use_exponential_backoff:
         raise ValueError("backoff=... and use_exponential_backoff=False contradict each other")
     policy = Policy(
-        error_classes=(Exception,) if error_classes is None else tuple(error_classes),
+        error_classes=(Exception,) if error_classes is None else _classes(error_classes),
         max_attempts=max_attempts,
         backoff=backoff or (exponential if use_exponential_backoff else at_once),
         timeout=timeout,
@@ -256,6 +255,12 @@ def deferrable(
         return _deferrable(function, policy, queue, name)
 
     return decorate if function is None else decorate(function)
+
+
+def _classes(error_classes: Iterable[type[BaseException]]) -> tuple[type[BaseException], ...]:
+    if isinstance(error_classes, type):
+        raise TypeError(f"error_classes takes several: write [{error_classes.__name__}]")
+    return tuple(error_classes)
 
 
 def _deferrable(
@@ -322,7 +327,9 @@ def periodic(schedule: str, **policy: Any) -> Callable[[Callable[P, R]], Deferra
     check(schedule)
 
     def decorate(function: Callable[..., Any]) -> Any:
-        needed = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty and p.kind < 2]
+        arguments_of = inspect.signature(function).parameters.values()
+        any_number = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        needed = [p for p in arguments_of if p.default is p.empty and p.kind not in any_number]
         if needed:
             raise TypeError(f"@periodic: {_name(function)} is called without arguments, and needs {needed[0].name}")
         decorated = deferrable(**policy)(function)
@@ -405,7 +412,7 @@ def queue_of_function(function: Callable[..., Any]) -> Queue:
 
 
 def job_of_call(function: Callable[..., Any]) -> Job:
-    """The job of a call without arguments, as its policy says, but due now."""
+    """The job of a call without arguments, as its policy says; its gate, a Tick, makes it due at once."""
     return cast("Deferrable[[], Any]", function).using().job()
 
 
@@ -589,23 +596,16 @@ def _is_eager() -> bool:
 
 
 def _call_now(function: Callable[..., Any], body: bytes) -> None:
-    outcomes: list[Result] = []
-    steps: SimpleQueue[Callable[[], object]] = SimpleQueue()
-
-    def tell(outcome: Result, _puts: list[Put]) -> None:
-        outcomes.append(outcome)
-        steps.put(outcomes.copy)  # nothing to do, but to wake up
-
     message = MailRequest("eager", None, [], b"")
     name = request_type_of(function)
     job = Job(key=new_key(), body=body, target=name, received=clock.now(), metadata=events.produced())
     call = _call(function, body, name)
-    attempt.Attempt(call, message, key="", settle=tell, job=job, unkept=Later).start(steps.put)
-    while not outcomes:
-        steps.get()()
-    if not isinstance(outcomes[0], Done):
-        assert isinstance(outcomes[0], Later | Dead)
-        raise outcomes[0].__cause__ or outcomes[0]
+    outcome = attempt.run_here(
+        lambda settle: attempt.Attempt(call, message, key="", settle=settle, job=job, unkept=Later)
+    )
+    if not isinstance(outcome, Done):
+        assert isinstance(outcome, Later | Dead)
+        raise outcome.__cause__ or outcome
 
 
 def _name(function: Callable[..., Any]) -> str:

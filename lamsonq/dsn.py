@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from email.message import Message
 
+from lamsonq import mime
 from lamsonq.address import bare_address
 from lamsonq.headers import HeaderBlock, decode_words, undecoded
 from lamsonq.mime import Part, Tree
@@ -130,12 +131,7 @@ def _inner_report(part: Tree) -> Tree | None:
 
 def leaves(tree: Message) -> Iterator[Tree]:
     """The parts that are no containers, in order; messages and delivery reports inside are one part each."""
-    if tree.is_multipart() and Part(tree).content_type.startswith("multipart/"):
-        for child in tree.get_payload():
-            if isinstance(child, Message):
-                yield from leaves(child)
-    elif isinstance(tree, Tree):
-        yield tree
+    return (part.message for part in mime.leaves(tree) if isinstance(part.message, Tree))
 
 
 def content(part: Tree, limit: int) -> bytes:

@@ -48,18 +48,18 @@ class Dead(Exception):
         self.reason = reason
 
 
-# The texts that both ancestors answer with, which users' logs and tests know: the class of the reply (RFC 1893
-# section 3.1, the first digit) and its subject (section 3.2, the second digit).
-_CLASS = {"2": "Success", "4": "Persistent Transient Failure", "5": "Permanent Failure"}
-_SUBJECT = {
-    "0": "Other or Undefined Status",
-    "1": "Addressing Status",
-    "2": "Mailbox Status",
-    "3": "Mail System Status",
-    "4": "Network and Routing Status",
-    "5": "Mail Delivery Protocol Status",
-    "6": "Message Content or Media Status",
-    "7": "Security or Policy Status",
+# The words of RFC 3463 section 3 for the class of a status (the first digit of a reply, too) and for its subject (the
+# second), with which both ancestors answer and tell of bounces: users' logs and tests know them.
+CLASSES = {2: "Success", 4: "Persistent Transient Failure", 5: "Permanent Failure"}
+SUBJECTS = {
+    0: "Other or Undefined Status",
+    1: "Addressing Status",
+    2: "Mailbox Status",
+    3: "Mail System Status",
+    4: "Network and Routing Status",
+    5: "Mail Delivery Protocol Status",
+    6: "Message Content or Media Status",
+    7: "Security or Policy Status",
 }
 
 
@@ -75,9 +75,8 @@ class SMTPError(Exception):
         if not (isinstance(code, int) and len(digits) == 3 and digits.isdigit()):
             raise ValueError(f"an SMTP reply code has three digits (RFC 5321 section 4.2), not {code!r}")
         if message is None:
-            message = " ".join(filter(None, [_CLASS.get(digits[0]), _SUBJECT.get(digits[1])]))
-            if digits[0] not in _CLASS:
-                message = ""
+            primary, subject = CLASSES.get(code // 100), SUBJECTS.get(code // 10 % 10)
+            message = " ".join(filter(None, [primary, subject])) if primary else ""
         self.code = code
         self.message = message
         super().__init__(f"{code} {message}")

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from lamsonq import databases
-from lamsonq.backends.maildir_files import FOLDERS, STATES, Folders, Oversize, Unreadable, read_job
+from lamsonq.backends.maildir_files import FOLDERS, WHERE, Folders, Oversize, Unreadable, read_job
 from lamsonq.backends.maildir_index import Index, put_at
 from lamsonq.backends.maildir_names import is_deleted, parse_name
 from lamsonq.errors import Refusal
@@ -172,7 +172,7 @@ def read_ids(path: str | None) -> list[str]:
 
 def _files(queue: Path) -> Iterator[tuple[str, Path]]:
     """(state, file) of everything in a queue that is to be a job."""
-    for state, folders in STATES.items():
+    for state, folders in WHERE.items():
         for folder in folders:
             yield from ((state, file) for file in _listed(queue / folder) if not is_deleted(file.name))
     for worker in _listed(queue / "claimed"):

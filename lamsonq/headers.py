@@ -165,12 +165,19 @@ def undecoded(raw: bytes) -> str:
 
 
 def _addresses(text: str, render: Callable[[str], str]) -> str:
-    """An address list with its display names rendered anew."""
+    """An address list with its display names rendered anew; what is no address stays, and does not become one."""
     elements = []
     for mailbox in mailboxes_in(text):
-        name, address = render(unquoted(mailbox.name)), mailbox.address
-        elements.append(f"{name} <{address}>" if name and address else name or address)
+        name, path = unquoted(mailbox.name), mailbox.address or mailbox.path
+        if mailbox.address or (name and _plain_path.fullmatch(path)):
+            elements.append(f"{render(name)} <{path}>" if name else path)
+        else:
+            elements.append(render(f"{name} <{path}>" if name and path else name or unquoted(path)))
     return ", ".join(filter(None, elements))
+
+
+# Of what stands in angle brackets: nothing that ends an element, begins another one or is an address.
+_plain_path = re.compile(r"[!#-'*+\-./0-9=?A-Z^-~]+")
 
 
 def _quoted(phrase: str) -> str:

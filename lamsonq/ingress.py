@@ -50,7 +50,7 @@ FIELDS_MAX = 2000
 TOKEN_MIN = 16
 """Characters of a token: shorter ones can be guessed."""
 
-_OPENED_BY_HTTP = "HTTP"
+_PROTOCOL = "HTTP"
 """What Received says of the way (RFC 5321 section 4.4 leaves room for other protocols)."""
 
 
@@ -66,7 +66,8 @@ class Ingress:
     """The ASGI application. `deliver` takes each message, in one of `workers` threads.
 
     `token` is what a client sends as `Authorization: Bearer ...`, `size_limit` how many octets a message may have,
-    `timeout` how many seconds `deliver` may take. `router` says which recipients there are, where handlers are loaded.
+    `timeout` how many seconds `deliver` may take, `hostname` what Received calls this machine (its own name). `router`
+    says which recipients there are, where handlers are loaded.
 
     Raises SettingsError for a token that could be guessed.
     """
@@ -111,6 +112,8 @@ class Ingress:
         if self._under_way:
             await asyncio.wait(self._under_way)  # what has begun is finished, also when its client has gone
         self._pool.close()
+        if self._committer is not None:
+            self._committer.close()
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _take(self, scope: Scope, receive: Receive) -> tuple[int, dict[str, str]]:
@@ -129,7 +132,7 @@ class Ingress:
         if hops(content) > HOPS_MAX:
             raise _Refusal(422, "554 5.4.6 Too many hops: this message goes round in circles")
         peer = tuple(scope["client"]) if scope.get("client") else "http"
-        reply = await self._commit(Envelope(sender, recipients, peer, time.time(), protocol=_OPENED_BY_HTTP), content)
+        reply = await self._commit(Envelope(sender, recipients, peer, time.time(), protocol=_PROTOCOL), content)
         if reply.startswith("2"):
             return 200, {"reply": reply, "id": reply.rpartition(" ")[2]}
         raise _Refusal(503 if reply.startswith("4") else 422, reply)
@@ -185,7 +188,7 @@ class Ingress:
         return await asyncio.shield(reply)
 
     def _traced(self, envelope: Envelope, content: bytes, id: str) -> tuple[Envelope, bytes]:
-        trace = received_field(envelope, self.hostname, id, _OPENED_BY_HTTP)
+        trace = received_field(envelope, self.hostname, id, _PROTOCOL)
         return structs.replace(envelope, trace=trace.decode()), content
 
 

@@ -26,13 +26,13 @@ Rules, which every backend keeps:
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from lamsonq.clock import CORRECTION
 from lamsonq.errors import Dead, Later, LeaseLost
+from lamsonq.keys import derived_key
 
 DELIVERIES_MAX = 3
 """How often a job may take its worker down with it before it is a dead letter."""
@@ -190,15 +190,22 @@ class Put:
 
 
 def _plain(job: Job) -> Job:
-    """The job with all its texts as they are kept: one that is of a class of its own, as an enum's or a template's, is
-    its text, in every store."""
+    """The job as every store keeps it: a text or a number of a class of its own, as an enum's or a template's, is its
+    text or number. Raises TypeError and ValueError for what no store keeps."""
+    if not isinstance(job.body, bytes):
+        raise TypeError(f"the body of a job is bytes, not {type(job.body).__name__}")
     one = (job.key, job.sender, job.peer, job.target, job.unique)
     texts = (*one, *job.recipients, *job.metadata, *job.metadata.values())
-    if not any(isinstance(text, str) and type(text) is not str for text in texts):
+    if (
+        type(job.priority) is int
+        and 0 <= job.priority <= PRIORITY_MAX
+        and all(type(text) is str or text is None for text in texts)
+    ):
         return job
     key, sender, peer, target, unique = map(_text, one)
     return replace(
         job,
+        priority=_priority(job.priority),
         key=key,
         sender=sender,
         peer=peer,
@@ -210,8 +217,18 @@ def _plain(job: Job) -> Job:
 
 
 def _text(value: Any) -> Any:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"the names, addresses and metadata of a job are texts, not {value!r}")
     # not str(value): an enum's name, or whatever that class says
-    return str.__str__(value) if isinstance(value, str) else value
+    return None if value is None else str.__str__(value)
+
+
+def _priority(number: Any) -> int:
+    if not isinstance(number, int):
+        raise TypeError(f"priority={number!r}: it is a whole number")
+    if not 0 <= number <= PRIORITY_MAX:
+        raise ValueError(f"priority={number}: from 0, the most urgent, to {PRIORITY_MAX}")
+    return int(number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +273,8 @@ class Backend(Protocol):
     except that one thread at a time reserves and waits. Whatever cannot be read or written is a QueueError."""
 
     name: str
-    """The queue as its user wrote it: `run/posts`."""
+    """The queue as its user wrote it: `run/posts`. A store whose names are paths has an `address`, too, that opens it
+    wherever a process runs (lamsonq.backends.address_of)."""
 
     capabilities: frozenset[str]
     """What not every store can: "limits" (`limit`), "transactions" (`put` with `conn`), "processes" (several processes
@@ -373,15 +391,18 @@ def exponential(failures: int) -> float:
     return float(min(2 ** min(max(failures, 1), 20) * 2, 3600)) * random.uniform(0.5, 1)
 
 
-def derived_key(key: str, number: int) -> str:
-    """A key beside its parent's in the order of the queue, that only this parent can make."""
-    derived, found = re.subn(r"^(\d+\.M\d+P\d+Q\d+(?:R\d+)*)", rf"\1R{_in_order(number)}", key, count=1)
-    return derived if found else f"{key}.R{_in_order(number)}"
+def killed(times: int) -> str:
+    """Why a job is dead whose worker died so often."""
+    return f"the worker died {times} times while it had this job"
 
 
-def _in_order(number: int) -> str:
-    """The number in digits that sort as texts do, because keys are sorted so: 8, 9009, 9010, 9099, 990100."""
-    if number < 9:
-        return str(number)
-    digits = f"{number:02d}"
-    return f"{'9' * (len(digits) - 1)}0{digits}"
+def check_state(state: str) -> None:
+    """Raises ValueError for a word that is none of STATES."""
+    if state not in STATES:
+        raise ValueError(f"a job is {', '.join(STATES)}; not {state!r}")
+
+
+def part_of(job: Job, recipients: tuple[str, ...], number: int) -> Job:
+    """A new job for some of a job's recipients, beside it in the order of the queue."""
+    key = derived_key(job.key, number)
+    return replace(job, key=key, recipients=recipients, deliveries=0, due=None, unique=None, claim="")

@@ -17,6 +17,7 @@ from typing import ClassVar, TypedDict, Unpack
 
 from lamsonq import mail
 from lamsonq.authentication import Verifier
+from lamsonq.delivery import Reports
 from lamsonq.errors import SettingsError
 from lamsonq.limits import Limits
 from lamsonq.routing import RoutingBase
@@ -53,7 +54,7 @@ class ReceiverOptions(TypedDict, total=False):
     on_rcpt: Check | None
     verify: bool | Verifier
     authserv_id: str | None
-    reports: Callable[[mail.MailRequest], object] | None
+    reports: Reports | None
 
 
 class LMTPSession(Session):

@@ -67,6 +67,8 @@ class Logins:
                 self._records = dict(_parsed(self.path, file.read()))
         except (OSError, UnicodeDecodeError) as error:
             why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            if isinstance(error, FileNotFoundError):
+                why = f"{why}; `lamsonq logins -file {self.path} add NAME` makes it"
             raise SettingsError(f"receiver.logins_file: cannot read {self.path}: {why}") from error
         self._stamp = stamp
 

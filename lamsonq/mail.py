@@ -158,8 +158,14 @@ class MailRequest:
     # Headers. `_edits` maps a lower-case name to (name, text), or (name, None) when it was deleted.
 
     def __getitem__(self, name: str) -> str | None:
-        """The first header of this name, decoded, on one line; None when there is none."""
-        return next(self._texts(name), None)
+        """The first header of this name, decoded, on one line; None when there is none.
+
+        A message that came without From or To has the envelope's here, as Lamson wrote them into it.
+        """
+        text = next(self._texts(name), None)
+        if text is None and (key := name.lower()) in ("from", "to") and key not in self._edits:
+            return (self.From if key == "from" else self.To) or None
+        return text
 
     def get_all(self, name: str) -> list[str]:
         """Every header of this name, decoded, in order."""
@@ -173,7 +179,10 @@ class MailRequest:
         yield from map(self._source.shown, self._source.block.named(name))
 
     def __setitem__(self, name: str, value: object) -> None:
-        """Replace every header of this name by one, or add it; None deletes. Raises ValueError."""
+        """Replace every header of this name by one, or add it; None deletes. Raises ValueError.
+
+        One that is there keeps its place, and its name as it was written.
+        """
         text = None if value is None else check_value(name, value)
         self._edits[check_name(name).lower()] = (name, text)
 
@@ -207,9 +216,9 @@ class MailRequest:
             if key not in self._edits:
                 yield found.name, found
             elif key in pending:
-                name, text = pending.pop(key)
+                _, text = pending.pop(key)
                 if text is not None:
-                    yield name, text
+                    yield found.name, text
         yield from ((name, text) for name, text in pending.values() if text is not None)
 
     # What is in it.
@@ -283,9 +292,9 @@ class MailRequest:
     def may_be_answered(self) -> bool:
         """Whether a program may answer this at all.
 
-        Neither the null sender (RFC 5321 section 4.5.5) nor another program's answer or notice (RFC 3834 section 2, RFC
-        5436 section 2.7) gets one: that would go on for ever. Whether other automatic mail, as a monitor's or a list's,
-        is answered is up to the application.
+        Neither the null sender (RFC 5321 section 4.5.5) nor another program's answer or notice (RFC 3834 section 2,
+        RFC 5436 section 2.7) gets one: that would go on for ever. Whether other automatic mail, as a monitor's
+        or a list's, is answered is up to the application.
         """
         return self.From != "" and self._submitted in ("no", "auto-generated")
 

@@ -191,6 +191,16 @@ class Part:
                 return shown(found, str(value).encode("utf-8", "surrogateescape"))
         return None
 
+    def __contains__(self, name: str) -> bool:
+        return any(found.lower() == name.lower() for found in self.keys())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def keys(self) -> list[str]:
+        """The names of its headers as they are written, repeated ones repeated."""
+        return [name for name, _ in self.message.raw_items()]
+
     @property
     def content_type(self) -> str:
         """`text/plain`, in lower case and without parameters."""

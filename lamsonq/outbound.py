@@ -35,12 +35,12 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from lamsonq import attempt, clock
-from lamsonq.address import is_path_address
+from lamsonq.address import domain_of, is_path_address
 from lamsonq.connection import own_name
 from lamsonq.envelope import Envelope
 from lamsonq.errors import Dead, Failure, Later, Receipt, SettingsError, SMTPError, Undelivered, reason_of
 from lamsonq.headers import HeaderBlock, shown
-from lamsonq.jobs import Backend, Job, Put, derived_key
+from lamsonq.jobs import Backend, Job, Put, part_of
 from lamsonq.mail import MailRequest
 from lamsonq.notification import DELAYED, DELIVERED, FAILED, RELAYED, Fate, notification
 from lamsonq.policy import GIVE_UP_AFTER, Policy
@@ -97,8 +97,8 @@ class Outbox:
     `retry` is when mail is tried again, `give_up_after` and `warn_after` are seconds since it was put (`warn_after` 0:
     never). `reports=False` sends no reports. `ours` are the domains that the application writes from: with it, other
     senders get no reports for what it wrote. `author` is the address of the reports' From; None is MAILER-DAEMON at
-    this host's name. `per_domain` is rule 6, None for no such limit; `timeout` is how many seconds
-    an attempt may take. Raises SettingsError.
+    this host's name. `per_domain` is rule 6, None for no such limit; `timeout` is how many seconds an attempt may take.
+    Raises SettingsError.
     """
 
     def __init__(
@@ -149,8 +149,8 @@ class Outbox:
         """The jobs that this one is parted into by rule 5; [] where it stays whole."""
         if self.relay.hostname or len(job.recipients) < 2:
             return []
-        groups = [tuple(group) for _, group in groupby(sorted(job.recipients, key=_domain), _domain)]
-        return [_child(job, group, n) for n, group in enumerate(groups, 1)] if len(groups) > 1 else []
+        groups = [tuple(group) for _, group in groupby(sorted(job.recipients, key=domain_of), domain_of)]
+        return [part_of(job, group, n) for n, group in enumerate(groups, 1)] if len(groups) > 1 else []
 
     def settlement(self, store: Backend, job: Job, outcome: Later | Dead) -> Settlement:
         """What a failed attempt is settled with: the job stays whole where one outcome is everybody's."""
@@ -201,7 +201,7 @@ class Outbox:
     # -- sending -----------------------------------------------------------------------------------------------
 
     def _send(self, message: MailRequest) -> list[Receipt]:
-        with self._lane(_domain(message.To)):
+        with self._lane(domain_of(message.To)):
             try:
                 failures, receipts = self.relay.transfer(message)
             except (Later, Dead, SMTPError):
@@ -254,8 +254,8 @@ class Outbox:
             job.body,
             sender,
             wanted,
-            author=self.author or f"MAILER-DAEMON@{host or _domain(sender)}",
-            reporting=host or _domain(self.author or sender),
+            author=self.author or f"MAILER-DAEMON@{host or domain_of(sender)}",
+            reporting=host or domain_of(self.author or sender),
             arrived=job.received,
             now=now,
             envid=envelope.notify.envid,
@@ -274,7 +274,7 @@ class Outbox:
         kinds = [shown("Content-Type", block.raw(field)) for field in block.named("content-type")]
         if any(kind.strip().lower().startswith("multipart/report") for kind in kinds):
             return "it is a report itself"
-        envelope, domain = envelope_of(job), _domain(job.sender)
+        envelope, domain = envelope_of(job), domain_of(job.sender)
         if envelope.login or _is_spf_of(envelope, domain):
             return ""
         if job.peer is not None:
@@ -309,7 +309,7 @@ def _is_spf_of(envelope: Envelope, domain: str) -> bool:
     checked = [
         v.properties.get("smtp.mailfrom", "") for v in envelope.auth.verdicts if (v.method, v.result) == ("spf", "pass")
     ]
-    return any(_domain(name if "@" in name else f"@{name}") == domain for name in checked)
+    return any(domain_of(name if "@" in name else f"@{name}") == domain for name in checked)
 
 
 def _together(later: Sequence[tuple[Failure, Later]]) -> Later | None:
@@ -321,13 +321,8 @@ def _together(later: Sequence[tuple[Failure, Later]]) -> Later | None:
     return again
 
 
-def _child(job: Job, recipients: tuple[str, ...], number: int) -> Job:
-    key = derived_key(job.key, number)
-    return replace(job, key=key, recipients=recipients, deliveries=0, due=None, unique=None, claim="")
-
-
 def _failed(job: Job, recipients: tuple[str, ...], number: int) -> Job:
-    return replace(_child(job, tuple(filter(None, recipients)), number), attempts=job.attempts + 1)
+    return replace(part_of(job, tuple(filter(None, recipients)), number), attempts=job.attempts + 1)
 
 
 def _of_ours(error: BaseException) -> Exception:
@@ -359,7 +354,3 @@ def _status(failure: Failure) -> str:
     if isinstance(error, Later) and isinstance(error.__cause__, OSError):
         return "4.4.2" if "timed out" in error.reason or "lost" in error.reason else "4.4.1"
     return "4.0.0"
-
-
-def _domain(address: str) -> str:
-    return address.rpartition("@")[2].lower()

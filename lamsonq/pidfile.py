@@ -197,7 +197,8 @@ def remove_stale(path: str) -> bool:
 
 def held(path: str) -> str:
     """What `start` says when another process runs."""
-    return f"PID file {path} exists, so assuming lamsonq is running.  Give -FORCE to force it to start."
+    first = f"Stop it first (lamsonq stop -pid {path}); for a boot lamsonq restart does both."
+    return f"PID file {path} exists, so assuming lamsonq is running.  {first}"
 
 
 def _open(path: str) -> int | None:

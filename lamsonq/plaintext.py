@@ -25,21 +25,8 @@ _RAW = frozenset({"script", "style", "title"})
 _PARAGRAPHS = frozenset({"p", "h1", "h2", "h3", "h4", "h5", "h6", "ul", "ol", "dl", "table", "blockquote", "pre", "hr"})
 _LINES = frozenset(
     {
-        *(
-            "address",
-            "article",
-            "aside",
-            "body",
-            "caption",
-            "center",
-            "dd",
-            "div",
-            "dt",
-            "figcaption",
-            "figure",
-            "footer",
-        ),
-        *("header", "html", "li", "main", "nav", "section", "tr"),
+        *("address", "article", "aside", "body", "caption", "center", "dd", "div", "dt", "figcaption", "figure"),
+        *("footer", "header", "html", "li", "main", "nav", "section", "tr"),
     }
 )
 _LINKS = ("http://", "https://", "mailto:", "tel:", "ftp://")

@@ -152,7 +152,7 @@ class Policy:
         try:
             wait = self.backoff(failures)
             wait = wait.total_seconds() if isinstance(wait, timedelta) else wait
-            return min(max(0.0, seconds(max(wait, 0.0))), WAIT_MAX)
+            return min(seconds(max(wait, 0.0)), WAIT_MAX)
         except Exception as error:  # a function of the user's: the job must be settled all the same
             logging.error("backoff(%d) of a policy fails: %s", failures, reason_of(error))
             return exponential(failures)
@@ -176,5 +176,7 @@ def _given_up(outcome: Later, when: str) -> Dead:
 
 
 def priority_of(number: int) -> int:
-    """A priority within its bounds: a negative one is the most urgent, as in pulpo-messaging."""
+    """A priority within its bounds: a negative one is the most urgent, as in pulpo-messaging. Raises TypeError."""
+    if not isinstance(number, int):
+        raise TypeError(f"priority={number!r}: it is a whole number, and 0 is the most urgent")
     return min(max(int(number), 0), PRIORITY_MAX)

@@ -31,12 +31,11 @@ from lamsonq.child import GRACE, MARGIN, READY, REPLACE, SIGNALS, answer_of, end
 from lamsonq.errors import Refusal
 from lamsonq.sockets import Listener, Listeners
 from lamsonq.supervisor import Parent, Service
-from lamsonq.systemd import notify
 
 if TYPE_CHECKING:
     from lamsonq.server import Receiver
 
-__all__ = ["GRACE", "REPLACE", "Service", "notify", "resume", "run", "start", "stop"]
+__all__ = ["GRACE", "REPLACE", "Service", "resume", "run", "start", "stop"]
 
 OUTPUT = "logs/lamsonq"
 """Where a daemon's stdout and stderr go, with `.out` and `.err` behind it."""
@@ -86,17 +85,13 @@ def resume(service: Service, record: reload.Record, *, daemon: bool) -> None:
         _succeed(service, record)
 
 
-def _append(path: str) -> contextlib.AbstractContextManager[int]:
+@contextlib.contextmanager
+def _append(path: str) -> Iterator[int]:
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o640)
     except OSError as error:
         raise Refusal(f"cannot write {path}: {error.strerror}") from error
-    return _closing(fd)
-
-
-@contextlib.contextmanager
-def _closing(fd: int) -> Iterator[int]:
     try:
         yield fd
     finally:

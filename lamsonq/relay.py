@@ -29,7 +29,6 @@ Rules:
 from __future__ import annotations
 
 import functools
-import ipaddress
 import logging
 import smtplib
 import time
@@ -41,11 +40,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from msgspec import structs
 
 from lamsonq import clock, mail
-from lamsonq.address import canonical
+from lamsonq.address import canonical, domain_of
 from lamsonq.connection import Client, HandshakeError, Pool, Server, own_name
 from lamsonq.envelope import UNASKED, Notify
 from lamsonq.errors import Dead, Failure, Later, QueueError, Receipt, SettingsError, SMTPError, Undelivered
 from lamsonq.signing import DKIM, signed
+from lamsonq.sockets import is_this_machine
 from lamsonq.transaction import Stale, Transaction, for_the_wire, one_line
 
 if TYPE_CHECKING:
@@ -233,7 +233,7 @@ class Relay:
         address = mail.bare_address(To)
         if not address:
             raise Dead(f"not an address: {To!r}")
-        return self._finder.names(_domain(address))
+        return self._finder.names(domain_of(address))
 
     def configure_relay(self, hostname: str) -> smtplib.SMTP:
         """A new connection to `hostname`, greeted, encrypted and logged in as this relay is configured.
@@ -285,7 +285,7 @@ class Relay:
         """The recipients of one transaction each, and the servers that may take it."""
         domains: dict[str, list[str]] = {}
         for recipient in recipients:
-            domains.setdefault("" if self._finder is None else _domain(recipient), []).append(recipient)
+            domains.setdefault("" if self._finder is None else domain_of(recipient), []).append(recipient)
         for domain, group in domains.items():
             for start in range(0, len(group), RECIPIENTS_MAX):
                 servers = [Server(self.hostname, self.port)] if self._finder is None else self._finder.servers(domain)
@@ -428,10 +428,6 @@ def _request(
     return mail.MailRequest(None, sender, list(recipients), data, envelope=envelope)
 
 
-def _domain(address: str) -> str:
-    return address.rpartition("@")[2].lower()
-
-
 def _trouble(error: BaseException) -> str:
     """What happened, in a few words."""
     if isinstance(error, HandshakeError) and error.__cause__ is not None:
@@ -468,11 +464,3 @@ def _unverified() -> SSLContext:
     context.check_hostname = False
     context.verify_mode = CERT_NONE
     return context
-
-
-def is_this_machine(host: str) -> bool:
-    """Whether this host of a relay is the machine that we are on: loopback, or a unix socket."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.startswith("/") or host.lower() == "localhost"

@@ -119,7 +119,10 @@ class MailResponse:
         return headers.get(name.lower(), ("", None))[1]
 
     def __setitem__(self, name: str, value: object) -> None:
-        """Set a header; a list is joined with commas, None removes it. Raises ValueError."""
+        """Set a header; a list is joined with commas, None removes it. Raises ValueError.
+
+        One that is there keeps its place, and its name as it was written first.
+        """
         if check_name(name).lower() in _BUILT:
             raise ValueError(f"{name} is made from Body, Html and the attachments; it cannot be set")
         if value is None:
@@ -127,7 +130,8 @@ class MailResponse:
             return
         if isinstance(value, list | tuple):
             value = ", ".join(map(str, value))
-        self._headers[name.lower()] = (name, check_value(name, value))
+        first, _ = self._headers.get(name.lower(), (name, ""))
+        self._headers[name.lower()] = (first, check_value(name, value))
 
     def __delitem__(self, name: str) -> None:
         self._headers.pop(name.lower(), None)

@@ -22,11 +22,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from queue import SimpleQueue
 from typing import Any
 
 from lamsonq.address import canonical
-from lamsonq.attempt import ELSEWHERE_PATIENCE, PATIENCE, Attempt, Call, Settle, Stateful, key_of
+from lamsonq.attempt import ELSEWHERE_PATIENCE, PATIENCE, Attempt, Call, Settle, Stateful, key_of, run_here
 from lamsonq.errors import Dead, Failure, Later, Refusal, Undelivered, reason_of
 from lamsonq.jobs import Done, Job, Put, Result
 from lamsonq.mail import MailRequest
@@ -167,9 +166,9 @@ class RoutingBase:
         self.queues.update(dict.fromkeys(modules, target))
 
     def clear_routes(self) -> None:
-        """Forget all routes and captures; `load` brings modules back."""
+        """Forget all routes; `load` brings modules back. What `defaults` has been told stays, as in Lamson: the module
+        that said it is not imported again."""
         with self._lock:
-            self.DEFAULT_CAPTURES.clear()
             self._names.clear()
             self._direct.clear()
             self.queues.clear()
@@ -443,7 +442,7 @@ class RoutingBase:
         patience: float = ELSEWHERE_PATIENCE,
         unkept: type[Later] | None = None,
     ) -> Attempt:
-        """One call of a plan, ready to start."""
+        """One call of a plan, ready to start; see Attempt."""
         message = message.addressed(call.recipient)
         return Attempt(call, message, key=key, settle=settle, patience=patience, unkept=unkept)
 
@@ -466,18 +465,10 @@ class RoutingBase:
             raise Undelivered(failures) from failures[0].error
 
     def _run(self, call: Call, message: MailRequest) -> Result:
-        outcomes: list[Result] = []
-        steps: SimpleQueue[Callable[[], object]] = SimpleQueue()
-
-        def tell(outcome: Result, _puts: list[Put]) -> None:
-            outcomes.append(outcome)
-            steps.put(outcomes.copy)  # nothing to do, but to wake up
-
         key = key_of(message, call)
-        self.attempt(call, message, key=key, settle=tell, patience=PATIENCE, unkept=Later).start(steps.put)
-        while not outcomes:
-            steps.get()()  # what has to go on after a wait goes on in this thread
-        return outcomes[0]
+        return run_here(
+            lambda settle: self.attempt(call, message, key=key, settle=settle, patience=PATIENCE, unkept=Later)
+        )
 
     def keep_undeliverable(self, message: MailRequest) -> bool:
         """Push what no route takes into the UNDELIVERABLE_QUEUE; False when there is none, and nothing is kept."""

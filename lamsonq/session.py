@@ -353,14 +353,14 @@ class Session(Wire):
             super()._unknown(command)
 
     def _forbids(self, command: str) -> bool:
-        if command not in _AFTER_TLS or not self.server.tls_required or self._is_encrypted:
+        if command in _BEFORE_TLS or not self.server.tls_required or self._is_encrypted:
             return False
-        self.say("530 5.7.0 Must issue a STARTTLS command first")  # RFC 3207 section 4
+        self.say("530 5.7.0 Must issue a STARTTLS command first")
         return True
 
     @property
     def _tls_version(self) -> str:
-        return (self._tls_protocol.version() or "") if isinstance(self._tls_protocol, _SSLObject) else ""
+        return (self._tls_protocol.version() or "") if isinstance(self._tls_protocol, ssl.SSLObject) else ""
 
     def _dialogue(self) -> Dialogue:
         session, envelope = self._state, self.envelope
@@ -533,9 +533,15 @@ class Session(Wire):
     def _help(self, argument: str | None) -> None:  # noqa: ARG002
         self.say("214 2.0.0 See RFC 5321")
 
-    def _vrfy(self, argument: str | None) -> None:  # noqa: ARG002
-        # RFC 5321 section 3.5.3: this reply says nothing about who exists.
-        self.say("252 2.5.0 Cannot VRFY user, but will accept message and attempt delivery")
+    def _vrfy(self, argument: str | None) -> None:
+        if argument:
+            # RFC 5321 section 3.5.3: this reply says nothing about who exists.
+            self.say("252 2.5.0 Cannot VRFY user, but will accept message and attempt delivery")
+        else:
+            self.say("501 5.5.4 Syntax: VRFY address")
+
+    def _expn(self, argument: str | None) -> None:  # noqa: ARG002
+        self.say("502 5.5.1 EXPN is not offered")  # RFC 5321 section 4.2.4: known, and not implemented
 
     def _mail(self, argument: str | None) -> Work | None:
         if self.parting:
@@ -581,7 +587,9 @@ class Session(Wire):
     def _objection(self, parameters: Mapping[str, str | None]) -> str | None:
         """Why MAIL with these parameters is refused; None when it is not."""
         for name, value in parameters.items():
-            if name == "SIZE" and _is_size(value):
+            if name == "SIZE":
+                if not _is_size(value):
+                    return "501 5.5.4 SIZE is a number of octets"
                 if _declared_size(parameters) > self.server.size_limit:
                     return self._too_large()
             elif name == "BODY":
@@ -595,7 +603,10 @@ class Session(Wire):
                     return "501 5.5.4 ENVID is xtext of at most 100 characters"
             elif name == "AUTH" and self.server.has_logins and value:
                 pass  # RFC 4954 section 5: who the message was first taken from; we know better
-            elif name != "SMTPUTF8" or value is not None:
+            elif name == "SMTPUTF8":
+                if value is not None:
+                    return "501 5.5.4 SMTPUTF8 takes no value"
+            else:
                 return "555 5.5.4 MAIL FROM parameter not recognized or not implemented"
         return None
 
@@ -873,6 +884,7 @@ class Session(Wire):
         "QUIT": _quit,
         "HELP": _help,
         "VRFY": _vrfy,
+        "EXPN": _expn,
         "STARTTLS": _starttls,
         "AUTH": _auth,
     }
@@ -880,9 +892,8 @@ class Session(Wire):
 
 _NO_MEMORY = "452 4.3.1 Too many messages at the moment, try again later"
 _NO_STORAGE = "452 4.3.1 Insufficient system storage, try again later"
-_SSLObject = ssl.SSLObject
 _MECHANISMS = ("PLAIN", "LOGIN")
-_AFTER_TLS = frozenset({"MAIL", "RCPT", "DATA", "BDAT", "VRFY", "AUTH"})
+_BEFORE_TLS = frozenset({"NOOP", "EHLO", "LHLO", "STARTTLS", "QUIT"})  # RFC 3207 section 4
 
 
 @lru_cache(64)

@@ -23,6 +23,7 @@ from typing import Any
 
 from lamsonq.headers import TOO_LARGE, HeaderBlock
 from lamsonq.names import Ask, Unsure, ascii_domain
+from lamsonq.signing import relaxed_body, without_line_ends
 from lamsonq.verdicts import Verdict
 
 SIGNATURES_MAX = 5
@@ -220,25 +221,7 @@ class Signatures:
         body = self._block.data[self._block.body :]
         if body.count(b"\n") != body.count(b"\r\n"):
             body = body.replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
-        if kind == b"relaxed":
-            body = body.replace(b"\t", b" ")
-            while b"  " in body:  # each round halves every run
-                body = body.replace(b"  ", b" ")
-            body = body.replace(b" \r\n", b"\r\n").removesuffix(b" ")
-        body = _without_blank_end(body)
-        if body and not body.endswith(b"\r\n"):
-            body += b"\r\n"
-        return body or (b"" if kind == b"relaxed" else b"\r\n")
-
-
-def _without_blank_end(body: bytes) -> bytes:
-    """The body with one CRLF in place of the empty lines at its end; a bare CR is no line end."""
-    kept = len(body.rstrip(b"\r\n"))
-    run = body[kept:]
-    if not run.endswith(b"\n"):
-        return body
-    end = kept + run.rfind(b"\r\r") + 1
-    return body[:end] + b"\r\n" if end else b""
+        return relaxed_body(body) if kind == b"relaxed" else without_line_ends(body) + b"\r\n"
 
 
 def _name_and_value(octets: bytes) -> tuple[bytes, bytes]:

@@ -178,11 +178,18 @@ def _relaxed_field(field: bytes) -> bytes:
 
 def relaxed_body(body: bytes) -> bytes:
     """RFC 6376 section 3.4.4."""
-    body = _wsp.sub(b" ", body).replace(b" \r\n", b"\r\n").rstrip(b" ")
-    tail = body[len(body.rstrip(b"\r\n")) :]
-    empty = next((found for found in reversed([*_line_ends.finditer(tail)]) if found.end() == len(tail)), None)
-    kept = body[: len(body) - len(empty[0])] if empty else body
+    body = body.replace(b"\t", b" ")
+    while b"  " in body:  # each round halves every run
+        body = body.replace(b"  ", b" ")
+    kept = without_line_ends(body.replace(b" \r\n", b"\r\n").removesuffix(b" "))
     return kept + b"\r\n" if kept else b""
+
+
+def without_line_ends(body: bytes) -> bytes:
+    """The body up to its last line that is not empty, without its line end; a bare CR or LF is none."""
+    tail = body[len(body.rstrip(b"\r\n")) :]
+    ends = list(_line_ends.finditer(tail))
+    return body[: len(body) - len(ends[-1][0])] if ends and ends[-1].end() == len(tail) else body
 
 
 def _in_ascii(domain: str) -> str:

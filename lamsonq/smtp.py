@@ -44,7 +44,7 @@ from lamsonq.limits import Limits, Network, Traffic, within
 from lamsonq.queue import Queue
 from lamsonq.routing import Router, RoutingBase
 from lamsonq.session import Check, Dialogue, Session
-from lamsonq.sockets import BACKLOG, listen
+from lamsonq.sockets import BACKLOG, is_this_machine, listen
 from lamsonq.space import MIN_FREE, Space
 from lamsonq.tally import TALLY
 from lamsonq.threads import Threads
@@ -175,6 +175,7 @@ class SMTPReceiver:
         self._stopping = asyncio.Event()
         self._deadline = float("inf")
         self._sessions: set[Session] = set()
+        self._reporting: set[Future[object]] = set()
 
     # -- the receiver's life -----------------------------------------------------------------------------------
 
@@ -213,7 +214,7 @@ class SMTPReceiver:
 
     def _check_relaying(self) -> None:
         """Rule 5."""
-        public = self.socket is None and not _is_this_machine(self.host)
+        public = self.socket is None and not is_this_machine(self.host)
         limited = self.hosts is not None or self.login_required or self.router.table.routes
         if public and self.deliver is not None and not limited:
             raise SettingsError(
@@ -360,7 +361,7 @@ class SMTPReceiver:
     async def _drain(self) -> None:
         """Let what has begun finish; send everybody else away."""
         self.draining = True
-        while (self._sessions or self._committer.open) and time.monotonic() < self._deadline:
+        while (self._sessions or self._committer.open or self._reporting) and time.monotonic() < self._deadline:
             for session in [session for session in self._sessions if session.idle_for > LEAVE_AFTER]:
                 session.dismiss(_GOODBYE)
             await asyncio.sleep(0.02)
@@ -370,6 +371,8 @@ class SMTPReceiver:
                 len(cut),
                 ", ".join(sorted(cut)),
             )
+        if unsent := len(self._reporting):
+            LOG.warning("%d report(s) of deliveries have not been sent in time", unsent)
         self._committer.give_up()
         for session in list(self._sessions):
             session.dismiss(_GOODBYE)
@@ -475,7 +478,14 @@ class SMTPReceiver:
             return
         report = report_of(message.envelope, message.Data, handled, self.hostname)
         if report is not None:
-            self._checks.submit(self.reports, report).add_done_callback(_log_unreported)
+            sending = self._checks.submit(self.reports, report)
+            self._reporting.add(sending)
+            sending.add_done_callback(self._reported)
+
+    def _reported(self, sending: Future[object]) -> None:
+        self._reporting.discard(sending)
+        if not sending.cancelled() and sending.exception() is not None:
+            LOG.error("The report of a delivery could not be sent", exc_info=sending.exception())
 
     def _inspected(self, envelope: mail.Envelope, content: bytes, id: str) -> tuple[mail.Envelope, bytes]:
         """The envelope with our trace fields and verdicts (RFC 5321 section 4.4, RFC 8601)."""
@@ -517,11 +527,6 @@ def _checked(envelope: mail.Envelope, content: bytes, verifier: Verifier, authse
     return verifier.verify(envelope, content), without_forged(content, authserv_id)
 
 
-def _log_unreported(told: Future[object]) -> None:
-    if not told.cancelled() and told.exception() is not None:
-        LOG.error("The report of a delivery could not be sent", exc_info=told.exception())
-
-
 def _log_refusal(envelope: mail.Envelope, group: tuple[str, ...], reply: str) -> None:
     """One line when these recipients' message was not taken: for who reads the log, it is not there otherwise."""
     told = (envelope.peer, envelope.mail_from, list(group), reply)
@@ -533,13 +538,6 @@ def _networks(name: str, texts: Sequence[str]) -> tuple[Network, ...]:
         return tuple(ipaddress.ip_network(text) for text in texts)
     except ValueError as error:
         raise ValueError(f"{name}: {error}; a network is written as 10.0.0.0/8, an address as 192.0.2.1") from error
-
-
-def _is_this_machine(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _allow_files(count: int) -> None:

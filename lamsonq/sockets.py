@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import logging
 import os
 import socket
@@ -210,6 +211,14 @@ def _remove_left_behind(path: str) -> None:
             os.unlink(path)
             return
     raise OSError(errno.EADDRINUSE, "another server listens there")
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether this host, of a receiver or a relay, is the machine that we are on: loopback, or a unix socket."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.startswith("/") or host.lower() == "localhost"
 
 
 def _reason(error: OSError) -> str:

@@ -27,7 +27,7 @@ from lamsonq.attempt import Call, Spawn
 from lamsonq.connection import own_name
 from lamsonq.delivery import Reports, reported, reported_once
 from lamsonq.errors import Dead, Failure, Later, LeaseLost, QueueError, SettingsError, Undelivered, reason_of
-from lamsonq.jobs import DONE, EXPIRED, KEPT, Done, Expired, Job, Limit, Outcome, Put, derived_key
+from lamsonq.jobs import DONE, EXPIRED, KEPT, Done, Expired, Job, Limit, Outcome, Put, part_of
 from lamsonq.mail import MailRequest
 from lamsonq.outbound import Outbox, Settlement, outbox_of
 from lamsonq.policy import DEFAULT
@@ -198,7 +198,8 @@ class Source:
         if self.outbox is not None and call is not None:
             self._settle_outbound(self.outbox, job, outcome)
             return
-        LOG.error("Job %s of %s failed: %s", job.key, self.queue.dir, reason_of(outcome))
+        again = f"; tried again at {_utc(outcome.at)}" if isinstance(outcome, Later) else ""
+        LOG.error("Job %s of %s failed: %s%s", job.key, self.queue.dir, reason_of(outcome), again)
         store = self.queue.backend
         refused = outcome.__cause__ if call is not None and call.name is None else None
         if isinstance(refused, Undelivered) and refused.failures:
@@ -215,7 +216,7 @@ class Source:
         if len(job.recipients) == 1:
             self._settle_job(job, outcome, puts)
             return
-        kept = [_failed(_for_recipient(job, failure.recipient, n)) for n, failure in enumerate(failures, 1)]
+        kept = [_failed(part_of(job, (failure.recipient,), n)) for n, failure in enumerate(failures, 1)]
         store = self.queue.backend
         parts = [Put(store, part, failure.outcome()) for part, failure in zip(kept, failures, strict=True)]
         self._store(job, DONE, [*puts, *parts])
@@ -326,19 +327,14 @@ class Source:
 def _bound(job: Job, call: Call, number: int) -> Job:
     """The job that stands for one call of another job's plan. One without a name is what a conversation asks for that
     is in a queue, or in no function here: were its job bound to nothing, it would ask for all calls again."""
-    child = _for_recipient(job, call.recipient, number)
-    return replace(child, target=call.name or CONVERSATION, metadata={**job.metadata, "route": call.route})
+    part = part_of(job, (call.recipient,), number)
+    return replace(part, target=call.name or CONVERSATION, metadata={**job.metadata, "route": call.route})
 
 
 def _part(job: Job, message: MailRequest, number: int) -> Job:
     """The job for those recipients of a job that nothing takes."""
     recipients = tuple(r for r in job.recipients if r.lower() in message.route_to) or tuple(message.route_to)
-    return replace(_for_recipient(job, message.To, number), recipients=recipients)
-
-
-def _for_recipient(job: Job, recipient: str, number: int) -> Job:
-    key = derived_key(job.key, number)
-    return replace(job, key=key, recipients=(recipient,), deliveries=0, due=None, unique=None, claim="")
+    return part_of(job, recipients, number)
 
 
 def _told(job: Job, failed: Later | Dead) -> str:
@@ -346,7 +342,8 @@ def _told(job: Job, failed: Later | Dead) -> str:
 
 
 def _utc(at: float | None) -> str:
-    return f"{datetime.fromtimestamp(at or clock.now(), UTC):%Y-%m-%dT%H:%M:%SZ}"
+    at = min(max(at or clock.now(), 0.0), 253402300799.0)  # no calendar has a later moment than the year 9999
+    return f"{datetime.fromtimestamp(at, UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
 def _failed(job: Job) -> Job:

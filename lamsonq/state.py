@@ -25,6 +25,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from weakref import WeakSet
 
 from lamsonq.errors import Refusal
 
@@ -185,8 +186,7 @@ class SQLiteStorage(StateStorage):
         self.path = Path(path).absolute()
         self.lock_file = f"{self.path}-conversations"
         self._begin()
-        _RESET_IN_CHILD.append(self._forked)
-        _STORAGES.append(self)
+        _STORAGES.add(self)
 
     def _begin(self) -> None:
         self._reading = threading.Lock()
@@ -354,26 +354,27 @@ class SQLiteStorage(StateStorage):
 
 
 _ABANDONED: list[sqlite3.Connection | None] = []
-_RESET_IN_CHILD: list[Callable[[], None]] = []
-_STORAGES: list[SQLiteStorage] = []
+_STORAGES: WeakSet[SQLiteStorage] = WeakSet()
 
 
 def _before_fork() -> None:
-    for storage in _STORAGES:
+    for storage in list(_STORAGES):
         storage._before_fork()
 
 
 def _after_fork() -> None:
-    for storage in _STORAGES:
+    for storage in list(_STORAGES):
         storage._after_fork()
 
 
-def _reset_in_child() -> None:
-    for reset in _RESET_IN_CHILD:
-        reset()
+def _in_child() -> None:
+    for storage in list(_STORAGES):
+        storage._forked()
+    for conversations in list(_CONVERSATIONS):
+        conversations._forked()
 
 
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_reset_in_child)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_in_child)
 
 
 class Conversations:
@@ -384,7 +385,7 @@ class Conversations:
         self._file: int | None = None
         self._lines: dict[Conversation, deque[Callable[[], None]]] = {}
         self._lock = threading.Lock()
-        _RESET_IN_CHILD.append(self._forked)
+        _CONVERSATIONS.add(self)
 
     def enter(self, who: Conversation, resume: Callable[[], None]) -> bool:
         """Take the conversation, or get in line: False means that `resume` is called once, from the thread of
@@ -443,6 +444,9 @@ class Conversations:
         self._file = None
         self._lines = {}
         self._lock = threading.Lock()
+
+
+_CONVERSATIONS: WeakSet[Conversations] = WeakSet()
 
 
 def _flock(kind: int, who: Conversation) -> bytes:

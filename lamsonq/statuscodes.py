@@ -12,18 +12,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-CLASSES = {2: "Success", 4: "Persistent transient failure", 5: "Permanent failure"}
-
-SUBJECTS = {
-    0: "Other or undefined status",
-    1: "Addressing status",
-    2: "Mailbox status",
-    3: "Mail system status",
-    4: "Network and routing status",
-    5: "Mail delivery protocol status",
-    6: "Message content or media status",
-    7: "Security or policy status",
-}
+from lamsonq.errors import CLASSES, SUBJECTS
 
 # The registry of RFC 5248 ("SMTP Enhanced Status Codes"), in our words where they are shorter.
 DETAILS = {

@@ -50,6 +50,7 @@ from lamsonq.child import (
     reopen,
 )
 from lamsonq.errors import Refusal
+from lamsonq.jobs import DELIVERIES_MAX
 from lamsonq.pidfile import PidFile
 from lamsonq.reload import Command, Old, Record, Reload, Trial, become_fresh
 from lamsonq.sockets import Listeners
@@ -378,7 +379,9 @@ class Parent:
             return
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         failure = child.failure or answer_of(Refusal(f"process {child.pid} {how} before the server listened"))
-        if not self.listening:
+        silent = not child.failure and code not in (0, REPLACE, RETIRED)
+        # It may have died of its first job, which will be a dead letter soon (lamsonq/jobs.py, rule 2).
+        if not self.listening and not (silent and self.quick_deaths < DELIVERIES_MAX):
             self.failure = failure
             self._stop_children()
             return

@@ -65,7 +65,8 @@ def line(told: dict[str, Any]) -> str:
     if told["boot"] is None:
         return f"{told['pid_file']}: running, no figures yet"
     figures = f"{told['handled']} handled, {told['failed']} failed, {told['per_minute']:g} a minute"
-    return f"{told['pid_file']}: {told['boot']}, {told['workers']} workers, {figures}"
+    workers = f"{told['workers']} worker{'' if told['workers'] == 1 else 's'}"
+    return f"{told['pid_file']}: {told['boot']}, {workers}, {figures}"
 
 
 def queues(run: str) -> dict[str, dict[str, Any]]:

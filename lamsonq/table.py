@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,6 +14,8 @@ from typing import Any
 from lamsonq.errors import RouteError
 from lamsonq.expressions import Index, Reading, read
 from lamsonq.marks import MODULES, Marks, ModuleMarks, StateKeyGenerator, marks_of
+
+LOG = logging.getLogger("routing")
 
 _CAPTURE = re.compile(r"(?<!\\)\(([A-Za-z_]\w*)\)")
 """A capture: a bare word in parentheses. `(?:a|b)`, `(.+)` and `\\(x\\)` stay what they are."""
@@ -81,6 +84,7 @@ class Table:
             found = self.routes[expression] = Route(expression, compiled, read(expression), [])
             self._index.add(len(self._order), found.reading.shapes)
             self._order.append(found)
+        _check_call(handler, found.compiled, where)
         if handler not in found.handlers:
             found.handlers.append(handler)
         self.handlers[handler.name] = handler
@@ -129,6 +133,26 @@ def _add(table: Table, module: str, function: Callable[..., Any], captures: Mapp
     for mark in marks.routes:
         where = f"{mark.where}: @route({mark.format!r})"
         table.register(_resolved(mark.format, {**captures, **mark.captures}, where), handler, where)
+
+
+def _check_call(handler: Handler, compiled: re.Pattern[str], where: str) -> None:
+    """A function is called with the message and what its route captures. Raises RouteError where it cannot be.
+
+    One with *args is only warned of: some of Lamson's users write (message, *kw), also where nothing ever calls it.
+    """
+    try:
+        # As it is called: a decorator that takes anything may fill in what the function below it needs.
+        signature = inspect.signature(handler.function, follow_wrapped=False)
+    except (TypeError, ValueError):
+        return  # nobody knows what it takes
+    try:
+        signature.bind(None, **dict.fromkeys(compiled.groupindex, ""))
+    except TypeError as error:
+        called = ", ".join(["message", *(f"{name}=..." for name in compiled.groupindex)])
+        trouble = f"{where}: {handler.name} is called as {handler.state}({called}): {error}"
+        if not any(taken.kind is taken.VAR_POSITIONAL for taken in signature.parameters.values()):
+            raise RouteError(trouble) from error
+        LOG.warning("%s; it will fail: write **captures, not *captures", trouble)
 
 
 def _check_policy(module: str, function: Callable[..., Any], marks: Marks) -> None:

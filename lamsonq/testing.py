@@ -91,6 +91,9 @@ def delivered(pattern: str, to_queue: Queue | None = None) -> MailRequest | Lite
 
 def assert_in_state(module: str, To: str, From: str, state: str, router: RoutingBase = Router) -> None:
     """Assert where the sender is in the conversation that mail to `To` belongs to."""
+    known = {*router.table.modules, *router.queues, *(handler.module for handler in router.table.handlers.values())}
+    if module not in known:  # everybody is in START of a module that there is not
+        raise AssertionError(f"{module} is no module of handlers; loaded are {', '.join(sorted(known)) or 'none'}")
     message = MailRequest("testing", From, To, f"To: {To}\nFrom: {From}\n\n")
     found = router.get_state(module, message)
     assert found == state, f"{From} is in state {found} of {module}, not in {state}"
@@ -154,8 +157,10 @@ def _messages(searched: Queue) -> list[MailRequest]:
 
 
 def _as_read(message: MailRequest) -> str:
-    """What a reader sees: the source, and the decoded headers and text."""
-    headers = "\n".join(f"{name}: {value}" for name, value in message.items())
+    """What a reader sees: the source, and the decoded headers and text; From and To of the envelope, where there is no
+    header that tells them."""
+    parties = [("From", message["from"]), ("To", message["to"])]
+    headers = "\n".join(f"{name}: {value}" for name, value in [*message.items(), *parties] if value)
     body = message.body()
     return f"{message}\n{headers}\n\n{body if isinstance(body, str) else ''}"
 

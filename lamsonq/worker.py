@@ -663,8 +663,8 @@ class QueueReceiver:
                 queue, job = deferred.queue_of_function(function), deferred.job_of_call(function)
                 queue.enqueue(job, gate=Tick(f"periodic:{name}", at), now=True)
                 self._ticked[name] = at
-            except QueueError as error:
-                LOG.error("The periodic job %s could not be put: %s", name, error)
+            except Exception as error:  # a ttl_seconds of the user's, say: the others' moments have come, too
+                LOG.error("The periodic job %s could not be put: %s", name, reason_of(error))
         self._next_tick = min(schedule.next_after(deferred.schedule_of(f), now) for f in functions)
 
     def _purge(self) -> None:

@@ -27,14 +27,21 @@ _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):")
 def open_backend(url: str, *, pop_limit: int = 0, oversize_dir: str | None = None) -> Backend:
     """The store that this URL or path names; the same object as long as it is in use, so that asking again is cheap.
 
-    Raises BrokerError for a scheme that nothing serves.
+    Raises BrokerError for a scheme that nothing serves, and for no name at all.
     """
     url = url.removeprefix("maildir:")
+    if not url:  # the current directory would become a maildir
+        raise BrokerError("a queue without a name: give a directory, as in run/posts, or a URL")
     match = _SCHEME.match(url)
     scheme = match[1] if match else "maildir"
     # A path means another directory or file after a chdir, so where we are is part of the question.
     place = os.path.abspath(url) if scheme in _PATHS else ""
     return _open(scheme, url, place, pop_limit, oversize_dir and os.path.abspath(oversize_dir))
+
+
+def address_of(store: Backend) -> str:
+    """What opens this store in another process, wherever that runs: its `address`, where it has one beside its name."""
+    return str(getattr(store, "address", store.name))
 
 
 @functools.lru_cache(maxsize=128)

@@ -6,6 +6,8 @@ Rules:
 2. A descriptor whose fsync has failed is never synced again. The kernel reports a lost page once and then calls the
    file clean, so a second fsync would lie; the file is thrown away instead.
 3. Threads that wait for the same folder share one sync.
+4. What belongs together is synced at the same time, each file by a thread: the kernel commits its journal and flushes
+   the disk once for many that wait, but once for each that comes alone.
 """
 
 from __future__ import annotations
@@ -14,7 +16,14 @@ import contextlib
 import errno
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+from lamsonq.threads import Threads
+
+SYNCED_AT_ONCE = 8
+"""Files of one `write_files`, and their folder; more wait for a thread."""
 
 
 def write_file(path: str, *chunks: bytes) -> None:
@@ -22,10 +31,11 @@ def write_file(path: str, *chunks: bytes) -> None:
     write_files([(path, chunks)])
 
 
-def write_files(files: Iterable[tuple[str, Sequence[bytes]]]) -> None:
+def write_files(files: Iterable[tuple[str, Sequence[bytes]]], folder: str | None = None) -> None:
     """Make new files (0600), each of its chunks of bytes, and sync them; on an OSError there is none of them.
 
     All are on their way to the disk before the first one is waited for: of those behind it most have arrived by then.
+    With `folder`, where they are, their names survive a power failure, too.
     """
     made: list[tuple[str, int]] = []
     try:
@@ -39,8 +49,10 @@ def write_files(files: Iterable[tuple[str, Sequence[bytes]]]) -> None:
                 for _, fd in made:
                     # Linux begins to write what is dirty (mm/fadvise.c); it is no promise, the fsync is.
                     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            for _, fd in made:
-                os.fsync(fd)
+            syncs: list[Callable[[], object]] = [partial(os.fsync, fd) for _, fd in made]
+            if folder is not None:
+                syncs.append(partial(sync_folder, folder))
+            _at_once(syncs)
         finally:
             for _, fd in made:
                 os.close(fd)
@@ -48,6 +60,57 @@ def write_files(files: Iterable[tuple[str, Sequence[bytes]]]) -> None:
         for path, _ in made:
             remove_file(path)
         raise
+
+
+def _at_once(syncs: Sequence[Callable[[], object]]) -> None:
+    """Return when all of them have ended; raises what one of them has raised."""
+    if len(syncs) == 1:
+        syncs[0]()
+    elif syncs:
+        all_of_them = _Syncs(syncs)
+        for _ in syncs[1:SYNCED_AT_ONCE]:
+            try:
+                _helpers.submit(all_of_them.work)
+            except OSError:  # this machine has no threads just now: it takes longer
+                break
+        all_of_them.work()
+        all_of_them.wait()
+
+
+class _Syncs:
+    """What any number of threads work off, each taking the next one."""
+
+    def __init__(self, syncs: Sequence[Callable[[], object]]) -> None:
+        self._waiting = deque(syncs)
+        self._left = len(syncs)
+        self._lock = threading.Lock()
+        self._done = threading.Lock()
+        self._done.acquire()
+        self._error: BaseException | None = None
+
+    def work(self) -> None:
+        """Do those that no other thread has begun with."""
+        with contextlib.suppress(IndexError):
+            while True:
+                self._do(self._waiting.popleft())
+
+    def _do(self, sync: Callable[[], object]) -> None:
+        error: BaseException | None = None
+        try:
+            sync()
+        except BaseException as failure:  # whatever it is, somebody waits for us
+            error = failure
+        with self._lock:
+            self._error = self._error or error
+            self._left -= 1
+            if not self._left:
+                self._done.release()
+
+    def wait(self) -> None:
+        """Return when all have ended; raises what one of them has raised."""
+        self._done.acquire()
+        if self._error is not None:
+            raise self._error
 
 
 def _write_all(fd: int, data: bytes) -> None:
@@ -137,6 +200,7 @@ def _fsync_folder(folder: str) -> None:
 
 
 _shared = _SharedSync()
+_helpers = Threads(SYNCED_AT_ONCE - 1, "lamsonq-sync")
 
 
 def sync_folder(folder: str) -> None:
@@ -145,9 +209,13 @@ def sync_folder(folder: str) -> None:
 
 
 def _start_afresh() -> None:
-    """A forked child has no thread that could finish the syncs that its parent had begun."""
-    global _shared
+    """A forked child has none of its parent's threads, to finish what they have begun or to help."""
+    global _shared, _helpers
     _shared = _SharedSync()
+    _helpers = Threads(SYNCED_AT_ONCE - 1, "lamsonq-sync")
+
+
+_helpers = Threads(SYNCED_AT_ONCE - 1, "lamsonq-sync")
 
 
 os.register_at_fork(after_in_child=_start_afresh)

@@ -30,6 +30,7 @@ import weakref
 from collections.abc import Callable, Collection, Sequence
 
 from lamsonq import clock
+from lamsonq.backends import address_of
 from lamsonq.backends.backlog import Entry
 from lamsonq.backends.durable import make_folders, remove_file, write_files
 from lamsonq.backends.lives import Vigil
@@ -48,10 +49,11 @@ from lamsonq.backends.maildir_files import (
     read_job,
 )
 from lamsonq.backends.maildir_guards import Guards
-from lamsonq.backends.maildir_names import Name, fitted, is_derived, new_key, parse_name, use_key
-from lamsonq.backends.maildir_settle import Settler, fate_of, killed
+from lamsonq.backends.maildir_names import Name, fitted, parse_name
+from lamsonq.backends.maildir_settle import Settler, fate_of
 from lamsonq.errors import LeaseLost, QueueError
-from lamsonq.jobs import DELIVERIES_MAX, Done, Job, Outcome, Put, finish_each
+from lamsonq.jobs import DELIVERIES_MAX, Done, Job, Outcome, Put, finish_each, killed
+from lamsonq.keys import is_derived, new_key, use_key
 
 LOG = logging.getLogger()
 """The root logger: users of Lamson grep for these lines."""
@@ -85,6 +87,7 @@ class Maildir(Desk):
         now: Callable[[], float] = clock.now,
     ) -> None:
         super().__init__(name, Folders(os.path.abspath(name), now))
+        self.address = self.folders.path
         self.pop_limit = pop_limit
         self.oversize_dir = oversize_dir
         self._guards = Guards(self.folders)
@@ -418,9 +421,9 @@ class Maildir(Desk):
         store = put.store
         place = place_of(put, self.folders.now())
         if not isinstance(store, Maildir):
-            return Target(put, store.name, True, place)
+            return Target(put, address_of(store), True, place)
         store.folders.make()
-        return Target(put, store.folders.path, False, place)
+        return Target(put, store.address, False, place)
 
     def _settled(self, job: Job) -> None:
         with self._lock:

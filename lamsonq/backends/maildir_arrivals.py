@@ -42,8 +42,7 @@ class Arrivals:
         self._only: frozenset[str] | None = None
         self._passed_over: set[str] = set()
         self._blind_look_at = 0.0
-        ready = folders.of("ready")
-        self._ready = Backlog(ready, self._rank_ready)
+        self._ready = Backlog(folders.of("ready"), self._rank_ready)
         self._delayed = Backlog(folders.of("delayed"), self._rank_delayed)
 
     # -- what is next ------------------------------------------------------------------------------------------

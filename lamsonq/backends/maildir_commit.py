@@ -54,7 +54,7 @@ class Fate(msgspec.Struct, frozen=True):
 
 
 class Publication(msgspec.Struct, frozen=True):
-    """One put: the staged file's name, the queue (a path, or another store's URL) and its place there."""
+    """One put: the staged file's name, where the queue is (a path, or another store's URL), its place there."""
 
     staged: str
     queue: str
@@ -141,8 +141,7 @@ def stage(home: Folders, token: str, fate: Fate, targets: Sequence[Target]) -> M
         manifest = Manifest(fate, tuple(publications))
         # json, not msgspec, because file names may hold undecodable bytes.
         files[_manifest_path(home, token)] = (json.dumps(msgspec.to_builtins(manifest)).encode("ascii"),)
-        write_files(files.items())
-        sync_folder(home.at("held"))
+        write_files(files.items(), home.at("held"))
     except OSError:
         discard(home, token, publications)
         raise

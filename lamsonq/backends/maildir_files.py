@@ -31,16 +31,18 @@ from lamsonq import clock
 from lamsonq.backends.durable import make_folders, sync_folder, write_file
 from lamsonq.backends.maildir_names import Name, Record, decode_block, encode_block, fitted
 from lamsonq.errors import Dead, Later, QueueError
-from lamsonq.jobs import Done, Gate, Job, Put, due_after
+from lamsonq.jobs import PRIORITY_MAX, Done, Gate, Job, Put, due_after
 from lamsonq.reports import entry_of
 
 READY, DELAYED, DEAD, DONE = "new", ".delayed/new", ".dead/new", ".done/new"
-STATES: Mapping[str, tuple[str, ...]] = {
+WHERE: Mapping[str, tuple[str, ...]] = {
     "ready": ("new", "cur"),
     "delayed": (".delayed/new", ".delayed/cur"),
     "dead": (".dead/new", ".dead/cur"),
     "done": (".done/new", ".done/cur"),
 }
+"""The folders of the jobs in each state, but for those that are reserved."""
+
 TAKEN_FROM = ("ready", "delayed", "dead", "done")
 """Where a tool may take a job from, in the order in which a name counts them."""
 _EXTRA = (".delayed", ".dead", ".done")
@@ -86,7 +88,7 @@ class Folders:
         return os.path.join(self.path, *parts)
 
     def of(self, state: str) -> tuple[str, ...]:
-        return tuple(self.at(folder) for folder in STATES[state])
+        return tuple(self.at(folder) for folder in WHERE[state])
 
     def make(self, *, again: bool = False) -> None:
         """Make what is missing. The first time the queue's own folder is synced, whoever made it: another process may
@@ -244,7 +246,7 @@ def _job(name: Name, block: bytes, body: bytes, received: float, claim: str) -> 
         received=record.received or received,
         due=name.due / 1000 if name.due else None,
         expires=name.expires / 1000 if name.expires else None,
-        priority=name.priority,
+        priority=min(name.priority, PRIORITY_MAX),  # another program's may be more
         unique=record.unique,
         deliveries=name.deliveries,
         attempts=name.failures,

@@ -10,9 +10,9 @@ import os
 import re
 from collections.abc import Collection, Iterator
 
-from lamsonq.backends.maildir_files import STATES, Folders
+from lamsonq.backends.maildir_files import Folders
 from lamsonq.backends.maildir_names import is_deleted, is_newer, key_of, priority_of
-from lamsonq.jobs import STATES as ALL
+from lamsonq.jobs import STATES, check_state
 
 _RESERVED = "reserved"
 _SECONDS = re.compile(r"([0-9]{9,11})\.")
@@ -36,7 +36,7 @@ class Index:
         return [key for _, key in sorted(found)]
 
     def counts(self) -> dict[str, int]:
-        return {state: sum(1 for _ in self.paths(state)) for state in ALL}
+        return {state: sum(1 for _ in self.paths(state)) for state in STATES}
 
     def present(self, keys: Collection[str]) -> set[str]:
         """Which of these keys are there, in any state. Reads all directories, unless there are no keys."""
@@ -55,17 +55,16 @@ class Index:
         hint = self._hints.get(key)
         if hint is not None and os.path.lexists(hint[1]):
             return hint
-        self._hints = {key_of(os.path.basename(path)): (state, path) for state in ALL for path in self.paths(state)}
+        self._hints = {key_of(os.path.basename(path)): (state, path) for state in STATES for path in self.paths(state)}
         return self._hints.get(key)
 
     def paths(self, state: str) -> Iterator[str]:
+        check_state(state)
         if state == _RESERVED:
             yield from self._reserved()
-        elif state in STATES:
+        else:
             for folder in self._folders.of(state):
                 yield from _files(folder)
-        else:
-            raise ValueError(f"a job is {', '.join(ALL)}; not {state!r}")
 
     def _reserved(self) -> Iterator[str]:
         claimed = self._folders.at("claimed")

@@ -16,26 +16,19 @@ Rules:
    that line is. A header that looks like ours inside a message is only a header: nobody can forge a record by mail.
 4. Letters that other programs look for (`S` `W` of dovecot and courier, `U` `FMD5` of mbsync and offlineimap) are
    never used for a field.
-5. A key that this process has made and that was not put yet can be in no queue: it is remembered, so that most puts
-   need not look whether theirs is there.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
 import json
 import os
 import re
-import socket
-import threading
-import time
-from collections import OrderedDict
 from typing import NamedTuple
 
 import msgspec
 
 from lamsonq.jobs import Job
+from lamsonq.keys import new_key
 from lamsonq.records import make_ready
 from lamsonq.trace import trace_block
 
@@ -52,8 +45,6 @@ _PRIORITY = re.compile(r",LQ=1[a-z0-9]*?p([0-9]{1,18})")
 _FIELD = re.compile(r"LQ=1((?:[a-z][0-9]{1,18})*)")
 _PAIR = re.compile(r"([a-z])([0-9]+)")
 _TAGS = "bdftoekcpxqr"
-_DERIVED = re.compile(r"^[0-9]+\.M[0-9]+P[0-9]+Q[0-9]+(?:R[0-9]+)+(?:\.|$)|\.R[0-9]+$")
-_FRESH_MAX = 10_000
 
 
 class Name(NamedTuple):
@@ -140,67 +131,6 @@ def fitted(name: Name) -> Name:
     size = len(os.fsencode(",".join((name.key, *name.others)))) + _OURS_MAX
     usable = name.key and not name.key.startswith(".") and not any(sign in name.key for sign in "/,\0")
     return name if usable and ":2," not in name.key and size <= NAME_MAX else name._replace(key=new_key(), others=())
-
-
-@functools.cache
-def _host() -> str:
-    """This machine's name as a part of a file name: the maildir convention replaces / and :, we the comma as well."""
-    cleaned = re.sub(r"[/:,\s\x00-\x1f]", "_", socket.gethostname())
-    return os.fsencode(cleaned)[:64].decode("ascii", "replace").replace("\ufffd", "_") or "localhost"
-
-
-class _Keys:
-    """Keys in rising order: two of one process never share a microsecond."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._count = itertools.count(1)
-        self._last = 0
-        self._fresh: OrderedDict[str, None] = OrderedDict()
-
-    def new(self) -> str:
-        with self._lock:
-            now = time.time_ns() // 1000
-            if 0 <= self._last - now < 1_000_000:
-                now = self._last + 1
-            self._last = now
-            number = next(self._count)
-            key = f"{now // 1_000_000}.M{now % 1_000_000:06d}P{os.getpid()}Q{number}.{_host()}"
-            self._fresh[key] = None
-            if len(self._fresh) > _FRESH_MAX:
-                self._fresh.popitem(last=False)
-        return key
-
-    def use(self, key: str) -> bool:
-        with self._lock:
-            return self._fresh.pop(key, self) is None
-
-
-_keys = _Keys()
-
-
-def new_key() -> str:
-    """`<seconds>.M<microseconds>P<process>Q<number>.<host>`: what maildir programs call their files."""
-    return _keys.new()
-
-
-def use_key(key: str) -> bool:
-    """A job is put under this key; whether none can be there that has it, because this process has just made it."""
-    return _keys.use(key)
-
-
-def is_derived(key: str) -> bool:
-    """Whether lamsonq.jobs.derived_key has made this key: only who has the parent makes it."""
-    return _DERIVED.search(key) is not None
-
-
-def _start_afresh() -> None:
-    """Another thread of the parent may have held the lock at the fork."""
-    global _keys
-    _keys = _Keys()
-
-
-os.register_at_fork(after_in_child=_start_afresh)
 
 
 class Record(msgspec.Struct, omit_defaults=True):

@@ -27,8 +27,8 @@ from lamsonq.backends.maildir_files import (
     DELAYED,
     DONE,
     READY,
-    STATES,
     TAKEN_FROM,
+    WHERE,
     Folders,
     Unreadable,
     milliseconds,
@@ -38,7 +38,7 @@ from lamsonq.backends.maildir_guards import Guards, mark_of
 from lamsonq.backends.maildir_names import Name, parse_name
 from lamsonq.backends.rounds import Round
 from lamsonq.errors import Dead, Later, QueueError
-from lamsonq.jobs import DELIVERIES_MAX, Done, Expired, Job, Outcome, Put, due_after
+from lamsonq.jobs import DELIVERIES_MAX, Done, Expired, Job, Outcome, Put, due_after, killed
 from lamsonq.reports import entry_of
 
 LOG = logging.getLogger()
@@ -72,11 +72,6 @@ def fate_of(job: Job, name: Name, outcome: Outcome, now: float) -> Fate:
 def given_back(name: Name) -> Name:
     """The name that a claimed job had before it was claimed, but for where a tool took it from."""
     return name._replace(deliveries=name.deliveries if name.taken else max(name.deliveries - 1, 0), mark=0)
-
-
-def killed(times: int) -> str:
-    """The reason of a job that is dead because its workers died."""
-    return f"the worker died {times} times while it had this job"
 
 
 class Settler:
@@ -150,7 +145,7 @@ class Settler:
     def _put_back(self, path: str, name: Name) -> None:
         """As it was before it was claimed."""
         state = TAKEN_FROM[name.taken - 1] if 0 < name.taken <= len(TAKEN_FROM) else "ready"
-        self._folders.move(path, STATES[state][0], given_back(name)._replace(taken=0))
+        self._folders.move(path, WHERE[state][0], given_back(name)._replace(taken=0))
 
     def bury(self, path: str, name: Name, reason: str) -> None:
         """Make a dead letter of a claimed file that no handler is to see."""

@@ -16,9 +16,22 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from lamsonq import clock
-from lamsonq.backends.maildir_names import new_key
 from lamsonq.errors import Dead, Later, LeaseLost, QueueError, SettingsError
-from lamsonq.jobs import DELIVERIES_MAX, STATES, Done, Expired, Job, Limit, Outcome, Put, due_after, finish_each
+from lamsonq.jobs import (
+    DELIVERIES_MAX,
+    STATES,
+    Done,
+    Expired,
+    Job,
+    Limit,
+    Outcome,
+    Put,
+    check_state,
+    due_after,
+    finish_each,
+    killed,
+)
+from lamsonq.keys import new_key
 from lamsonq.reports import entry_of
 
 
@@ -295,7 +308,7 @@ class Memory:
                 if kept.origin:
                     self._move(kept, kept.origin)
                 elif kept.job.deliveries >= DELIVERIES_MAX:
-                    reason = Dead(f"the worker died {kept.job.deliveries} times while it had this job")
+                    reason = Dead(killed(kept.job.deliveries))
                     kept.report += entry_of(reason, kept.job.attempts + 1, self._now())
                     self._move(kept, "dead")
                 else:
@@ -322,8 +335,7 @@ class Memory:
     # -- looking and mending -----------------------------------------------------------------------------------
 
     def keys(self, state: str = "ready") -> list[str]:
-        if state not in STATES:
-            raise ValueError(f"a job is {', '.join(STATES)}; not {state!r}")
+        check_state(state)
         with self._store.changed:
             self._promote()
             found = [kept.job for kept in self._store.jobs.values() if kept.state == state]

@@ -24,19 +24,20 @@ import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
-from urllib.parse import parse_qsl, quote, unquote
+from urllib.parse import parse_qsl, unquote
 
 from lamsonq import clock
 from lamsonq.backends import sqlite_bodies, sqlite_lanes, sqlite_settle, sqlite_workers
-from lamsonq.backends.maildir_names import new_key
 from lamsonq.backends.sqlite_bodies import INLINE_MAX, Bodies
 from lamsonq.backends.sqlite_database import database_at
-from lamsonq.backends.sqlite_errors import About
+from lamsonq.backends.sqlite_errors import Telling
 from lamsonq.backends.sqlite_outgoing import Outgoing, write_down
 from lamsonq.backends.sqlite_reserve import Reserving
 from lamsonq.backends.sqlite_rows import Row, insert, row_of
+from lamsonq.databases import DEFAULT_QUEUE, url_of
 from lamsonq.errors import BrokerError, LeaseLost, QueueError, SettingsError
 from lamsonq.jobs import Done, Job, Limit, Outcome, Put
+from lamsonq.keys import new_key
 
 _T = TypeVar("_T")
 
@@ -55,7 +56,7 @@ def _parsed(url: str) -> tuple[str, str]:
     parameters = dict(parse_qsl(query, keep_blank_values=True))
     if unknown := sorted(set(parameters) - {"queue"}):
         raise BrokerError(f"{url!r}: a sqlite: queue knows no parameter {unknown[0]!r}; it knows: queue")
-    return os.path.abspath(path), parameters.get("queue") or "jobs"
+    return os.path.abspath(path), parameters.get("queue") or DEFAULT_QUEUE
 
 
 class SQLite(Reserving):
@@ -90,7 +91,7 @@ class SQLite(Reserving):
     @property
     def address(self) -> str:
         """The URL that opens this queue wherever the process runs."""
-        return f"sqlite:{quote(self._database.path)}?queue={quote(self.queue, safe='')}"
+        return url_of(self._database.path, self.queue)
 
     def forget(self) -> None:
         """In a forked child: claims, watches and locks are the parent's. For tests: end as a killed process does."""
@@ -108,7 +109,7 @@ class SQLite(Reserving):
         """Raises QueueError, and then none of them is in the queue."""
         now = self._now()
         rows = [row_of(put, self.queue, now) for put in puts]
-        with About(self.name, puts):
+        with Telling(self.name, puts):
             joined = None if conn is None else sqlite_settle.joins(conn, self._database.path)
             if joined is not None:
                 try:
@@ -161,7 +162,7 @@ class SQLite(Reserving):
 
         durable = bool(others) or any(len(row.job.body) > INLINE_MAX for row in rows.values())
         try:
-            with About(self.name, puts):
+            with Telling(self.name, puts):
                 kept, numbers = self._write(list(rows.values()), act, durable=durable)
         except LeaseLost:
             self._settled(job.claim)
@@ -192,7 +193,7 @@ class SQLite(Reserving):
                     lost.append(job)
             return lost
 
-        with About(self.name):
+        with Telling(self.name):
             lost = self._database.write(act)
         for job in jobs:
             self._settled(job.claim)
@@ -208,7 +209,7 @@ class SQLite(Reserving):
     def touch(self, job: Job) -> None:
         query = "select 1 from jobs where id = ? and token = ? and state = 'reserved'"
         if not self._database.rows(query, sqlite_settle.row_number(job), job.claim):
-            raise LeaseLost(f"job {job.key} of {self.name} was settled or taken by somebody else")
+            raise sqlite_settle.lost(job)
 
     # -- workers -------------------------------------------------------------------------------------------------
 
@@ -231,7 +232,7 @@ class SQLite(Reserving):
             connection.execute("delete from lamsonq_gates where until < ?", (now,))
             sqlite_lanes.mend(connection, self.queue, self._limits, now)
 
-        with About(self.name):
+        with Telling(self.name):
             self._database.write(mend)
             life = self._life
             if life is not None and not life.is_known():  # somebody has deleted its file: what we have is lost to us

@@ -17,7 +17,7 @@ import os
 import sqlite3
 from collections.abc import Callable, Iterable, Sequence
 
-from lamsonq.backends.durable import make_folders, remove_file, sync_folder, write_files
+from lamsonq.backends.durable import make_folders, remove_file, write_files
 from lamsonq.backends.sqlite_database import Database
 from lamsonq.backends.sqlite_rows import Row
 from lamsonq.errors import QueueError
@@ -45,11 +45,10 @@ class Bodies:
                 files[os.path.join(self._database.bodies, row.file)] = (row.job.body,)
         if files:
             try:
-                write_files(files.items())
+                write_files(files.items(), self._database.bodies)
             except FileNotFoundError:  # somebody has removed the folder
                 make_folders([self._database.bodies])
-                write_files(files.items())
-            sync_folder(self._database.bodies)
+                write_files(files.items(), self._database.bodies)
 
     def doubt(self, rows: Iterable[Row]) -> None:
         """It is not certain that these rows are in the database, or will be: the put has failed, or is the user's."""

@@ -48,7 +48,7 @@ _ORDER = "order by priority, key limit ?"
 _FRESH = f"{_SELECT} and state = 'ready' and deliveries = 0"
 _SUSPECT = f"{_SELECT} and state = 'ready' and deliveries > 0"
 _ONE = f"select {COLUMNS}, body, file, state from jobs where queue = ? and key = ? and state != 'reserved'"
-PRIORITY, KEY, DELIVERIES, DUE, BODY, FILE, STATE = 9, 1, 11, 7, 14, 15, 16
+KEY, DUE, PRIORITY, DELIVERIES, ATTEMPTS, BODY, FILE, STATE = 1, 7, 9, 11, 12, 14, 15, 16
 
 
 @dataclass(slots=True)

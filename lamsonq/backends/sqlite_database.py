@@ -76,7 +76,7 @@ class Database:
         _all.add(self)
 
     def _begin(self) -> None:
-        self._writing, self._reading, self._opening = threading.Lock(), threading.Lock(), threading.Lock()
+        self._writing, self._reading = threading.Lock(), threading.Lock()
         self._pending: deque[_Write] = deque()
         self._writer: sqlite3.Connection | None = None
         self._reader: sqlite3.Connection | None = None
@@ -217,13 +217,13 @@ class Database:
         """Raises QueueError."""
         try:
             with self._reading:
-                if self._reader is None or self._moved():
+                reader = self._reader  # who writes may find just now that the file has moved, and take it away
+                if reader is None or self._moved():
                     with self._writing:
                         self._opened()
-                    self._reader = self._connect()
-                return self._reader.execute(
-                    query, values[0] if values and isinstance(values[0], dict) else values
-                ).fetchall()
+                    reader = self._reader = self._connect()
+                bound = values[0] if values and isinstance(values[0], dict) else values
+                return reader.execute(query, bound).fetchall()
         except (sqlite3.Error, OSError) as error:
             raise told(self.path, error) from error
 

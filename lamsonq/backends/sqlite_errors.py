@@ -34,7 +34,7 @@ def told(name: str, error: sqlite3.Error | OSError, data: object = None) -> Queu
     return refusal
 
 
-class About:
+class Telling:
     """Within the block an error is told as a QueueError about `data`, which was to be queued."""
 
     __slots__ = ("_data", "_name")

@@ -15,7 +15,7 @@ from lamsonq.backends.sqlite_claims import is_paused
 from lamsonq.backends.sqlite_database import Database
 from lamsonq.backends.sqlite_lanes import leave
 from lamsonq.backends.sqlite_rows import COLUMNS, body_of, bound, damaged_of, job_of, legible
-from lamsonq.jobs import STATES, Job
+from lamsonq.jobs import STATES, Job, check_state
 
 _FRESH = "state = 'ready' and deliveries = 0"
 _SUSPECT = "state = 'ready' and deliveries > 0"
@@ -48,7 +48,7 @@ class Kept:
         return self._database.rows(query, {"queue": self.queue, "now": self._now(), **values})
 
     def keys(self, state: str = "ready") -> list[str]:
-        _check(state)
+        check_state(state)
         parts = (f"select priority, key from jobs where queue = :queue and {part}" for part in _WHERE[state])
         return [legible(key) or "" for _, key in self._rows(f"{' union all '.join(parts)} order by 1, 2")]
 
@@ -139,7 +139,7 @@ class Kept:
         return self._database.write(act, durable=True)
 
     def purge(self, state: str, before: float | None = None) -> int:
-        _check(state)
+        check_state(state)
         if state == "reserved":
             return 0
         purged = sum(self._purge(part, before) for part in _WHERE[state])
@@ -162,8 +162,3 @@ class Kept:
         while number := self._database.write(act):
             total += number
         return total
-
-
-def _check(state: str) -> None:
-    if state not in STATES:
-        raise ValueError(f"a job is {', '.join(STATES)}; not {state!r}")

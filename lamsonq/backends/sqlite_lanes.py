@@ -39,8 +39,12 @@ _AT_ONCE = 10_000
 
 def lane_of(limit: Limit, job: Job) -> str:
     """What the places of this limit stand under, for this job."""
-    kind = "rate" if limit.concurrency is None else "concurrency"
-    return f"{kind} {limit.per} {limit.lane(job)}".encode("utf-8", "backslashreplace").decode()
+    return f"{_head_of(limit)}{limit.lane(job)}".encode("utf-8", "backslashreplace").decode()
+
+
+def _head_of(limit: Limit) -> str:
+    """What all lanes of this limit begin with."""
+    return f"{'rate' if limit.concurrency is None else 'concurrency'} {limit.per} "
 
 
 def admit(database: sqlite3.Connection, queue: str, number: int, job: Job, limits: Sequence[Limit], now: float) -> bool:
@@ -109,13 +113,8 @@ def mend(database: sqlite3.Connection, queue: str, limits: Sequence[Limit], now:
     database.execute(f"{lost} {gone}", (queue,))
     database.execute("delete from lamsonq_rates where queue = ? and next < ?", (queue, now - _FORGET_RATES_AFTER))
     for [lane] in database.execute(_LANES, (queue,)).fetchall():
-        places = max((limit.concurrency or 1 for limit in limits if lane.startswith(lane_of_all(limit))), default=None)
+        places = max((limit.concurrency or 1 for limit in limits if lane.startswith(_head_of(limit))), default=None)
         query = "select count(*) from lamsonq_lanes where queue = ? and lane = ?"
         [held] = database.execute(query, (queue, lane)).fetchone()
         if places is None or held < places:
             let_go(database, queue, lane, now, _AT_ONCE if places is None else places - held)
-
-
-def lane_of_all(limit: Limit) -> str:
-    """What the lanes of this limit begin with."""
-    return f"{'rate' if limit.concurrency is None else 'concurrency'} {limit.per} "

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from lamsonq.backends import open_backend
+from lamsonq.backends import address_of, open_backend
 from lamsonq.backends.rounds import Round
 from lamsonq.backends.sqlite_database import Database
 from lamsonq.errors import Dead, Later, QueueError, report_of
@@ -45,15 +45,6 @@ class _Record(msgspec.Struct, omit_defaults=True):
 
 
 make_ready(_Record)
-
-
-def address_of(store: Backend) -> str:
-    """What opens this store in another process, wherever that runs."""
-    address: str | None = getattr(store, "address", None)
-    if address is not None:
-        return address
-    folders = getattr(store, "folders", None)  # a maildir's
-    return str(getattr(folders, "path", None) or store.name)
 
 
 def _encoded(put: Put) -> bytes:

@@ -19,7 +19,7 @@ from typing import Any
 from lamsonq.backends import sqlite_bodies, sqlite_claims
 from lamsonq.backends.lives import Vigil
 from lamsonq.backends.sqlite_claims import Asked, Claimed
-from lamsonq.backends.sqlite_errors import About
+from lamsonq.backends.sqlite_errors import Telling
 from lamsonq.backends.sqlite_kept import Kept
 from lamsonq.backends.sqlite_rows import TOKEN_SIZE, body_of, job_of, legible
 from lamsonq.backends.sqlite_wake import Ear
@@ -74,7 +74,7 @@ class Reserving(Kept):
     def reserve(self, n: int, wait: float = 0.0, *, only: Collection[str] | None = None) -> list[Job]:
         """Raises QueueError."""
         until = time.monotonic() + wait
-        with About(self.name):
+        with Telling(self.name):
             while True:
                 if wait > 0:
                     self._ear.listen()
@@ -89,7 +89,7 @@ class Reserving(Kept):
     def wait(self, seconds: float) -> None:
         """Raises QueueError."""
         until = time.monotonic() + seconds
-        with About(self.name):
+        with Telling(self.name):
             while True:
                 self._ear.listen()
                 self._keep_up()
@@ -143,7 +143,7 @@ class Reserving(Kept):
         return token
 
     def claim(self, key: str) -> Job | None:
-        with About(self.name):
+        with Telling(self.name):
             act = partial(sqlite_claims.claim_one, queue=self.queue, key=key, token=self._token(), now=self._now())
             claimed = self._database.write(act)
             with self._lock:
@@ -178,7 +178,7 @@ class Reserving(Kept):
         key = legible(row[sqlite_claims.KEY]) or ""
         logging.error("Job %s of %s is a dead letter: %s", key, self.name, reason)
         with contextlib.suppress(LeaseLost):
-            self.settle(Job(key=key, body=b"", attempts=row[12], claim=token), Dead(reason))
+            self.settle(Job(key=key, body=b"", attempts=row[sqlite_claims.ATTEMPTS], claim=token), Dead(reason))
 
     def _give_back(self, token: str) -> None:
         origin = sqlite_claims.taken_from(token)

@@ -23,7 +23,7 @@ from lamsonq.backends.sqlite_database import Database
 from lamsonq.backends.sqlite_lanes import leave
 from lamsonq.backends.sqlite_rows import readable
 from lamsonq.errors import Dead
-from lamsonq.jobs import DELIVERIES_MAX
+from lamsonq.jobs import DELIVERIES_MAX, killed
 from lamsonq.reports import entry_of
 
 LOG = logging.getLogger()
@@ -108,7 +108,7 @@ def release(database: Database, worker: str, now: float, *, counted: bool = True
             if origin:
                 connection.execute(_PUT_BACK, (origin, now, number))
             elif killer:
-                reason = Dead(f"the worker died {deliveries} times while it had this job")
+                reason = Dead(killed(deliveries))
                 connection.execute(_BURY, (now, readable(entry_of(reason, attempts + 1, now)), number))
             else:
                 connection.execute(_GIVE_BACK, (now, number))

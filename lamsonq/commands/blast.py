@@ -15,10 +15,11 @@ from lamsonq.errors import Dead, Later, Refusal
 @option("input", "The mbox or maildir, when it is not the argument.", "given", metavar="INPUT")
 @smarthost_options(8823)
 def blast(path: str | None, given: str | None, **smarthost: Any) -> None:
-    """Send every message of an mbox or a maildir to a server, unmodified: for tests.
+    """Send every message of an mbox or a maildir to a server.
 
-    The sender is that of Return-Path or of the line in front, the recipients are those of To; what lies in a queue goes
-    out as it was received. What is refused is told on stderr, the others go on; exits with 1 then.
+    Unmodified: for tests. The sender is that of Return-Path or of the line in front, the recipients are those of To;
+    what lies in a queue goes out as it was received. What is refused is told on stderr, the others go on;
+    exits with 1 then.
     """
     from lamsonq.commands.mailboxes import open_mailbox, with_progress
     from lamsonq.errors import Undelivered

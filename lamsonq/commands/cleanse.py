@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 @option("input", "The mbox or maildir, when it is not the argument.", "given_source", metavar="INPUT")
 @option("output", "The maildir to make or to add to, when it is not the argument.", "given_target", metavar="OUTPUT")
 def cleanse(source: str | None, target: str | None, given_source: str | None, given_target: str | None) -> None:
-    """Write every message of an mbox or a maildir, put right where it is malformed, into a maildir.
+    """Write a mailbox into a maildir, malformed messages put right.
 
-    What cannot be put right is told on stderr and left out; exits with 1 then.
+    The mailbox is an mbox or a maildir. What cannot be put right is told on stderr and left out; exits with 1 then.
     """
     from lamsonq.commands.cleansing import cleansed
     from lamsonq.commands.mailboxes import open_mailbox, with_progress

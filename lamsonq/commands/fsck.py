@@ -16,9 +16,9 @@ from lamsonq.commands.options import argument, declare, json_option, option
 @json_option
 @click.pass_context
 def fsck(ctx: click.Context, run: str, accepted: str | None, handled: str | None, as_json: bool) -> None:
-    """Check every queue of a directory; with -accepted and -handled, that no message is missing.
+    """Account for every file in all queues of a directory.
 
-    Exits with 1 when a file is broken or a message is missing.
+    With -accepted and -handled also for every message. Exits with 1 when a file is broken or a message is missing.
     """
     from lamsonq import fsck as checker
 

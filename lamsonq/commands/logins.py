@@ -17,7 +17,7 @@ ACTIONS = ("ls", "add", "rm")
 @argument("name", metavar="[NAME]")
 @option("file", "The file, as `receiver.logins_file` names it.", metavar="FILE", default="config/logins")
 def logins(action: str | None, name: str | None, file: str) -> None:
-    """Say who may log in with AUTH: list the names, add one, or remove one.
+    """List who may log in with AUTH, add one, or remove one.
 
     `add` asks for the password, or reads it from standard input; a name that is there gets the new one. A running
     receiver sees the change at the next login.

@@ -12,9 +12,9 @@ from lamsonq.commands.options import declare, option
 @option("host", "The address to listen on.", default="127.0.0.1", metavar="ADDRESS")
 @option("run", "The directory with the pid files and queues.", default="run", metavar="DIR")
 def metrics(port: int, host: str, run: str) -> None:
-    """Serve /metrics for Prometheus, /live and /ready, in the foreground until TERM or ctrl-c.
+    """Serve /metrics for Prometheus, and /live and /ready.
 
-    Needs the extra `metrics`: pip install 'lamsonq[metrics]'.
+    Stays in the foreground until TERM or ctrl-c. Needs the extra `metrics`: pip install 'lamsonq[metrics]'.
     """
     from lamsonq import metrics as served
 

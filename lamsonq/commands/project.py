@@ -48,7 +48,7 @@ TUTORIAL_SETTINGS = "\n# this is for when you run the config.queue boot\n"
 @option("project", "The directory, when it is not the argument.", metavar="PROJECT")
 @switch("FORCE", "Add to a directory that exists. Files in it stay as they are.", "-f")
 def gen(path: str | None, project: str | None, force: bool) -> None:
-    """Make a new project: a small blog that people write by mail, with its tests."""
+    """Make a new project: a small blog written by mail, with tests."""
     if (path is None) == (project is None):
         raise click.UsageError("Give one directory for the project: lamsonq gen NAME")
     target = Path(path or project or "")
@@ -100,7 +100,10 @@ def _write(path: Path, text: str) -> Iterator[str]:
 
 @declare()
 def demo() -> None:
-    """Show the whole way of a message: SMTP, state function, queue, second process, relay."""
+    """Show the whole way of a message, in real processes.
+
+    SMTP, state function, queue, second process, relay.
+    """
     from lamsonq import demo
 
     click.get_current_context().exit(demo.run())
@@ -110,10 +113,10 @@ def demo() -> None:
 @click.argument("shell", type=click.Choice(shells.SHELLS))
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:
-    """Print the script that completes commands, options, boots, queues and files in a shell.
+    """Print the script for completion in a shell.
 
-    In ~/.bashrc or ~/.zshrc: eval "$(lamsonq completion bash)", or zsh; for fish, lamsonq completion fish >
-    ~/.config/fish/completions/lamsonq.fish
+    It completes commands, options, boots, queues and files. In ~/.bashrc or ~/.zshrc: eval "$(lamsonq completion
+    bash)", or zsh; for fish, lamsonq completion fish > ~/.config/fish/completions/lamsonq.fish
     """
     click.echo(shells.script(shell, ctx.find_root().command))
 
@@ -129,7 +132,10 @@ def _names(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[Comp
 @argument("command_name", metavar="[COMMAND]", shell_complete=_names)
 @click.pass_context
 def help_(ctx: click.Context, name: str | None, command_name: str | None) -> None:
-    """List the commands, or explain one: lamsonq help -for start."""
+    """List the commands, or explain one.
+
+    lamsonq help -for start explains start.
+    """
     group = ctx.find_root().command
     assert isinstance(group, Commands)
     name = name or command_name

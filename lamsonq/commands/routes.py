@@ -20,9 +20,9 @@ from lamsonq.errors import UsageError
 @option("path", "Look for the modules here too.", metavar="DIR")
 @json_option
 def routes(modules: tuple[str, ...], test: str | None, path: str | None, as_json: bool) -> None:
-    """Show the routes of boots or handler modules (config.testing when none is given), and test an address.
+    """Show the routes of boots or modules, and test an address.
 
-    Exits with 1 when nothing takes the address.
+    Without a module it is config.testing. Exits with 1 when nothing takes the address.
     """
     from lamsonq import settings
     from lamsonq.modules import load

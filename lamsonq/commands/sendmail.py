@@ -100,7 +100,7 @@ def sendmail(
     settings: tuple[str, ...],
     **server: Any,
 ) -> None:
-    """Send the message on standard input to a server, as sendmail(1) does.
+    """Send the message on standard input, as sendmail(1) does.
 
     Exits with 0, or a code of sysexits.h: 64 misuse, 65 no recipient in the message, 67 no such user, 69 refused, 75
     to be tried again. Who did not get the message is named on stderr.

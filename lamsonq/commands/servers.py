@@ -53,9 +53,7 @@ def daemon_options(pid: str) -> Callable[[F], F]:
     )
 
 
-force_option = switch(
-    "FORCE", "Start although there is a pid file; one that a running server holds stays its own.", "-f"
-)
+force_option = switch("FORCE", "As in Lamson, but not needed: a pid file that nobody holds is taken over.", "-f")
 
 
 @declare()
@@ -107,9 +105,9 @@ def _check_project(boot: str) -> None:
 @switch("KILL", "End the old one at once, whatever it does.")
 @click.pass_context
 def restart(ctx: click.Context, /, pid: str, chroot: str | None, chdir: str, kill: bool, **_options: Any) -> None:
-    """Stop a server, and start it with these options; just start it when it does not run.
+    """Stop a server, and start it with these options.
 
-    What cannot be booted is said before anything is stopped.
+    One that does not run is only started. What cannot be booted is said before anything is stopped.
     """
     from lamsonq import identity, process, reload, survey
 
@@ -175,10 +173,10 @@ def _words_of_start(ctx: click.Context) -> list[str]:
 @force_option
 @click.pass_context
 def log(ctx: click.Context, /, port: int, host: str, **options: Any) -> None:
-    """Start a server that takes all mail, logs it to logs/logger.log and keeps it in run/queue.
+    """Start a server that takes all mail and keeps it in run/queue.
 
-    Relay to it while you develop: nothing leaves your machine. It listens where [relay] of config/settings.toml sends
-    to, unless -port or -host is given.
+    It logs to logs/logger.log. Relay to it while you develop: nothing leaves your machine. It listens where [relay] of
+    config/settings.toml sends to, unless -port or -host is given.
     """
     given = any(ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE for name in ("port", "host"))
 
@@ -197,8 +195,8 @@ def log(ctx: click.Context, /, port: int, host: str, **options: Any) -> None:
 
 def _relayed_to(host: str, port: int) -> tuple[str, int]:
     """Where the project relays to, if a server of ours can be there; else this host and port, which is said."""
-    from lamsonq.relay import is_this_machine
     from lamsonq.settings import machine
+    from lamsonq.sockets import is_this_machine
 
     if not os.path.isfile(SETTINGS):
         why = f"there is no {SETTINGS}"
@@ -237,7 +235,7 @@ def _serve(
     grace: int,
     *,
     pid: str,
-    force: bool,
+    force: bool,  # noqa: ARG001 - two servers on one pid file would be two servers that nobody can stop
     chroot: str | None,
     chdir: str,
     uid: str | None,
@@ -273,8 +271,6 @@ def _serve(
         process.resume(service, record, daemon=daemon and not debug)
         return
     check()
-    if force:
-        _refuse_force(pid)
     folder = os.path.dirname(pid) or "."
     identity.check_writable(folder, "logs")
     try:
@@ -291,19 +287,10 @@ def _serve(
         process.run(service)
 
 
-def _refuse_force(pid: str) -> None:
-    """A lock cannot be forced: two servers on one pid file would be two servers that nobody can stop."""
-    from lamsonq import pidfile
-
-    running = pidfile.find(pid)
-    if running is not None:
-        raise PidFileError(f"PID file {pid} is locked by the running process {running.pid}: stop it first")
-
-
 def _receiver_of(settings: Any, boot: str) -> Receiver:
     receiver: Receiver | None = getattr(settings, "receiver", None)
     if receiver is None:
-        raise UsageError(f"{boot} sets no settings.receiver: there is nothing to start")
+        raise UsageError(f"{boot} sets no settings.receiver: there is nothing to start; write settings.receiver = ...")
     _let_it_report(receiver, getattr(settings, "relay", None))
     return receiver
 
@@ -371,7 +358,10 @@ def _logging_here(receiver: Receiver) -> Receiver:
 @click.option("-ALL", "--all", "run", is_flag=False, flag_value=RUN, metavar="[DIR]", help="All of a directory. [run]")
 @switch("KILL", "End it at once, whatever it does.", "--force", "-f")
 def stop(pid: str, run: str | None, kill: bool) -> None:
-    """Stop a server, or all of a directory; returns when they have ended."""
+    """Stop a server, or all of a directory.
+
+    Returns when they have ended.
+    """
     from lamsonq import process, survey
 
     if run is not None:
@@ -394,14 +384,19 @@ def stop(pid: str, run: str | None, kill: bool) -> None:
 @json_option
 @click.pass_context
 def status(ctx: click.Context, pid: str, run: str | None, as_json: bool) -> None:
-    """Tell whether a server runs. Exits with 1 when it does not."""
-    from lamsonq import survey
+    """Tell whether a server runs, and what waits in the queues.
 
+    Exits with 1 when it does not run.
+    """
+    from lamsonq import survey
+    from lamsonq.commands.queues.printed import columns, print_line
+
+    queues_in = run or os.path.dirname(pid) or "."
     servers = (
         [survey.server(pid)] if run is None else [survey.server_or_trouble(path) for path in survey.pid_files(run)]
     )
     if as_json:
-        click.echo(json.dumps({"servers": servers, "queues": survey.queues(run or os.path.dirname(pid) or ".")}))
+        click.echo(json.dumps({"servers": servers, "queues": survey.queues(queues_in)}))
     elif run is None:
         click.echo(_line(servers[0]), err=not servers[0]["running"])
     else:
@@ -409,6 +404,9 @@ def status(ctx: click.Context, pid: str, run: str | None, as_json: bool) -> None
             click.echo(f"{server['pid_file']}: {_line(server)}")
         if not servers:
             click.echo(f"lamsonq not running: no pid file in {run}.", err=True)
+    if not as_json:
+        for line in columns(survey.queues(queues_in)):
+            print_line(line)
     ctx.exit(0 if servers and all(server["running"] for server in servers) else 1)
 
 

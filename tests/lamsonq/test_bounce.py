@@ -167,10 +167,10 @@ def test_the_bounces_of_the_mail_systems_are_understood(text: str, status: str, 
 
 def test_what_lamson_tells_of_a_bounce() -> None:
     bounce = detect(request(POSTFIX))
-    assert bounce.primary_status == (5, "Permanent failure")
-    assert bounce.secondary_status == (1, "Addressing status")
+    assert bounce.primary_status == (5, "Permanent Failure")
+    assert bounce.secondary_status == (1, "Addressing Status")
     assert bounce.combined_status == (11, "Bad destination mailbox address")
-    assert bounce.error_for_humans() == "Permanent failure, Addressing status, Bad destination mailbox address"
+    assert bounce.error_for_humans() == "Permanent Failure, Addressing Status, Bad destination mailbox address"
     assert (bounce.remote_mta, bounce.reporting_mta, bounce.action) == ("mx1.example.org", "mx.example.net", "failed")
     rest = "5.1.1 <bob@example.org>: Recipient address rejected: User unknown in virtual mailbox table"
     assert bounce.diagnostic_codes == ["550", rest]
@@ -233,7 +233,7 @@ def test_replies_are_found(text: str, expected: int | None) -> None:
 def test_an_unknown_status_of_class_5_is_hard_and_has_words(status: str) -> None:
     bounce = detect(request(report(MTA + fields(status=status))))
     assert bounce.is_hard()
-    assert bounce.error_for_humans().startswith("Permanent failure, ")
+    assert bounce.error_for_humans().startswith("Permanent Failure, ")
     assert bounce.error_for_humans().count(",") >= 2
 
 

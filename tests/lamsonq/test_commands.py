@@ -155,6 +155,14 @@ def test_no_command_is_help_and_no_mistake(here: Path) -> None:
     assert lamsonq("--help").stdout == done.stdout
 
 
+def test_the_summaries_of_all_commands_stand_uncut_in_eighty_columns(here: Path) -> None:
+    listed = lamsonq(env={"COLUMNS": "80"}).stdout
+    assert max(map(len, listed.splitlines())) <= 80
+    for name, command in commands.lamsonq.commands.items():
+        [summary] = re.findall(rf"^  {name} +(.*)", listed, re.MULTILINE)
+        assert summary == (command.help or "").split("\n\n")[0].split(". ")[0].removesuffix(".") + "."
+
+
 def test_help_lists_the_commands_and_explains_one(here: Path) -> None:
     listed = lamsonq("help").stdout
     assert ", ".join(sorted(commands.lamsonq.commands)) in listed
@@ -288,10 +296,10 @@ def test_status_tells_who_runs_by_its_exit_code(project: Path) -> None:
     assert refused("status") == "lamsonq not running."
     lamsonq("start", "-boot", "config.queue", "-pid", "run/queue.pid")
     pid = int(Path("run/queue.pid").read_text())
-    assert lamsonq("status", "-pid", "run/queue.pid").stdout == f"lamsonq running with PID {pid}\n"
+    assert lamsonq("status", "-pid", "run/queue.pid").stdout.startswith(f"lamsonq running with PID {pid}\n")
     Path("run/smtp.pid").write_text(f"{os.getpid()}\n")  # left behind, and the pid is somebody else's by now
     listed = lamsonq("status", "-ALL", code=1).stdout
-    assert listed == f"run/queue.pid: lamsonq running with PID {pid}\nrun/smtp.pid: lamsonq not running.\n"
+    assert listed.startswith(f"run/queue.pid: lamsonq running with PID {pid}\nrun/smtp.pid: lamsonq not running.\n")
 
 
 def test_status_of_all_says_so_where_there_is_no_server(project: Path) -> None:

@@ -209,7 +209,8 @@ def test_of_many_threads_that_come_with_a_secret_at_once_one_gets_the_message(en
 
 def test_a_message_without_a_sender_confirms_nothing(engine: ConfirmationEngine) -> None:
     secret = secret_in(engine.register("blog", post()))
-    assert engine.verify("blog", post(b"Subject: no From\r\n\r\n")["from"], secret) is None
+    assert post(b"Subject: no From\r\n\r\n", sender="")["from"] is None
+    assert engine.verify("blog", None, secret) is None
     assert engine.verify("blog", ALICE, secret) is not None
 
 
@@ -281,6 +282,37 @@ def test_a_storage_of_ones_own_needs_four_methods(here: Path) -> None:
     with pytest.raises(NotImplementedError, match=r"Own needs entries\(\)"):
         engine.purge(0)
     assert engine.verify("blog", ALICE, secret) is not None
+
+
+def test_a_storage_that_is_derived_from_nothing_may_have_the_four_alone(here: Path) -> None:
+    class Own:
+        def __init__(self) -> None:
+            self.rows: dict[tuple[str, str], tuple[str, str]] = {}
+
+        def clear(self) -> None:
+            self.rows.clear()
+
+        def get(self, target: str, address: str) -> tuple[str, str] | tuple[None, None]:
+            return self.rows.get((target, address), (None, None))
+
+        def delete(self, target: str, address: str) -> None:
+            del self.rows[target, address]
+
+        def store(self, target: str, address: str, secret: str, message: str) -> None:
+            self.rows[target, address] = (secret, message)
+
+    own = Own()
+    engine = ConfirmationEngine("run/pending", own)
+    secret = secret_in(engine.register("blog", post()))
+    assert set(own.rows) == {("blog", ALICE)}
+    assert engine.verify("blog", ALICE, "wrong") is None
+    assert engine.verify("blog", ALICE, secret) is not None
+    assert own.rows == {}
+    engine.register("blog", post())
+    with pytest.raises(NotImplementedError, match="Own has to be a ConfirmationStorage"):
+        engine.purge(0)
+    engine.clear()
+    assert own.rows == {}
 
 
 def test_a_storage_gives_away_what_it_keeps_once(storage: ConfirmationStorage) -> None:

@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
@@ -354,6 +354,34 @@ def test_an_error_that_does_not_deserve_it_is_dead_at_once(jobs: Queue, work: Ca
 
 def _raise_value_error() -> None:
     raise ValueError("no")
+
+
+@deferrable(max_attempts=3, backoff=lambda _: 60.0)
+def comes_again(at: float) -> None:
+    if at:
+        raise Later("busy", at=at)
+    raise ConnectionError("nobody answers")
+
+
+@pytest.mark.parametrize(
+    ("at", "told"),
+    [
+        (0.0, "ConnectionError: nobody answers; tried again at 2023-11-14T22:14:20Z"),
+        (1_700_000_100.0, "busy; tried again at 2023-11-14T22:15:00Z"),
+        (1e300, "busy; tried again at 9999-12-31T23:59:59Z"),
+    ],
+)
+def test_the_line_of_a_failure_says_when_the_job_comes_again_and_that_of_the_last_one_does_not(
+    at: float, told: str, jobs: Queue, work: Callable[[], int], caplog: pytest.LogCaptureFixture
+) -> None:
+    key = comes_again.later(at)
+    work()
+    assert caplog.messages[-1] == f"Job {key} of {jobs.dir} failed: {told}"
+    assert key is not None
+    jobs.backend.purge("delayed")
+    jobs.backend.put([Put(jobs.backend, replace(comes_again.using().job(at), attempts=2))])
+    work()
+    assert caplog.messages[-1].endswith((" failed: ConnectionError: nobody answers", " attempts: busy"))
 
 
 @deferrable(error_classes=())
@@ -931,11 +959,34 @@ def test_what_lies_between_when_the_clock_is_set_forward_is_neither_run_nor_coun
     assert time.thread_time() - began < 5
 
 
+def test_a_periodic_job_that_cannot_be_made_keeps_no_other_from_its_moment(
+    jobs: Queue, module: Module, frozen: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    mod = in_module(
+        module,
+        f"RUN = []\nqueue = {jobs.dir!r}\n"
+        "@periodic('* * * * *', queue=queue, ttl_seconds=lambda: [][0])\ndef broken():\n    RUN.append('broken')\n"
+        "@periodic('* * * * *', queue=queue)\ndef sound():\n    RUN.append('sound')\n",
+    )
+    frozen.now = datetime(2026, 3, 1, 12, 0, 30).timestamp()
+    QueueReceiver(jobs, router=RoutingBase()).run_once()
+    assert mod.RUN == ["sound"]
+    assert ".broken could not be put: IndexError: list index out of range" in caplog.text
+
+
 def test_a_schedule_that_is_none_is_refused_where_it_is_written() -> None:
     with pytest.raises(ValueError, match="minute, hour, day, month"):
         periodic("61 * * * *")
     with pytest.raises(TypeError, match="without arguments"):
         periodic("* * * * *")(counted_in_ints)
+
+
+def test_a_periodic_function_needs_nothing_not_even_by_name() -> None:
+    def report(*, since: int) -> None:
+        del since
+
+    with pytest.raises(TypeError, match="needs since"):
+        periodic("* * * * *")(report)
 
 
 # -- events and metadata -------------------------------------------------------------------------------------------
@@ -1244,10 +1295,19 @@ def test_a_backoff_may_be_a_timedelta(jobs: Queue, work: Callable[[], int], froz
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"error_classes": ["ConnectionError"]}, {"backoff": 3}, {"ttl_seconds": -1}, {"delay_seconds": "soon"}]
+    ("wrong", "told"),
+    [
+        ({"error_classes": ["ConnectionError"]}, "exception classes, not 'ConnectionError'"),
+        ({"error_classes": ConnectionError}, r"write \[ConnectionError\]"),
+        ({"backoff": 3}, "backoff=3"),
+        ({"ttl_seconds": -1}, "-1 is no number of seconds"),
+        ({"delay_seconds": "soon"}, "not 'soon'"),
+        ({"priority": "urgent"}, "priority='urgent': it is a whole number"),
+        ({"priority": 1.5}, r"priority=1\.5: it is a whole number"),
+    ],
 )
-def test_what_is_no_policy_is_refused_where_it_is_written(wrong: dict[str, Any]) -> None:
-    with pytest.raises((TypeError, ValueError)):
+def test_what_is_no_policy_is_refused_where_it_is_written(wrong: dict[str, Any], told: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=told):
         deferrable(**wrong)
 
 

@@ -131,6 +131,8 @@ class Disk:
         """What has been written to a file, or named in a folder, and is not synced yet: keys, bodies, names."""
         self._durable: set[str] = set()
         self._bodies: set[str] = set()
+        self._synced: dict[str, set[str]] = defaultdict(set)
+        """Of each body: whether the file is synced, and the folder that names it; in any order."""
 
     def read(self, line: str) -> None:
         if resumed := RESUMED.match(line):
@@ -165,14 +167,18 @@ class Disk:
         if call in ("fsync", "fdatasync") and went_well:
             done = self._syncs.pop(process)
             self._waits[path] -= done
-            if path in self._bodies:  # now its name has to be
-                self._waits[os.path.dirname(path)].add(path)
-            elif path.endswith(("q.db-wal", "q.db", "q.db-bodies")) or os.path.isdir(path):
-                self._durable |= done
-            else:
+            for body in done & self._bodies:
+                self._synced[body].add(path)
+            if path.endswith(("q.db-wal", "q.db", "q.db-bodies")) or os.path.isdir(path):
+                self._durable |= done - self._bodies
+            elif path not in self._bodies:
                 self._durable.add(path)
+            self._durable |= {body for body in done & self._bodies if len(self._synced[body]) == 2}
         elif call == "write" and os.path.dirname(path).endswith("-bodies"):
-            self._bodies.add(path)
+            if path not in self._bodies:  # it has a name since it was made
+                self._bodies.add(path)
+                self._waits[os.path.dirname(path)].add(path)
+            self._waits[path].add(path)
         elif call == "pwrite64" and path.endswith(("q.db-wal", "q.db")):
             named = {body for body in self._bodies if os.path.basename(body) in arguments}
             self._waits[path] |= {*KEY.findall(arguments), *named} - self._durable

@@ -58,7 +58,7 @@ EXPRESSIONS = st.one_of(
 def table_of(expressions: Sequence[str]) -> Table:
     table = Table()
     for expression in expressions:
-        table.register(expression, Handler(lambda message: None, "app", Marks(stateless=True)), "here")  # noqa: ARG005
+        table.register(expression, Handler(lambda message, **_: None, "app", Marks(stateless=True)), "here")  # noqa: ARG005
     return table
 
 

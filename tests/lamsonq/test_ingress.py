@@ -277,3 +277,18 @@ def test_the_page_shows_an_application_that_works(tmp_path: Path, monkeypatch: p
         server.close()
     assert status == 200
     assert Queue("run/incoming").keys() == [told["id"]]
+
+
+def test_nothing_of_it_is_left_when_its_server_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = set(threading.enumerate())
+    server = _Server(lifespan="on")
+    post = _Posts(server, Ingress(Queue("run/incoming").push, TOKEN, router=RoutingBase()))
+    server.start()
+    status, _ = post()
+    spools = [thread for thread in set(threading.enumerate()) - before if thread.name == "lamsonq-spool"]
+    server.close()
+    assert status == 200
+    [spool] = spools
+    spool.join(10)
+    assert not spool.is_alive()

@@ -21,15 +21,13 @@ from lamsonq.backends.maildir_names import (
     fitted,
     is_bound,
     is_deleted,
-    is_derived,
     is_newer,
     key_of,
-    new_key,
     parse_name,
     priority_of,
-    use_key,
 )
-from lamsonq.jobs import PRIORITY_MAX, Job, derived_key
+from lamsonq.jobs import PRIORITY_MAX, Job
+from lamsonq.keys import derived_key, is_derived, new_key, use_key
 
 KEY = "1244080328.M408474P3147Q4.mycomputer.local"
 

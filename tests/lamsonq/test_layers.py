@@ -9,7 +9,7 @@ import lamsonq
 PACKAGE = Path(lamsonq.__file__).parent
 LAYERS = [
     "errors records space address headers mime plaintext statuscodes tally verdicts limits keyfile tls logins identity"
-    " systemd clock schedule arguments names spf dmarc expressions",
+    " systemd clock schedule arguments names keys spf dmarc expressions",
     "jobs reports policy marks events",
     "envelope trace content mail bounce bouncetext dsn notification response lists verp suppression signing",
     "modules table settings state about logs",

@@ -126,7 +126,13 @@ def test_a_file_that_breaks_later_lets_nobody_in_and_a_repaired_one_does(
     assert known("joe", "secret")
 
 
-@pytest.mark.parametrize(("octets", "why"), [(None, "No such file or directory"), (b"\xff\n", "it is not UTF-8")])
+@pytest.mark.parametrize(
+    ("octets", "why"),
+    [
+        (None, "No such file or directory; `lamsonq logins -file logins add NAME` makes it"),
+        (b"\xff\n", "it is not UTF-8"),
+    ],
+)
 def test_a_file_that_cannot_be_read_ends_the_boot(here: Path, octets: bytes | None, why: str) -> None:
     if octets is not None:
         Path("logins").write_bytes(octets)

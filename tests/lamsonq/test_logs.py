@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 from lamsonq import about, settings
 from lamsonq.about import About
 from lamsonq.commands.project import generate
-from lamsonq.jobs import Done, Outcome, derived_key
+from lamsonq.jobs import Done, Outcome
+from lamsonq.keys import derived_key
 from lamsonq.logs import JSONFormatter, LineFormatter
 from lamsonq.mail import MailRequest
 from lamsonq.queue import Queue

@@ -354,6 +354,49 @@ def test_a_deleted_header_is_gone_in_every_copy() -> None:
     assert message.to_message().keys() == ["A", "B"]
 
 
+@pytest.mark.parametrize(
+    ("text", "raw"),
+    [
+        ("Jörg <joerg-AT-x.org>", b"=?utf-8?b?SsO2cmc=?= <joerg-AT-x.org>"),
+        ("Jörg", b"=?utf-8?b?SsO2cmc=?="),
+        ("Jörg <j@x.org>, ann, Bob <bob>", b"=?utf-8?b?SsO2cmc=?= <j@x.org>, ann, Bob <bob>"),
+    ],
+)
+def test_what_is_no_address_stays_in_a_header_of_addresses(text: str, raw: bytes) -> None:
+    written = MailResponse("b@y.org", text).to_bytes()
+    assert b"From: " + raw + b"\r\n" in written
+    message = request(written)
+    assert message["From"] == text
+    assert mail.addresses_in(str(message["From"])) == mail.addresses_in(raw.decode())
+
+
+@pytest.mark.parametrize("raw", ["=?utf-8?q?=22?= <a@b.c> x", "=?utf-8?q?J?= <a@b@c>", '=?utf-8?q?J?= <"a@b.c>, d'])
+def test_what_is_no_address_does_not_become_one(raw: str) -> None:
+    assert mail.addresses_in(raw) == []
+    assert mail.addresses_in(str(request(f"From: {raw}\r\n\r\n", sender=None)["From"])) == []
+
+
+def test_a_header_that_is_replaced_keeps_its_place_and_its_spelling() -> None:
+    message = request(b"From: a@x.org\r\nX-ID: 1\r\nTo: b@y.org\r\n\r\n")
+    message["x-id"] = "2"
+    assert message.to_bytes() == b"From: a@x.org\r\nX-ID: 2\r\nTo: b@y.org\r\n\r\n"
+    response = MailResponse("b@y.org", "a@x.org", "one")
+    response["subject"] = "two"
+    assert response.items() == [("From", "a@x.org"), ("To", "b@y.org"), ("Subject", "two")]
+
+
+def test_a_message_without_from_and_to_is_asked_for_those_of_the_envelope() -> None:
+    message = request(b"Subject: x\r\n\r\nbody", sender="Joe@x.org", to=["list@y.org", "ann@y.org"])
+    assert (message["From"], message["to"]) == ("joe@x.org", "list@y.org")
+    assert message.addressed("ann@y.org")["To"] == "ann@y.org"
+    assert message.keys() == ["Subject"]
+    assert message.to_bytes() == b"Subject: x\r\n\r\nbody"
+    del message["From"]
+    message["To"] = "Ann <ann@y.org>"
+    assert (message["From"], message["To"]) == (None, "Ann <ann@y.org>")
+    assert request(b"\r\nbody", sender="")["from"] is None
+
+
 def test_a_header_that_is_set_is_folded_and_encoded() -> None:
     message = request(SIMPLE)
     message["Subject"] = "ü" * 100
@@ -423,6 +466,9 @@ def test_the_body_of_a_multipart_is_its_text() -> None:
     assert (picture.body, picture.filename, picture.disposition) == (PNG, "Bild ü.png", "attachment")
     assert picture["Content-Transfer-Encoding"] == "base64"
     assert picture["nothing"] is None
+    assert "content-transfer-encoding" in picture
+    assert "nothing" not in picture
+    assert list(picture) == picture.keys() == picture.message.keys()
     assert request("Subject: ü\r\n\r\n").all_parts()[0]["subject"] == "ü"
 
 

@@ -536,6 +536,50 @@ def test_all_threads_of_a_failed_sync_are_told(tmp_path: Path, monkeypatch: pyte
     durable.sync_folder(str(tmp_path))
 
 
+def files_of(folder: Path, number: int) -> list[tuple[str, Sequence[bytes]]]:
+    return [(str(folder / f"{n}"), (b"one ", b"two")) for n in range(number)]
+
+
+def test_files_and_their_folder_are_synced_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = threading.Barrier(durable.SYNCED_AT_ONCE)
+    synced: list[str] = []
+
+    def fsync(fd: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+        together.wait(10)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    files = files_of(tmp_path, durable.SYNCED_AT_ONCE - 1)
+    durable.write_files(files, str(tmp_path))
+    assert sorted(synced) == sorted([str(tmp_path), *(path for path, _ in files)])
+    assert {path.read_bytes() for path in tmp_path.iterdir()} == {b"one two"}
+
+
+def test_of_files_of_which_one_cannot_be_synced_none_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    syncs: list[int] = []
+
+    def third_fails(fd: int) -> None:
+        syncs.append(fd)
+        if len(syncs) == 3:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", third_fails)
+    with pytest.raises(OSError, match="Input/output"):
+        durable.write_files(files_of(tmp_path, 5))
+    assert len(syncs) == 5
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_no_thread_can_be_had_all_files_are_synced_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    syncs: list[int] = []
+    monkeypatch.setattr(os, "fsync", syncs.append)
+    monkeypatch.setattr(durable._helpers, "submit", Mock(side_effect=OSError(errno.EAGAIN, "no threads")))
+    durable.write_files(files_of(tmp_path, 5))
+    assert len(syncs) == 5
+
+
 def test_many_threads_put_and_none_is_lost(queue: Maildir) -> None:
     def work(number: int) -> None:
         for turn in range(10):
@@ -1070,7 +1114,7 @@ def test_a_manifest_that_cannot_be_read_stops_nobody(make: Callable[..., Maildir
 class OtherStore:
     """A store of another kind."""
 
-    name = "nowhere:store"
+    name = address = "nowhere:store"
     capabilities: frozenset[str] = frozenset()
 
     def __init__(self) -> None:
@@ -1129,6 +1173,24 @@ def test_a_store_that_did_not_answer_a_dead_worker_gets_its_job_from_the_next(
     assert kept[1][:2] == ("l", b"dead one")
     assert isinstance(kept[1][4], Dead)
     assert counts(after) == (0, 0, 0, 0)
+
+
+def test_a_store_of_another_kind_gets_its_job_from_the_next_worker_wherever_that_runs(
+    make: Callable[..., Maildir], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    queue, store = make(), open_backend("sqlite:q.db")
+    push(queue)
+    with monkeypatch.context() as broken:
+        broken.setattr(type(store), "put", lambda *_: (_ for _ in ()).throw(QueueError("nobody answers")))
+        queue.settle(take(queue), DONE, [Put(store, Job(key="k", body=b"child"))])
+    die(queue)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert make().reserve(1) == []
+    [job] = store.reserve(1)
+    assert job.body == b"child"
+    store.settle(job, DONE)
 
 
 def test_a_queue_on_another_file_system_gets_a_synced_copy(
@@ -1602,6 +1664,13 @@ def test_a_scheme_that_nothing_serves_is_refused_with_what_there_is() -> None:
     ) as found:
         open_backend("carrier-pigeon:coop")
     assert found.value.exit_code == 3
+
+
+@pytest.mark.parametrize("name", ["", "maildir:"])
+def test_a_queue_without_a_name_is_not_the_current_directory(name: str, here: Path) -> None:
+    with pytest.raises(BrokerError, match="a queue without a name: give a directory"):
+        open_backend(name)
+    assert list(here.iterdir()) == []
     with pytest.raises(BrokerError):
         open_backend("durable:x")
 

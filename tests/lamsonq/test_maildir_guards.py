@@ -21,7 +21,8 @@ from lamsonq.backends.maildir_files import read_record
 from lamsonq.backends.maildir_guards import Guards, Number, mark_of
 from lamsonq.conformance import Clock, kept, push, take
 from lamsonq.errors import Dead, Later, QueueError, SettingsError
-from lamsonq.jobs import DONE, KEPT, Debounce, Job, Limit, Outcome, Passage, Put, Tick, derived_key
+from lamsonq.jobs import DONE, KEPT, Debounce, Job, Limit, Outcome, Passage, Put, Tick
+from lamsonq.keys import derived_key
 from lamsonq.reports import entries
 
 from .waiting import PATIENCE

@@ -17,7 +17,9 @@ from pathlib import Path
 import pytest
 
 from lamsonq import pidfile
+from lamsonq.deferred import publish
 from lamsonq.errors import PidFileError, Refusal
+from lamsonq.queue import Queue
 
 from .cli import lamsonq
 from .projects import ENVIRON, Project, children_of, gone
@@ -62,14 +64,13 @@ def test_a_receiver_whose_start_works_until_it_is_stopped_counts_as_started(proj
 
 def test_a_second_start_is_refused_and_force_cannot_take_the_lock(project: Project) -> None:
     parent = project.start()
-    again = project.run("start")
-    assert again.returncode == 4
-    assert again.stderr == (
-        "ERROR: PID file run/smtp.pid exists, so assuming lamsonq is running.  Give -FORCE to force it to start.\n"
-    )
-    forced = project.run("start", "-FORCE", "True")
-    assert forced.returncode == 4
-    assert forced.stderr == (f"ERROR: PID file run/smtp.pid is locked by the running process {parent}: stop it first\n")
+    for options in ([], ["-FORCE", "True"]):
+        again = project.run("start", *options)
+        assert again.returncode == 4
+        assert again.stderr == (
+            "ERROR: PID file run/smtp.pid exists, so assuming lamsonq is running.  "
+            "Stop it first (lamsonq stop -pid run/smtp.pid); for a boot lamsonq restart does both.\n"
+        )
     assert not gone(parent)
 
 
@@ -107,6 +108,24 @@ def test_a_surviving_child_does_not_hold_the_pid_file(project: Project) -> None:
     assert not gone(project.noted("start")[0])
     assert pidfile.find(str(project.path / "run" / "smtp.pid")) is None
     until(lambda: gone(project.noted("start")[0]))
+
+
+@pytest.mark.parametrize("workers", ["1", "3"])
+def test_a_job_that_its_process_dies_of_at_once_keeps_no_server_from_starting(project: Project, workers: str) -> None:
+    project.boot(
+        "from lamsonq.deferred import deferrable\n"
+        "from lamsonq.server import QueueReceiver\n"
+        "@deferrable(name='dies')\n"
+        "def dies():\n"
+        "    os._exit(3)\n"
+        "settings.receiver = QueueReceiver('run/jobs')\n"
+    )
+    jobs = str(project.path / "run" / "jobs")
+    publish(jobs, "dies", {})
+    parent = project.start("-workers", workers)
+    until(lambda: Queue(jobs).backend.counts()["dead"] == 1)
+    assert project.pid() == parent
+    assert project.run("stop").returncode == 0
 
 
 def test_a_child_that_dies_is_replaced(project: Project) -> None:
@@ -455,7 +474,11 @@ def test_a_boot_with_a_mistake_is_a_line_with_its_place(project: Project) -> Non
 
 def test_a_boot_without_a_receiver_is_refused(project: Project) -> None:
     project.boot("settings.receiver = None\n")
-    assert failed(project) == (2, "ERROR: config.boot sets no settings.receiver: there is nothing to start\n")
+    code, text = failed(project)
+    assert (code, text) == (
+        2,
+        "ERROR: config.boot sets no settings.receiver: there is nothing to start; write settings.receiver = ...\n",
+    )
 
 
 def test_wrong_settings_have_a_code_of_their_own(project: Project) -> None:

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from lamsonq import about, attempt, queue
-from lamsonq.backends.maildir_names import new_key as new_id
 from lamsonq.envelope import Envelope, Notify, restored, session_of
 from lamsonq.errors import QueueError
-from lamsonq.jobs import Job, Put, derived_key
+from lamsonq.jobs import Job, Put
+from lamsonq.keys import derived_key
+from lamsonq.keys import new_key as new_id
 from lamsonq.mail import MailRequest, MailResponse
 from lamsonq.queue import Queue, job_of, message_of
 from lamsonq.verdicts import Auth, Verdict

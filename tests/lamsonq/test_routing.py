@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import sys
 import threading
 import time
@@ -81,6 +82,56 @@ def test_a_broken_expression_fails_the_load(router: RoutingBase, module: Module)
         router.load([module("@route('(?:desk@h')\ndef START(message): ...\n")])
 
 
+@pytest.mark.parametrize(
+    ("function", "trouble"),
+    [
+        ("def START(message): ...", "got an unexpected keyword argument 'host'"),
+        ("def START(message, host, name): ...", "missing a required argument: 'name'"),
+        ("def START(host): ...", "multiple values for argument 'host'"),
+        ("async def START(): ...", "too many positional arguments"),
+    ],
+)
+def test_a_function_that_cannot_be_called_with_what_its_route_captures_fails_the_load(
+    function: str, trouble: str, router: RoutingBase, module: Module
+) -> None:
+    bad = module(f"@route('desk@(host)', host='h')\n{function}\n")
+    with pytest.raises(RouteError) as refused:
+        router.load([bad])
+    at = rf"{bad}\.py:4: @route\('desk@\(host\)'\): "
+    assert re.search(rf"{at}{bad}\.START is called as START\(message, host=\.\.\.\): {trouble}$", str(refused.value))
+
+
+def test_one_asterisk_for_two_is_warned_of(
+    router: RoutingBase, module: Module, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = module("@route('desk@(host)', host='h')\ndef START(message, *kw): ...\n")
+    router.load([name])
+    assert router.takes("desk@h")
+    assert f"{name}.py:4: @route('desk@(host)'): {name}.START is called as START(message, host=...): " in caplog.text
+    assert caplog.text.endswith("it will fail: write **captures, not *captures\n")
+
+
+def test_a_decorator_may_fill_in_what_the_function_below_it_needs(
+    router: RoutingBase, module: Module, mail: Mail
+) -> None:
+    name = module(
+        """
+        import functools
+        def with_desk(function):
+            @functools.wraps(function)
+            def called(message, **captures):
+                return function(message, desk="desk", **captures)
+            return called
+        @route('(who)@(host)', who='desk(?P<number>[0-9]+)?', host='example.com')
+        @with_desk
+        def START(message, desk, who, host, number=None): CALLS.append((desk, who, host, number))
+        """
+    )
+    router.load([name])
+    router.deliver(mail())
+    assert calls_of(name) == [("desk", "desk", "example.com", None)]
+
+
 def test_a_handler_module_that_does_not_import_fails_the_load_in_one_line(router: RoutingBase, module: Module) -> None:
     name = module("import no_such_module_anywhere\n")
     with pytest.raises(UsageError, match=rf"{name}\.py:4: ModuleNotFoundError"):
@@ -99,6 +150,16 @@ def test_defaults_may_come_after_load(router: RoutingBase, module: Module) -> No
     name = module("@route('desk@(host)', host='h')\ndef START(message, host): ...\n")
     router.load([name])
     router.defaults(host="other")
+    assert router.takes("desk@h")
+
+
+def test_defaults_stay_when_the_routes_are_cleared(router: RoutingBase, module: Module) -> None:
+    name = module("@route('desk@(host)')\ndef START(message, host): ...\n")
+    router.defaults(host="h")
+    router.load([name])
+    router.clear_routes()
+    assert not router.takes("desk@h")
+    router.load([name])
     assert router.takes("desk@h")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import tomli
 
 from lamsonq import outbound, suppression
+from lamsonq.mail import MailResponse
 from lamsonq.outbound import Outbox
 from lamsonq.queue import Queue
 from lamsonq.relay import Relay
@@ -18,7 +20,9 @@ from lamsonq.settings import Machine, _Check
 from lamsonq.suppression import Suppressions
 from lamsonq.verp import VERP
 
+from .cli import lamsonq
 from .pages import DOCS, Page, Run
+from .servers import Server
 from .test_verp import bounce
 
 PAGE = Page("sending.md")
@@ -69,6 +73,21 @@ def test_the_mail_of_the_first_block_waits_in_the_queue(run: Run) -> None:
     run.section("The outbound queue")
     queue = Queue("run/outbox")
     assert [queue.get(key).To for key in list(queue.keys())] == ["joe@y.test"]  # type: ignore[union-attr]
+
+
+def test_the_boot_that_it_shows_sends_what_waits(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lamsonq("gen", "osb")
+    monkeypatch.chdir(here / "osb")
+    Queue("run/outbox").push(MailResponse(From="news@example.org", To="joe@y.test", Subject="Hi", Body="How are you?"))
+    [boot] = [block for block in PAGE.of("The outbound queue") if block.path]
+    ending = ", sleep=0.1, shutdown_after_number_of_empty_iterations=2, deliver="
+    Path(str(boot.path)).write_text(boot.source.replace(", deliver=", ending))
+    command = "start -boot config.outbox -pid run/outbox.pid"
+    assert command in PAGE.text_of("The outbound queue")
+    with contextlib.closing(Server()) as server:
+        lamsonq(*command.split(), "-debug", env={"LAMSONQ_RELAY__PORT": str(server.port)})
+    [message] = server.messages
+    assert b"How are you?" in message
 
 
 def test_its_links_lead_somewhere() -> None:

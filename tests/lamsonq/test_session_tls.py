@@ -134,7 +134,15 @@ def test_no_mail_goes_before_tls_where_it_is_required(
     secure: Callable[..., SMTPReceiver], trusting: ssl.SSLContext
 ) -> None:
     with Client(secure(required=True)) as client:
-        for command in ("MAIL FROM:<a@x.test>", "RCPT TO:<b@y.test>", "DATA", "BDAT 3", "VRFY joe", "AUTH PLAIN"):
+        for command in (
+            "MAIL FROM:<a@x.test>",
+            "RCPT TO:<b@y.test>",
+            "DATA",
+            "BDAT 3",
+            "VRFY joe",
+            "AUTH PLAIN",
+            "HELO me",
+        ):
             assert client.say(command) == "530 5.7.0 Must issue a STARTTLS command first"
         assert client.say("NOOP").startswith("250")
         client.starttls(trusting)

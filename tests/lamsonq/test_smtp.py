@@ -227,9 +227,11 @@ def test_the_null_path_is_no_recipient(start: Start) -> None:
         ("size=100 body=7bit", "250"),
         ("SIZE=2000", "552 5.3.4"),
         ("SIZE=" + "9" * 20, "552 5.3.4"),
-        ("SIZE=x", "555 5.5.4"),
+        ("SIZE=x", "501 5.5.4"),
         ("BODY=BINARYMIME", "501 5.5.4"),
-        ("SMTPUTF8=yes", "555 5.5.4"),
+        ("SMTPUTF8=yes", "501 5.5.4"),
+        ("FOO=bar", "555 5.5.4"),
+        ("SIZE", "501 5.5.4"),
         ("AUTH=<>", "555 5.5.4"),
     ],
 )
@@ -289,6 +291,8 @@ def test_the_greeting_names_no_version_and_ehlo_what_is_offered(start: Start) ->
         )
         assert client.say("EHLO") == "501 5.5.4 Syntax: EHLO hostname"
         assert client.say("VRFY root").startswith("252")
+        assert client.say("VRFY").startswith("501 5.5.4")
+        assert client.say("EXPN staff").startswith("502 5.5.1")
         assert client.say("HELP").startswith("214")
 
 
@@ -374,6 +378,47 @@ def test_dsn_is_offered_where_deliveries_can_be_reported_and_a_success_is(start:
     assert re.search(rb"Original-Recipient: rfc822; ?old@y\.test", report.Data)
     assert b"Action: delivered" in report.Data
     assert b"two@y.test" not in report.Data
+
+
+def test_a_receiver_that_is_told_to_stop_ends_when_its_reports_are_sent(start: Start, handlers: Any) -> None:
+    handlers(NOTES)
+    ended = threading.Event()
+    ended_before: list[bool] = []
+
+    def join() -> None:
+        receiver.join()
+        ended.set()
+
+    def report(_: MailRequest) -> None:
+        receiver.stop()
+        threading.Thread(target=join).start()
+        ended_before.append(ended.wait(0.5))
+
+    receiver = start(reports=report)
+    with Client(receiver) as client:
+        client.say("MAIL FROM:<ann@x.test>")
+        client.say("RCPT TO:<one@y.test> NOTIFY=SUCCESS")
+        client.say("DATA")
+        assert client.say(MESSAGE + b".").startswith("250")
+    assert ended.wait(20)
+    assert ended_before == [False]
+
+
+def test_a_report_that_is_not_sent_in_time_is_a_line_in_the_log(
+    start: Start, handlers: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    handlers(NOTES)
+    ended = threading.Event()
+    receiver = start(reports=lambda _: ended.wait(20))
+    with Client(receiver) as client:
+        client.say("MAIL FROM:<ann@x.test>")
+        client.say("RCPT TO:<one@y.test> NOTIFY=SUCCESS")
+        client.say("DATA")
+        assert client.say(MESSAGE + b".").startswith("250")
+        receiver.stop(0)
+        receiver.join()
+    ended.set()
+    assert "1 report(s) of deliveries have not been sent in time" in caplog.text
 
 
 def test_a_delivery_that_had_to_be_kept_is_not_reported_as_one(start: Start, handlers: Any) -> None:

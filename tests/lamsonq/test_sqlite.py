@@ -385,7 +385,7 @@ def test_a_large_body_that_was_not_kept_is_removed(queue: SQLite, tmp_path: Path
     put(queue, body=LARGE, key="k")
     put(queue, body=LARGE, key="k")
     with pytest.raises(QueueError):
-        put(queue, body=LARGE, priority=-1)
+        put(queue, body=LARGE, received=float("nan"))
     queue.close()
     assert (len(bodies(tmp_path)), counted(queue)) == (2, {"ready": 2})
 
@@ -487,8 +487,8 @@ def test_unique_and_gates_hold_on_the_users_connection_and_go_back_with_it(
 
 def test_of_several_puts_on_a_connection_none_is_kept_when_one_fails(queue: SQLite, mine: sqlite3.Connection) -> None:
     mine.execute("insert into orders values (1)")
-    good, bad = Job(key=queue.new_key(), body=LARGE), Job(key=queue.new_key(), body=b"", priority=-1)
-    with pytest.raises(QueueError, match="CHECK"):
+    good, bad = Job(key=queue.new_key(), body=LARGE), Job(key=queue.new_key(), body=b"", received=float("nan"))
+    with pytest.raises(QueueError, match="NOT NULL"):
         queue.put([Put(queue, good), Put(queue, bad)], mine)
     mine.commit()
     assert (counted(queue), mine.execute("select * from orders").fetchall()) == ({}, [(1,)])
@@ -842,7 +842,7 @@ def test_one_put_that_cannot_be_written_takes_no_other_with_it(queue: SQLite, mo
 
     def act(number: int) -> bool:
         try:
-            return put(queue, priority=-1 if number == 7 else 0) == [True]
+            return put(queue, received=float("nan") if number == 7 else 0.0) == [True]
         except QueueError:
             return False
 

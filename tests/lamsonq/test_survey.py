@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from lamsonq import databases, survey
+from lamsonq.commands.queues.printed import columns
 from lamsonq.errors import Dead, Later
 from lamsonq.jobs import KEPT, Debounce, Job, Put
 from lamsonq.queue import Queue
@@ -54,6 +55,28 @@ def test_status_counts_the_queues_in_databases_too(filled: Path) -> None:
     assert found["sqlite:run/q.db?queue=jobs"]["oldest"] < 100
     assert {"ready": 0, "delayed": 1, "dead": 1, "done": 1}.items() <= found["sqlite:run/q.db?queue=b%20c"].items()
     assert found["sqlite:run/q.db?queue=b%20c"]["oldest"] is None
+
+
+def test_status_has_a_line_for_each_queue_below_those_of_the_servers(filled: Path) -> None:
+    told = lamsonq("status", code=1)
+    assert told.stderr == "lamsonq not running.\n"
+    assert [line.split(": ")[0] for line in told.stdout.splitlines()] == list(status())
+    Path("run/smtp.pid").touch()
+    [server, *queues] = lamsonq("status", "-ALL", "run", code=1).stdout.splitlines()
+    assert server == "run/smtp.pid: lamsonq not running."
+    assert len(queues) == len(status())
+
+
+def test_the_lines_of_queues_stand_in_columns() -> None:
+    waiting = {**survey.NOTHING, "ready": 1200, "dead": 7, "oldest": 190.0, "paused": True}
+    empty = {**survey.NOTHING, "oldest": None, "paused": False}
+    broken = {**survey.NOTHING, "oldest": None, "paused": None, "trouble": "it is locked"}
+    assert columns({"run/posts": waiting, "sqlite:run/q.db?queue=jobs": empty, "run/\033": broken}) == [
+        "run/posts:                   ready 1200  oldest   3m  delayed 0  reserved 0  dead 7  paused",
+        "sqlite:run/q.db?queue=jobs:  ready    0  oldest    -  delayed 0  reserved 0  dead 0",
+        "run/?:                       it is locked",
+    ]
+    assert columns({}) == []
 
 
 def test_the_names_that_status_tells_open_the_queues(filled: Path) -> None:

@@ -124,9 +124,8 @@ def _print_job(record: dict[str, Any], headers: list[tuple[str, str]], failures:
         elif isinstance(value, list | dict):
             value = ", ".join(f"{k}={value[k]}" for k in value) if isinstance(value, dict) else ", ".join(value)
         print_line(f"{field + ':':<12}{shown('-' if value is None else str(value))}".rstrip())
-    for title, lines in (("", [f"{name}: {value}" for name, value in headers]),):
-        if lines:
-            print_line("\n".join([title, *map(shown, lines)]))
+    if headers:
+        print_line("\n".join(["", *(shown(f"{name}: {value}") for name, value in headers)]))
     for entry in failures:
         print_line(f"\n{moment(entry.at)} attempt {entry.attempt}: {shown(entry.reason)} [{entry.fingerprint}]")
         if entry.details:

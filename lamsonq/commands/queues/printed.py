@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 RECORD_VERSION = 1
 """What the records of `export` say of their form."""
 
+_DEPTHS = ("ready", "delayed", "reserved", "dead")
+
 _UNITS = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
 
 
@@ -103,6 +105,21 @@ def row(record: Mapping[str, Any], now: float) -> str:
         f"{shown(record['key'])}  {span(record['age']):>4}  priority {record['priority']}  "
         f"attempts {record['attempts']}{due}  {shown(record['target']) or 'by address'}  {sender} -> {recipients}"
     )
+
+
+def columns(queues: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What `survey.queues` tells, a line for each queue."""
+    names = {name: shown(f"{name}:") for name in queues}
+    states = {state: max((len(str(told[state])) for told in queues.values()), default=0) for state in _DEPTHS}
+    name_width = max(map(len, names.values()), default=0)
+    lines = []
+    for name, told in queues.items():
+        figures = [f"{state} {told[state]:>{width}}" for state, width in states.items()]
+        figures.insert(1, f"oldest {span(told['oldest']):>4}")
+        notes = ["paused"] if told["paused"] else []
+        figures = [shown(told["trouble"])] if "trouble" in told else [*figures, *notes]
+        lines.append(f"{names[name]:<{name_width}}  {'  '.join(figures)}")
+    return lines
 
 
 def whole(job: Job, state: str) -> dict[str, Any]:
