@@ -236,7 +236,7 @@ class Arrivals:
                 (self._delayed if folder in delayed else self._ready).add(folder, name)
 
     def close(self) -> None:
-        """Stop watching, and know of nothing. Takes no lock: in a forked child a thread that is not there may hold it."""
+        """Watch and know nothing. Takes no lock: in a forked child a thread that is not there may hold it."""
         watch, self._watch = self._watch, None
         if watch is not None:
             watch.close()
