@@ -44,7 +44,7 @@ from lamsonq.queue import Queue
 from lamsonq.routing import RoutingBase
 from lamsonq.worker import QueueReceiver
 
-from .waiting import PATIENCE
+from .waiting import PATIENCE, until
 
 Module = Callable[..., str]
 _numbers = itertools.count(1)
@@ -1104,9 +1104,10 @@ def test_a_consumer_of_metadata_that_hangs_is_cut_as_its_function_would_be(
     note.later(1)
     receiver = QueueReceiver(jobs, router=RoutingBase(), timeout=0.1)
     receiver.start(one_shot=True)
-    go.set()
     assert receiver.stuck
     assert jobs.backend.counts()["reserved"] == 0
+    go.set()
+    until(lambda: SEEN)  # what was given up runs on, and is not to be seen by the next test
 
 
 def test_what_a_job_puts_is_told_when_it_has_succeeded(jobs: Queue, recorder: Recorder) -> None:
