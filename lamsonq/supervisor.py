@@ -12,7 +12,9 @@ Rules:
    image fails after all, the old children go on without a receiver behind them: when one is missing, that is a reason
    to try again.
 4. USR1: stdout and stderr of a daemon are opened anew.
-5. The parent has no threads, so that it can fork at any time.
+5. The parent has no threads, so that it can fork at any time. Signals come through a pipe: a handler that is written in
+   Python would not run for one that comes between the last look for signals and the sleep in poll(), until another one
+   ends that sleep.
 6. What is there at a fork is shared with the child, until one of them writes to it. The search for garbage would, to
    every object: so it leaves those alone.
 """
@@ -164,8 +166,9 @@ class Parent:
         """
         for fd in self.wake:
             os.set_blocking(fd, False)
+        signal.set_wakeup_fd(self.wake[1], warn_on_full_buffer=False)  # a full pipe wakes us as well
         for number in SIGNALS:
-            signal.signal(number, self._on_signal)
+            signal.signal(number, lambda *_: None)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         if stop:
             self._stop_children()
@@ -181,10 +184,6 @@ class Parent:
             self._give_birth()
         self.totals.remove()
         return self.failure
-
-    def _on_signal(self, number: int, _frame: object) -> None:
-        with contextlib.suppress(BlockingIOError):  # a full pipe wakes us as well
-            os.write(self.wake[1], bytes([number]))
 
     def _pause(self) -> float | None:
         """Seconds until something is to be done without being told."""

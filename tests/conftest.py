@@ -1,11 +1,15 @@
-"""On how many processes the tests run."""
+"""On how many processes the tests run, and what may be slow in them."""
 
 import os
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("busy", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")  # a machine that others use too fails no property
 
 AT_MOST = 4
-"""A user may have 128 watches of inotify(7), and a process of the tests has some dozens of them at times."""
+"""A user may have 128 instances of inotify(7), and a process of the tests has a dozen of them at times."""
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

@@ -236,8 +236,10 @@ class Arrivals:
                 (self._delayed if folder in delayed else self._ready).add(folder, name)
 
     def close(self) -> None:
-        """Stop watching. Takes no lock: in a forked child a thread that is not there may hold it."""
+        """Watch and know nothing. Takes no lock: in a forked child a thread that is not there may hold it."""
         watch, self._watch = self._watch, None
         if watch is not None:
             watch.close()
-        self.look_again()
+        self._aside = {}
+        self._ready.clear()
+        self._delayed.clear()

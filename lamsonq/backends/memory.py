@@ -42,8 +42,8 @@ def open_queue(url: str, *, pop_limit: int = 0, oversize_dir: str | None = None)
 
 @dataclass(slots=True)
 class _Kept:
-    """A job where it is: `worker` has claimed it, `since` is when it came into its state, `origin` is the state from
-    which a tool has claimed it."""
+    """A job where it is: `worker` has claimed it, `since` is when it came into its state, `before` are the deliveries
+    before the claim, `origin` is the state from which a tool has claimed it."""
 
     job: Job
     state: str
@@ -51,6 +51,7 @@ class _Kept:
     worker: str = ""
     report: str = ""
     origin: str = ""
+    before: int = 0
 
 
 class _Store:
@@ -236,7 +237,7 @@ class Memory:
         claim = f"{self._worker}/{next(self._store.claims)}"
         seen = replace(kept.job, claim=claim)
         kept.job = replace(seen, deliveries=seen.deliveries + counted)
-        kept.origin = "" if counted else kept.state
+        kept.origin, kept.before = "" if counted else kept.state, seen.deliveries
         kept.state, kept.since, kept.worker = "reserved", self._now(), self._worker
         return seen
 
@@ -255,7 +256,7 @@ class Memory:
             if isinstance(outcome, Expired) or (isinstance(outcome, Done) and not outcome.kept):
                 self._delete(job.key)
             elif isinstance(outcome, Done):
-                self._move(kept, "done", deliveries=0)
+                self._move(kept, "done", deliveries=0, due=None)
             elif isinstance(outcome, Later) and not outcome.counted:
                 delayed = outcome.at is not None and outcome.at > now
                 due = outcome.at if delayed else None
@@ -264,7 +265,7 @@ class Memory:
                 attempts = job.attempts + 1
                 kept.report += entry_of(outcome, attempts, now)
                 if isinstance(outcome, Dead):
-                    self._move(kept, "dead", deliveries=0, attempts=attempts)
+                    self._move(kept, "dead", deliveries=0, attempts=attempts, due=None)
                 else:
                     due = due_after(outcome, attempts, now)
                     self._move(kept, "delayed", deliveries=0, attempts=attempts, due=due)
@@ -322,7 +323,7 @@ class Memory:
     def forgive(self) -> None:
         with self._store.changed:
             for kept in self._ours():
-                kept.job = replace(kept.job, deliveries=max(kept.job.deliveries - 1, 0))
+                kept.job = replace(kept.job, deliveries=kept.before)
 
     def _ours(self) -> list[_Kept]:
         """What this worker has reserved."""
@@ -331,7 +332,7 @@ class Memory:
     def close(self) -> None:
         with self._store.changed:
             for kept in self._ours():
-                self._move(kept, "ready", deliveries=max(kept.job.deliveries - 1, 0))
+                self._move(kept, "ready", deliveries=kept.before)
             for kept in [kept for kept in self._store.jobs.values() if kept.worker == self._worker]:
                 self._move(kept, kept.origin)
             self._begin()

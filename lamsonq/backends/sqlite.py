@@ -248,7 +248,9 @@ class SQLite(Reserving):
 
     def forgive(self) -> None:
         if self._life is not None:
-            sqlite_workers.forgive(self._database, self._life.id)
+            following = next(self._numbers)
+            sqlite_workers.forgive(self._database, self._life.id, self._unforgiven)
+            self._unforgiven = following
 
     def limit(self, limits: Sequence[Limit]) -> None:
         self._limits = tuple(limits)
@@ -259,6 +261,7 @@ class SQLite(Reserving):
         """Claims go back uncounted. Another `reserve` starts anew."""
         if self._life is not None:
             try:
+                self.forgive()
                 sqlite_workers.release(self._database, self._life.id, self._now(), counted=False)
                 self._outgoing.retry()
                 self._bodies.settle_doubts()

@@ -40,6 +40,7 @@ class Reserving(Kept):
         self._lock = threading.Lock()
         self._life: Life | None = None
         self._numbers = itertools.count(1)
+        self._unforgiven = 0
         self._held: set[str] = set()  # our claims that are not settled
         self._suspect = ""  # the one of them whose worker died before
         self._found = False  # the last look found something, so there may be more

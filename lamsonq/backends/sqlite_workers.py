@@ -29,7 +29,7 @@ from lamsonq.reports import entry_of
 LOG = logging.getLogger()
 """The root logger, as in the rest of the queue."""
 
-_GIVE_BACK = "update jobs set state = 'ready', token = '', since = ?, deliveries = max(deliveries - ?, 0) where id = ?"
+_GIVE_BACK = "update jobs set state = 'ready', token = '', since = ? where id = ?"
 _PUT_BACK = "update jobs set state = ?, token = '', since = ? where id = ?"
 _BURY = "update jobs set state = 'dead', token = '', since = ?, report = report || ? where id = ?"
 
@@ -93,7 +93,8 @@ def bury_dead(database: Database, own: str | None, now: float, hand_over: Callab
 
 
 def release(database: Database, worker: str, now: float, *, counted: bool = True) -> int:
-    """Give back this worker's claims, or bury what has killed its workers; how many there were."""
+    """Give back this worker's claims, or bury what has killed its workers; how many there were. Not `counted`: they
+    are forgiven."""
 
     def act(connection: sqlite3.Connection) -> list[tuple[str, str, str, bool]]:
         query = (
@@ -110,7 +111,7 @@ def release(database: Database, worker: str, now: float, *, counted: bool = True
                 reason = Dead(killed(deliveries))
                 connection.execute(_BURY, (now, readable(entry_of(reason, attempts + 1, now)), number))
             else:
-                connection.execute(_GIVE_BACK, (now, 0 if counted else 1, number))
+                connection.execute(_GIVE_BACK, (now, number))
             leave(connection, number, now)
             told.append((queue, str(key), origin or ("dead" if killer else "ready"), killer))
         return told
@@ -124,11 +125,12 @@ def release(database: Database, worker: str, now: float, *, counted: bool = True
     return len(claims)
 
 
-def forgive(database: Database, worker: str) -> None:
-    """The claims of this worker no longer count."""
+def forgive(database: Database, worker: str, since: int) -> None:
+    """The claims of this worker from this number on no longer count."""
     update = "update jobs set deliveries = max(deliveries - 1, 0) where state = 'reserved' and token between ? and ?"
     update += " and token not like '%:%'"  # a tool's does not count as it is
-    database.write(lambda connection: connection.execute(update, span(worker)) and None)
+    update += " and cast(substr(token, instr(token, '/') + 1) as integer) >= ?"
+    database.write(lambda connection: connection.execute(update, (*span(worker), since)) and None)
 
 
 def span(worker: str) -> tuple[str, str]:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import socket
 import ssl
-import time
-from collections.abc import Callable
-from types import SimpleNamespace
-
-import pytest
 
 from lamsonq.smtp import SMTPReceiver
+
+from .waiting import PATIENCE
 
 MESSAGE = b"From: a@x.test\r\nTo: desk@y.test\r\nSubject: hi\r\n\r\nbody\r\n"
 
@@ -31,7 +28,7 @@ class Client:
         wait: bool = True,
     ) -> None:
         port = receiver if isinstance(receiver, int) else receiver.port
-        self.socket = socket.create_connection(("127.0.0.1", port), timeout=10)
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.lines = self.socket.makefile("rb")
         if header:
@@ -106,23 +103,3 @@ class Client:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def waits_until(condition: Callable[[], object], seconds: float = 5.0) -> bool:
-    """Whether this comes true in time."""
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.005)
-    return True
-
-
-def clock_ahead(monkeypatch: pytest.MonkeyPatch, *modules: str) -> Callable[[float], None]:
-    """What puts the monotonic clock of these modules ahead, by seconds in which no processor was used."""
-    ahead = [0.0]
-    stepping = SimpleNamespace(**vars(time))
-    stepping.monotonic = lambda: time.monotonic() + ahead[0]
-    for module in modules:
-        monkeypatch.setattr(f"{module}.time", stepping)
-    return lambda seconds: ahead.append(ahead.pop() + seconds)

@@ -1,23 +1,29 @@
 """What several tests of the framework share: handler modules written on the spot, and a folder of one's own."""
 
+import errno
 import itertools
 import os
-import socket
 import ssl
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trustme
+from asyncinotify import Inotify
 
+from lamsonq import backends
 from lamsonq.backends import memory
 from lamsonq.mail import MailRequest
 from lamsonq.marks import MODULES
 from lamsonq.routing import RoutingBase
 from lamsonq.smtp import SMTPReceiver
+
+from . import ports
+from .waiting import PATIENCE
 
 _numbers = itertools.count(1)
 
@@ -31,14 +37,36 @@ def unsynced() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def watched() -> Iterator[None]:
+    """A user has so many instances of inotify(7) (fs.inotify.max_user_instances): when other suites of this user have
+    them all, a test waits for one, and is not one that has to look once a second."""
+    init = Inotify.__init__
+
+    def wait_and_init(self: Inotify, *args: Any, **options: Any) -> None:
+        give_up_at = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return init(self, *args, **options)
+            except OSError as error:
+                if error.errno != errno.EMFILE or time.monotonic() > give_up_at:
+                    raise
+            time.sleep(0.02)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Inotify, "__init__", wait_and_init)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def apart() -> Iterator[None]:
-    """Tests come in any order, and many in one process: its queues in memory and its umask are each test's own."""
+    """Tests come in any order, and many in one process: its queues and its umask are each test's own."""
     umask = os.umask(0o022)
     os.umask(umask)
     with pytest.MonkeyPatch.context() as patch:  # not the test's own, which is undone before other fixtures end
         patch.setattr(memory, "_stores", {})
         yield
+    backends._open.cache_clear()  # 128 of them, with their watches, would be kept for who asks again
     os.umask(umask)
 
 
@@ -93,14 +121,8 @@ def mail() -> Callable[..., MailRequest]:
 
 @pytest.fixture
 def free_port() -> Callable[[], int]:
-    """`free_port()` is a port of the loopback that nobody listens on at this moment."""
-
-    def find() -> int:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port: int = server.getsockname()[1]
-            return port
-
-    return find
+    """`free_port()` is a port that nobody listens on, and nobody but the test will."""
+    return ports.free_port
 
 
 @pytest.fixture

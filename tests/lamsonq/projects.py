@@ -6,12 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 from lamsonq import pidfile
 from lamsonq.errors import Refusal
+
+from .waiting import until
 
 ROOT = str(Path(pidfile.__file__).parents[1])
 ENVIRON = {**os.environ, "PYTHONPATH": ROOT, "PYTHONDONTWRITEBYTECODE": "1"}
@@ -102,13 +102,6 @@ class Project:
                 running.signal(signal.SIGKILL)
                 running.wait(5)
                 running.close()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about in 20 s"
-        time.sleep(0.01)
 
 
 def gone(pid: int) -> bool:

@@ -217,7 +217,7 @@ def test_at_most_a_thousand_addresses_of_a_stranger_are_read() -> None:
     ],
 )
 def test_reading_addresses_takes_linear_time(bomb: str) -> None:
-    start = time.monotonic()
+    start = time.thread_time()
     addresses_in(bomb)
     is_path_address(bomb)
-    assert time.monotonic() - start < 5
+    assert time.thread_time() - start < 5

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -272,9 +272,7 @@ class SQLiteModel(Model):
     module, kind, name = "lamsonq.backends.sqlite", "SQLite", "sqlite:{folder}/q.db?queue=posts"
 
 
-SETTINGS = settings(
-    max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+SETTINGS = settings(max_examples=40, stateful_step_count=30)
 
 
 @pytest.mark.parametrize("model", [MemoryModel, MaildirModel, SQLiteModel])

@@ -18,6 +18,8 @@ from lamsonq.queue import Queue
 from lamsonq.routing import RoutingBase
 from lamsonq.worker import QueueReceiver
 
+from .waiting import PATIENCE
+
 FORK = multiprocessing.get_context("fork")
 NOW = 1_700_000_000.0
 WINDOW = 30.0
@@ -31,12 +33,12 @@ def url(request: pytest.FixtureRequest, here: Path) -> str:
 
 def in_processes(number: int, work: object, *args: object) -> None:
     """Run `work(barrier, *args)` in so many processes at once."""
-    barrier = FORK.Barrier(number)
+    barrier = FORK.Barrier(number, timeout=PATIENCE)
     children = [FORK.Process(target=work, args=(barrier, *args)) for _ in range(number)]  # type: ignore[arg-type]
     for child in children:
         child.start()
     for child in children:
-        child.join(60)
+        child.join()
     assert [child.exitcode for child in children] == [0] * number
 
 

@@ -784,7 +784,7 @@ def test_what_cannot_be_called_is_refused_where_it_stands() -> None:
 SAMPLES = [text for param in KNOWN for text in [str(param.values[0])]] + [COMPLAINT, READ, FORWARDED]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_no_mutation_of_a_bounce_raises(data: st.DataObject) -> None:
     octets = bytearray(data.draw(st.sampled_from(SAMPLES)).encode())
@@ -797,7 +797,7 @@ def test_no_mutation_of_a_bounce_raises(data: st.DataObject) -> None:
     look_at(MailRequest("x", "", OUR, bytes(octets)))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.binary(max_size=400),
     st.sampled_from(["text/plain", "message/delivery-status", "multipart/report; boundary=b", "text/html"]),

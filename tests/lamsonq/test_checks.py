@@ -18,7 +18,8 @@ from lamsonq.session import Dialogue
 from lamsonq.smtp import SMTPReceiver
 from lamsonq.tls import TLS
 
-from .clients import Client, waits_until
+from .clients import Client
+from .waiting import until
 
 Serve = Any
 HOOKS = ("on_connect", "on_mail", "on_rcpt")
@@ -221,7 +222,7 @@ def test_who_speaks_before_the_greeting_is_refused_where_it_waits_for_a_check(se
     receiver = serve(on_connect=lambda _: gate.wait(5))
     with Client(receiver, wait=False) as client:
         client.send(b"EHLO early\r\nMAIL FROM:<a@x.test>\r\n")
-        assert waits_until(lambda: any(session._held for session in receiver._sessions))
+        until(lambda: any(session._held for session in receiver._sessions))
         gate.set()
         assert client.rest() == "554 5.5.1 You spoke before the greeting\r\n"
     with Client(receiver) as client:
@@ -232,9 +233,9 @@ def test_a_client_that_goes_while_a_check_runs_leaves_nothing(serve: Serve) -> N
     gate = threading.Event()
     receiver = serve(on_connect=lambda _: gate.wait(5))
     with Client(receiver, wait=False) as client:
-        assert waits_until(lambda: receiver.traffic.open == 1)
+        until(lambda: receiver.traffic.open == 1)
         client.reset()
-    assert waits_until(lambda: receiver.traffic.open == 0)
+    until(lambda: receiver.traffic.open == 0)
     gate.set()
 
 

@@ -10,7 +10,8 @@ import pytest
 from lamsonq.lmtp import LMTPReceiver
 from lamsonq.queue import Queue
 
-from .clients import Client, waits_until
+from .clients import Client
+from .waiting import until
 
 Serve = Any
 BEGIN = b"MAIL FROM:<a@x.test>\r\nRCPT TO:<desk@y.test>\r\n"
@@ -164,7 +165,7 @@ def test_a_size_beyond_everything_takes_no_memory(serve: Serve, size: str) -> No
     with Client(receiver) as client:
         client.begin("desk@y.test")
         client.send(b"BDAT %s\r\n" % size.encode() + b"x" * 500_000)
-        assert waits_until(lambda: any(session._received >= 400_000 for session in receiver._sessions))
+        until(lambda: any(session._received >= 400_000 for session in receiver._sessions))
         assert receiver.traffic.memory == 0
 
 
@@ -176,7 +177,7 @@ def test_of_a_piece_that_is_announced_too_large_nothing_is_kept(serve: Serve, be
         assert client.replies(3) == ["250", "250", "250"]
         client.send(b"BDAT %d LAST\r\n" % size + b"y" * (size - 1))
         [session] = receiver._sessions
-        assert waits_until(lambda: session._received == size - 1)
+        until(lambda: session._received == size - 1)
         assert (receiver.traffic.memory, len(session._held), len(session._chunks or b"")) == (0, 0, 0)
         client.send(b"yNOOP\r\n")  # in step again behind the last octet
         assert client.replies(2) == ["552", "250"]

@@ -25,7 +25,7 @@ from lamsonq.mail import MailRequest
 from lamsonq.queue import Queue, job_of
 
 from .cli import ENVIRON, every_command, lamsonq, parsed, refused
-from .clients import waits_until
+from .waiting import PATIENCE, until
 
 # ---- spelling --------------------------------------------------------------------------------------------------
 
@@ -264,7 +264,7 @@ def test_stop_all_prints_what_the_tutorial_shows_and_leaves_nothing(project: Pat
         *(f"Attempting to stop lamsonq at pid {pid}" for pid in pids),
     ]
     assert list(project.glob("run/*.pid")) == []
-    assert waits_until(lambda: not any(os.path.exists(f"/proc/{pid}/fd/0") for pid in pids))
+    until(lambda: not any(os.path.exists(f"/proc/{pid}/fd/0") for pid in pids))
 
 
 def test_stop_all_of_nothing_is_no_mistake(project: Path) -> None:
@@ -344,7 +344,7 @@ def test_log_takes_the_options_of_start(project: Path, free_port: Callable[[], i
         *("-FORCE", "--daemon", "-uid", user, "-gid", group),
     )
     try:
-        with socket.create_connection(("127.0.0.2", int(port)), timeout=10) as client:
+        with socket.create_connection(("127.0.0.2", int(port)), timeout=PATIENCE) as client:
             assert client.recv(3) == b"220"
         assert Path("sub/logs/logger.log").stat().st_mode & 0o777 == 0o600
     finally:
@@ -408,11 +408,12 @@ def test_a_root_directory_that_is_not_there_is_refused(project: Path) -> None:
 def _runs_here(command: list[str], pid_file: Path, says: str) -> None:
     """The command stays in the foreground, with its pid in the file, until it is told to end."""
     process = subprocess.Popen(command, env=ENVIRON, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    deadline = time.monotonic() + 20
-    while not (pid_file.exists() and pid_file.read_text() == f"{process.pid}\n" and _expects_the_end(process.pid)):
+
+    def runs() -> bool:
         assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+        return pid_file.exists() and pid_file.read_text() == f"{process.pid}\n" and _expects_the_end(process.pid)
+
+    until(runs)
     process.terminate()
     _, shown = process.communicate(timeout=30)
     assert process.returncode == 0, shown
@@ -483,13 +484,14 @@ def test_status_tells_when_a_job_was_claimed_last(project: Path) -> None:
     begun = time.time()
     lamsonq("start")
     Queue("run/posts").push("Subject: hi\n\nhello\n")
-    deadline = time.monotonic() + 20
-    while True:
+
+    def status() -> dict[str, Any]:
         (server,) = json.loads(lamsonq("status", "-ALL", "run", "-json").stdout)["servers"]
-        if server["handled"]:
-            break
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+        assert isinstance(server, dict)
+        return server
+
+    until(lambda: status()["handled"])
+    server = status()
     assert begun <= server["last_claim"] <= server["last_settled"] <= time.time()
 
 

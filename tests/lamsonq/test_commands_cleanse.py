@@ -195,7 +195,7 @@ _pieces = st.lists(
 ).map(b"".join)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(_pieces)
 def test_whatever_comes_is_put_right_or_refused(data: bytes) -> None:
     try:

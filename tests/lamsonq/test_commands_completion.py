@@ -15,6 +15,7 @@ from lamsonq.commands.completion import queues_of
 from lamsonq.queue import Queue
 
 from .cli import ENVIRON, lamsonq, launcher, program, refused
+from .waiting import PATIENCE
 
 
 @pytest.fixture
@@ -132,7 +133,7 @@ def test_a_tab_completes_at_a_terminal(project: Path) -> None:
 
 
 def _until(screen: int, wanted: bytes) -> None:
-    shown, deadline = b"", time.monotonic() + 20
+    shown, deadline = b"", time.monotonic() + PATIENCE
     while wanted not in shown:
         ready, _, _ = select.select([screen], [], [], max(0, deadline - time.monotonic()))
         assert ready, shown

@@ -22,7 +22,8 @@ from lamsonq.smtp import SMTPReceiver
 from lamsonq.state import SQLiteStorage
 from lamsonq.threads import Threads
 
-from .clients import MESSAGE, Client, waits_until
+from .clients import MESSAGE, Client
+from .waiting import PATIENCE, until
 
 Serve = Callable[..., SMTPReceiver]
 
@@ -36,7 +37,7 @@ class Gated(Queue):
 
     def keep(self, jobs: Sequence[Job]) -> None:
         self.begun.release()
-        assert self.gate.wait(10)
+        assert self.gate.wait(PATIENCE)
         super().keep(jobs)
 
 
@@ -115,7 +116,7 @@ class Counted:
 
     def __call__(self, things: Sequence[Any]) -> Any:
         self.begun.release()
-        assert self.gate.wait(10)
+        assert self.gate.wait(PATIENCE)
         self.given.append(len(things))
         if self.refuses and any(self.refuses in repr(thing) for thing in things):
             raise QueueError(f"no {self.refuses}")
@@ -132,10 +133,10 @@ def six_at_once(receiver: SMTPReceiver, gated: Counted) -> Iterator[list[str]]:
             client.begin(f"{number}@x.test", sender=f"{number}@y.test")
             assert client.say("DATA").startswith("354")
         opened[0].send(MESSAGE + b".\r\n")
-        assert gated.begun.acquire(timeout=10)
+        assert gated.begun.acquire(timeout=PATIENCE)
         for client in opened[1:]:
             client.send(MESSAGE + b".\r\n")
-        assert waits_until(lambda: len(receiver._committer.together._waiting) == 5)
+        until(lambda: len(receiver._committer.together._waiting) == 5)
         gated.gate.set()
         replies += [client.reply() for client in opened]
         yield replies
@@ -195,8 +196,7 @@ def test_a_queue_that_has_no_room_for_what_a_function_pushes_is_one_line_for_eac
     monkeypatch.setattr(Queue("memory:together").backend, "put", Once(QueueError("no room"), print))
     with Client(serve(deliver=None)) as client:
         assert client.mail("1@x.test").startswith("451")
-        waits_until(lambda: "could not be settled" in caplog.text)
-    [record] = [record for record in caplog.records if "could not be settled" in record.message]
+    [record] = until(lambda: [record for record in caplog.records if "could not be settled" in record.message])
     assert record.message.endswith(": no room")
     assert record.exc_info is None
 
@@ -210,7 +210,7 @@ def test_a_state_store_that_hangs_asks_for_a_new_process(
     receiver = serve(deliver=None, timeout=0.05)
     with Client(receiver) as client:
         sent(client, "1@x.test")
-        assert waits_until(lambda: receiver.stuck)
+        until(lambda: receiver.stuck)
         gated.gate.set()
         assert client.reply().startswith("250")
 
@@ -237,7 +237,7 @@ def test_a_message_whose_envelope_cannot_be_completed_holds_up_no_other(
         assert client.mail(sender="odd@x.test").startswith("451")
         assert client.mail().startswith("250")
     assert queue.count() == 1
-    assert waits_until(lambda: not receiver._committer.open)
+    until(lambda: not receiver._committer.open)
     assert receiver.traffic.memory == 0
 
 
@@ -401,7 +401,7 @@ def test_each_group_of_a_spooled_message_is_told_and_its_memory_is_given_back(se
     receiver = serve(LMTPReceiver, deliver=gated.push)
     with lmtp(receiver) as client:
         sent(client, "a@y.test", "b@y.test", "a@y.test")
-        assert gated.begun.acquire(timeout=10)
+        assert gated.begun.acquire(timeout=PATIENCE)
         assert receiver.traffic.memory == len(MESSAGE)
         gated.gate.set()
         assert {client.reply() for _ in range(3)} == {f"250 2.0.0 Ok: queued as {gated.keys()[0]}"}
@@ -416,12 +416,12 @@ def test_a_message_whose_client_has_gone_is_kept_and_forgotten(serve: Serve, gat
     receiver = serve(deliver=gated.push)
     client = Client(receiver)
     sent(client, "a@y.test")
-    assert gated.begun.acquire(timeout=10)
+    assert gated.begun.acquire(timeout=PATIENCE)
     client.reset()
-    assert waits_until(lambda: not receiver._sessions)
+    until(lambda: not receiver._sessions)
     assert receiver.traffic.memory == len(MESSAGE)
     gated.gate.set()
-    assert waits_until(lambda: not receiver._committer.open)
+    until(lambda: not receiver._committer.open)
     assert receiver.traffic.memory == 0
     assert gated.count() == 1
 
@@ -434,8 +434,8 @@ def test_what_waits_in_the_spool_when_the_receiver_ends_is_kept_and_answered(ser
     clients = [Client(receiver) for _ in range(3)]
     for client in clients:
         sent(client, "a@y.test")
-    assert gated.begun.acquire(timeout=10)
-    assert waits_until(lambda: len(receiver._committer.open) == 3)
+    assert gated.begun.acquire(timeout=PATIENCE)
+    until(lambda: len(receiver._committer.open) == 3)
     receiver.stop(10)
     gated.gate.set()
     assert [client.reply()[:3] for client in clients] == ["250"] * 3
@@ -449,18 +449,18 @@ def test_who_waits_for_the_spool_longer_than_the_grace_is_sent_away(serve: Serve
     receiver = serve(deliver=gated.push)
     with Client(receiver) as client:
         sent(client, "a@y.test")
-        assert gated.begun.acquire(timeout=10)
+        assert gated.begun.acquire(timeout=PATIENCE)
         receiver.stop(0)
         assert client.rest() == "421 4.3.2 Service shutting down\r\n"
     receiver.join()
     gated.gate.set()  # nobody listens any more, and nothing comes of that
-    assert waits_until(lambda: gated.count() == 1)
+    until(lambda: gated.count() == 1)
 
 
 def test_a_put_that_hangs_asks_for_a_new_process(serve: Serve, gated: Gated) -> None:
     receiver = serve(deliver=gated.push, timeout=0.05)
     with Client(receiver) as client:
         sent(client, "a@y.test")
-        assert waits_until(lambda: receiver.stuck)
+        until(lambda: receiver.stuck)
         receiver.stop(0)
         assert client.rest().startswith("421")

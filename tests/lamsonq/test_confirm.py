@@ -26,6 +26,8 @@ from lamsonq.queue import Queue
 from lamsonq.routing import RoutingBase
 from lamsonq.server import QueueReceiver
 
+from .waiting import PATIENCE
+
 Module = Callable[..., str]
 DAY = 24 * 3600.0
 POST = b"From: Alice <Alice@example.org>\r\nMessage-ID: <1@example.org>\r\nSubject: hi\r\n\r\nmy post \xff\r\n"
@@ -576,7 +578,7 @@ HANDLERS = """
             Queue("run/posts").push(original)
             HELD.append(current())
             ENTERED.set()
-            assert GO_ON.wait(10)
+            assert GO_ON.wait(60)
             if HELD[0].given_up:
                 CONFIRM.verify("blog", message["from"], secret)
             fail_if("slow")
@@ -709,7 +711,7 @@ def confirmed_slowly(project: Any, router: RoutingBase) -> tuple[str, threading.
 
     thread = threading.Thread(target=deliver)
     thread.start()
-    assert project.ENTERED.wait(10)
+    assert project.ENTERED.wait(PATIENCE)
     return secret, thread, raised
 
 
@@ -724,7 +726,7 @@ def test_of_two_handlers_that_verify_a_secret_at_once_the_second_waits_for_the_f
     assert isinstance(outcome, Later)
     assert not outcome.counted  # the one that waits is not at fault
     project.GO_ON.set()
-    thread.join(10)
+    thread.join(PATIENCE)
     router.deliver(answer(f"slow-{secret}@example.com", data))
     assert (project.CALLS[1:], raised, Queue("run/posts").count()) == ([True, False], [], 1)
 
@@ -746,7 +748,7 @@ def test_when_the_first_handler_fails_the_second_confirms(project: Any, router: 
     secret, thread, raised = confirmed_slowly(project, router)
     project.BROKEN.add("slow")
     project.GO_ON.set()
-    thread.join(10)
+    thread.join(PATIENCE)
     assert len(raised) == 1
     project.BROKEN.clear()
     router.deliver(answer(f"slow-{secret}@example.com", b"Message-ID: <another@example.org>\r\n"))
@@ -762,7 +764,7 @@ def test_a_handler_that_was_given_up_keeps_nobody_out_and_confirms_nothing(proje
         held._settle(Later("it hung"), [])  # as a receiver does, in its place
     finally:
         project.GO_ON.set()
-    thread.join(10)
+    thread.join(PATIENCE)
     assert (project.CONFIRM.verify("blog", ALICE, secret), Queue("run/posts").count()) == (None, 0)
 
 
@@ -778,8 +780,8 @@ def test_outside_a_secret_that_a_handler_has_just_verified_is_waited_for(
     outside = threading.Thread(target=lambda: found.append(project.CONFIRM.verify("blog", ALICE, secret)))
     outside.start()
     project.GO_ON.set()
-    outside.join(10)
-    thread.join(10)
+    outside.join(PATIENCE)
+    thread.join(PATIENCE)
     assert (found, Queue("run/posts").count()) == ([None], 1)
 
 

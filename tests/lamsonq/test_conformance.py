@@ -100,7 +100,7 @@ class DecidesBeforeItKeeps(Memory):
                 results += super().put([put], conn)
                 continue
             passage = gate.passage(self._store.gates.get(gate.key, (None, 0.0))[0], self._now())
-            time.sleep(0.02)
+            time.sleep(0.2)
             if passage is not None:
                 self._store.gates[gate.key] = passage.last, 0.0
                 super().put([replace(put, gate=None, job=replace(put.job, due=passage.due))])

@@ -30,8 +30,9 @@ from lamsonq.smtp import SMTPReceiver
 from lamsonq.trace import HOPS_MAX
 from lamsonq.wire import Wire
 
-from .clients import Client, waits_until
+from .clients import Client
 from .offline import Taker, cut, ours, talk
+from .waiting import until
 
 Serve = Any
 AFTER = 32
@@ -66,7 +67,7 @@ def spilled(monkeypatch: pytest.MonkeyPatch) -> list[Spilled]:
 def leaves_no_file(here: Path) -> Iterator[None]:
     before = nameless()
     yield
-    assert waits_until(lambda: nameless() == before)
+    until(lambda: nameless() == before)
 
 
 def nameless() -> int:
@@ -139,7 +140,7 @@ def test_the_end_is_found_and_no_other_wherever_a_piece_ends(pause: int) -> None
 FRAGMENTS = [b"\r\n", b"\r", b"\n", b".", b"..", b"\r\n.\r", b"\n.\n", b"\r\n..", b"a", b"text", b"\r\n.", b"x" * 20]
 
 
-@settings(max_examples=150, deadline=None, database=None)
+@settings(max_examples=150, database=None)
 @given(
     st.lists(st.sampled_from(FRAGMENTS), max_size=30).map(b"".join),
     st.lists(st.integers(0, 400), max_size=12),
@@ -248,10 +249,10 @@ def test_what_grows_too_large_while_it_spills_is_read_to_its_end_and_dropped(
         client.begin("desk@y.test")
         client.say("DATA")
         client.send(LARGE[:4000])
-        assert waits_until(lambda: bool(spilled) and len(spilled[0]) > 3900)
+        until(lambda: bool(spilled) and len(spilled[0]) > 3900)
         assert not closed(spilled)
         client.send(LARGE[4000:])
-        assert waits_until(lambda: closed(spilled))
+        until(lambda: closed(spilled))
         assert receiver.traffic.memory == 0
         assert client.say(b".").startswith("552 5.3.4")
         client.send(BEGIN + bdat(b"x" * 4000) + bdat(b"x" * 1001) + b"NOOP\r\n")
@@ -391,7 +392,7 @@ def test_what_cannot_be_read_again_is_not_taken(
             with monkeypatch.context() as patch:
                 patch.setattr(Spilled, "read", read)
                 assert client.mail(data=LARGE).startswith("451 4.3.0 Internal error")
-            assert waits_until(lambda receiver=receiver: receiver.traffic.memory == 0)  # type: ignore[misc]
+            until(lambda receiver=receiver: receiver.traffic.memory == 0)  # type: ignore[misc]
             assert client.mail(data=LARGE).startswith("250")
     assert (spool.count(), len(serve.taken)) == (1, 1)
 
@@ -405,11 +406,11 @@ def test_a_client_that_goes_leaves_nothing(serve: Serve, spilled: list[Spilled],
     receiver = serve()
     with Client(receiver) as client:
         client.send(BEGIN + body)
-        assert waits_until(lambda: bool(spilled) and len(spilled[0]) > 7000)
+        until(lambda: bool(spilled) and len(spilled[0]) > 7000)
         assert receiver.traffic.memory < 2 * AFTER
         getattr(client, end)()
-    assert waits_until(lambda: closed(spilled))
-    assert waits_until(lambda: (receiver.traffic.memory, receiver.traffic.open) == (0, 0))
+    until(lambda: closed(spilled))
+    until(lambda: (receiver.traffic.memory, receiver.traffic.open) == (0, 0))
     assert serve.taken == []
 
 
@@ -431,7 +432,7 @@ def test_a_client_that_sends_nothing_more_leaves_nothing(serve: Serve, spilled: 
         client.send(BEGIN + b"DATA\r\n" + LARGE)
         assert client.replies(3) == ["250", "250", "354"]
         assert client.reply().startswith("421")
-        assert waits_until(lambda: closed(spilled))
+        until(lambda: closed(spilled))
 
 
 def test_only_what_is_in_memory_counts(serve: Serve) -> None:
@@ -442,10 +443,10 @@ def test_only_what_is_in_memory_counts(serve: Serve) -> None:
             client.say("DATA")
             client.send(LARGE)
         sessions = receiver._sessions
-        assert waits_until(lambda: all(len(session._spilled or b"") > 7000 for session in sessions))
+        until(lambda: all(len(session._spilled or b"") > 7000 for session in sessions))
         assert receiver.traffic.memory == sum(session._reserved for session in sessions) < 2 * AFTER
         assert [client.say(b".")[:3] for client in (first, second)] == ["250", "250"]
-        assert waits_until(lambda: receiver.traffic.memory == 0)
+        until(lambda: receiver.traffic.memory == 0)
 
 
 # -- the file -----------------------------------------------------------------------------------------------------
@@ -531,7 +532,7 @@ def test_a_message_is_gone_when_its_handlers_are_done(
         replies = codes if kind is LMTPReceiver else codes[:1]
         assert client.replies(len(replies)) == replies
         assert len(made) == len(recipients)
-        assert waits_until(lambda: not any(reference() for reference in made))
+        until(lambda: not any(reference() for reference in made))
 
 
 @pytest.mark.parametrize("spooled", [True, False])
@@ -550,4 +551,4 @@ def test_a_message_is_gone_when_it_is_kept_or_delivered(serve: Serve, no_collect
     with Client(receiver) as client:
         assert client.mail(data=LARGE).startswith("250")
         assert len(made) == 1
-        assert waits_until(lambda: made[0]() is None)
+        until(lambda: made[0]() is None)

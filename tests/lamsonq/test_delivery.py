@@ -19,6 +19,8 @@ from lamsonq.routing import RoutingBase
 from lamsonq.server import SMTPReceiver
 from lamsonq.worker import QueueReceiver
 
+from .waiting import PATIENCE
+
 Module = Callable[..., str]
 
 NOTED = """
@@ -176,7 +178,7 @@ def test_a_report_that_cannot_be_sent_is_logged_and_the_message_is_handled(
 ) -> None:
     router.load([module(NOTED)])
     spool(posts)
-    direct = Relay("127.0.0.1", free_port(), timeout=5)
+    direct = Relay("127.0.0.1", free_port(), timeout=PATIENCE)
     QueueReceiver(posts, router=router, reports=direct.deliver).start(one_shot=True)
     assert sum(posts.backend.counts().values()) == 0
     assert "is handled could not be sent" in caplog.text

@@ -25,6 +25,7 @@ from lamsonq.transaction import for_the_wire
 from lamsonq.worker import QueueReceiver
 
 from .servers import Server
+from .waiting import PATIENCE
 
 dkim = pytest.importorskip("dkim")
 
@@ -81,7 +82,7 @@ def test_two_keys_of_a_domain_make_two_signatures_that_others_verify(keys: list[
 
 
 def test_the_relay_signs_the_bytes_as_they_leave(keys: list[DKIM], server: Server, here: Path) -> None:
-    relay = Relay("127.0.0.1", server.port, sign=keys, timeout=5)
+    relay = Relay("127.0.0.1", server.port, sign=keys, timeout=PATIENCE)
     Relay(deliver=Queue("run/outbox").push).deliver(
         MailResponse(From="joe@example.org", To="ann@y.test", Subject="grüße", Body=".dot\n\n..dots\nüber\n")
     )

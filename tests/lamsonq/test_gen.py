@@ -7,8 +7,7 @@ import re
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,9 @@ from click.testing import CliRunner
 
 from lamsonq import commands, pidfile
 from lamsonq.commands import project as template
+
+from .ports import free_port
+from .waiting import until
 
 ROOT = Path(template.__file__).parents[2]
 ENVIRON = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -159,8 +161,7 @@ def osb(here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     lamsonq("gen", "osb")
     monkeypatch.chdir("osb")
     for table in ("RECEIVER", "RELAY"):
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            monkeypatch.setitem(ENVIRON, f"LAMSONQ_{table}__PORT", str(free.getsockname()[1]))
+        monkeypatch.setitem(ENVIRON, f"LAMSONQ_{table}__PORT", str(free_port()))
     yield Path.cwd()
     for path in Path("run").glob("*.pid"):
         running = pidfile.find(str(path))
@@ -181,13 +182,6 @@ def follow_the_tutorial(osb: Path) -> None:
     with (osb / "config/settings.py").open("a") as settings:
         settings.write(QUEUE_SETTINGS)
     (osb / "app/handlers/index.py").write_text(INDEX)
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about in 30 s"
-        time.sleep(0.02)
 
 
 def test_a_mail_goes_the_whole_way(osb: Path) -> None:

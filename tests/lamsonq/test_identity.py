@@ -13,8 +13,7 @@ import socket
 import stat
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +23,7 @@ from lamsonq.commands.project import generate
 from lamsonq.errors import UsageError
 
 from .servers import Server
+from .waiting import PATIENCE, until
 
 PACKAGE = Path(identity.__file__).parent
 UID, GID, CERTS = 4242, 4243, 4244
@@ -148,7 +148,7 @@ class System:
         return (self.project / "logs/lamsonq.log").read_text()
 
     def send(self) -> None:
-        with smtplib.SMTP("127.0.0.1", self.port, timeout=10) as client:
+        with smtplib.SMTP("127.0.0.1", self.port, timeout=PATIENCE) as client:
             client.sendmail(
                 "a@example.com", ["test.blog.1@osb.localhost"], "From: a@example.com\r\nSubject: x\r\n\r\nhi\r\n"
             )
@@ -171,13 +171,6 @@ def identities_in(status: Path) -> dict[str, list[int]]:
 
 PATH = "/usr/bin:/bin:/usr/sbin:/sbin"
 AS_BLOG = {"Uid": [UID] * 4, "Gid": [GID] * 4, "Groups": [GID, CERTS], "CapPrm": [0], "CapEff": [0]}
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about in 20 s"
-        time.sleep(0.01)
 
 
 def mounts(root: Path) -> Iterator[str]:
@@ -283,7 +276,7 @@ def test_in_the_foreground_too(system: System) -> None:
             until(lambda: (system.project / "logs/lamsonq.log").exists() and "1 process(es)" in system.log())
             assert [identities(pid) for pid in system.family()] == [AS_BLOG, AS_BLOG]
             one.terminate()
-            assert one.wait(20) == 0
+            assert one.wait(PATIENCE) == 0
         finally:
             one.kill()
 

@@ -23,6 +23,8 @@ from lamsonq.mail import MailRequest
 from lamsonq.queue import Queue
 from lamsonq.routing import RoutingBase
 
+from .waiting import PATIENCE
+
 TOKEN = "a token of thirty characters.."
 MESSAGE = b"Received: from a by b; now\r\nFrom: joe@example.org\r\nSubject: hi\r\n\r\n.body\r\n\xff\x00\r\n"
 PAGE = Path(__file__).parents[2] / "docs" / "mail-over-http.md"
@@ -51,7 +53,7 @@ class _Server:
 
     def close(self) -> None:
         self.server.should_exit = True
-        self.thread.join(10)
+        self.thread.join(PATIENCE)
 
 
 class _Posts:
@@ -228,9 +230,9 @@ def test_a_client_that_goes_loses_only_the_reply(serve: Callable[..., _Posts]) -
     request = f"POST /?from=a@x.test&to=b@y.test HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n"
     with socket.create_connection(("127.0.0.1", post.port)) as client:
         client.sendall(request.encode() + b"Content-Length: 3\r\n\r\nhi\n")
-        assert begun.wait(10)
+        assert begun.wait(PATIENCE)
     gate.set()
-    assert taken.wait(10)
+    assert taken.wait(PATIENCE)
 
 
 def test_a_request_that_ends_early_leaves_nothing() -> None:

@@ -11,7 +11,6 @@ import random
 import re
 import signal
 import smtplib
-import socket
 import subprocess
 import sys
 import textwrap
@@ -24,6 +23,9 @@ import pytest
 
 from lamsonq import databases, fsck
 from lamsonq.queue import Queue
+
+from .ports import free_port
+from .waiting import until
 
 KILLS = int(os.environ.get("KILLS", "25"))
 
@@ -94,8 +96,9 @@ class Project:
     def __init__(self, folder: Path, way: str, store: str) -> None:
         self.folder = folder
         self.posts, self.archive = store.format("posts"), store.format("archive")
-        self.port = _free_port()
+        self.port = free_port()
         self.accepted = folder / "accepted"
+        self.answered = 0
         self.servers: dict[str, subprocess.Popen[bytes]] = {}
         self.stop = threading.Event()
         self._write = threading.Lock()
@@ -131,15 +134,11 @@ class Project:
         raise AssertionError(f"{name} does not start")
 
     def _is_up(self, name: str, server: subprocess.Popen[bytes]) -> bool:
-        for _ in range(200):
-            if server.poll() is not None:
-                time.sleep(0.1)
-                return False
-            if self._status(name).exists():  # before that, a child that dies is the end of its parent
-                return True
-            time.sleep(0.02)
-        server.kill()
-        server.wait()
+        # Before its status is there, a child that dies is the end of its parent.
+        until(lambda: self._status(name).exists() or server.poll() is not None)
+        if server.poll() is None:
+            return True
+        time.sleep(0.1)
         return False
 
     def _status(self, name: str) -> Path:
@@ -164,6 +163,7 @@ class Project:
         client.sendmail(f"sender{number}.{count % 7}@example.com", ["desk@example.com"], text)
         with self._write, self.accepted.open("a") as ledger:
             ledger.write(identity + "\n")
+            self.answered += 1
 
     def kill_someone(self) -> None:
         name = random.choice(list(self.servers))
@@ -188,13 +188,6 @@ def _children(pid: int) -> list[int]:
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
         return []
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.fixture(params=WAYS)
@@ -226,10 +219,11 @@ def test_nothing_that_was_answered_250_is_ever_lost(
     clients = [threading.Thread(target=project.send_without_a_pause, args=[n]) for n in range(4)]
     for client in clients:
         client.start()
-    for _ in range(kills):
+    for number in range(kills):
         time.sleep(random.uniform(0.02, 0.6))
+        until(lambda number=number: project.answered > number)  # type: ignore[misc]
         project.kill_someone()
-    time.sleep(0.5)
+    until(lambda: project.answered > kills)
     project.stop.set()
     for client in clients:
         client.join()

@@ -17,8 +17,9 @@ from lamsonq.limits import STRANGERS, Client, Limits, Refused, Traffic, within
 from lamsonq.lmtp import LMTPReceiver
 from lamsonq.smtp import SMTPReceiver
 
-from .clients import MESSAGE, waits_until
+from .clients import MESSAGE
 from .clients import Client as Wire
+from .waiting import until
 
 Serve = Any
 
@@ -168,7 +169,7 @@ def test_connections_of_one_address(serve: Serve) -> None:
     with Wire(receiver), Wire(receiver), Wire(receiver, greet=False) as third:
         assert third.greeting == "421 4.7.0 too many connections from your address, try again later"
         assert third.rest() == ""
-    assert waits_until(lambda: receiver.traffic.open == 0)
+    until(lambda: receiver.traffic.open == 0)
     with Wire(receiver) as again:
         assert again.mail().startswith("250")
 
@@ -267,7 +268,7 @@ def test_memory_for_messages_that_come_and_that_are_handled(serve: Serve) -> Non
         first.begin("a@y.test")
         first.say("DATA")
         first.send(large * 3 + b".\r\n")  # it is being handled now
-        assert waits_until(lambda: receiver.traffic.memory >= 3000)
+        until(lambda: receiver.traffic.memory >= 3000)
         assert second.say("MAIL FROM:<a@x.test> SIZE=3000").startswith("452 4.3.1 Insufficient system storage")
         second.begin("a@y.test")
         second.say("DATA")
@@ -275,7 +276,7 @@ def test_memory_for_messages_that_come_and_that_are_handled(serve: Serve) -> Non
         gate.set()
         assert first.reply().startswith("250")
         assert second.mail(data=large * 3).startswith("250")
-        assert waits_until(lambda: receiver.traffic.memory == 0)
+        until(lambda: receiver.traffic.memory == 0)
 
 
 def test_a_message_that_lies_in_a_file_is_not_let_in_by_an_empty_last_chunk(serve: Serve) -> None:
@@ -288,12 +289,12 @@ def test_a_message_that_lies_in_a_file_is_not_let_in_by_an_empty_last_chunk(serv
             client.send(b"BDAT %d\r\n" % len(large) + large)
             assert client.reply().startswith("250")  # each is in a file now
         first.send(b"BDAT 0 LAST\r\n")
-        assert waits_until(lambda: receiver.traffic.memory >= len(large))
+        until(lambda: receiver.traffic.memory >= len(large))
         assert second.say("BDAT 0 LAST") == "452 4.3.1 Too many messages at the moment, try again later"
         gate.set()
         assert first.reply().startswith("250")
         assert second.mail().startswith("250")
-        assert waits_until(lambda: receiver.traffic.memory == 0)
+        until(lambda: receiver.traffic.memory == 0)
 
 
 def test_a_message_whose_client_has_gone_counts_until_it_is_handled(serve: Serve) -> None:
@@ -303,12 +304,12 @@ def test_a_message_whose_client_has_gone_counts_until_it_is_handled(serve: Serve
         client.begin("a@y.test")
         client.say("DATA")
         client.send(b"x" * 3000 + b"\r\n.\r\n")
-        assert waits_until(lambda: receiver._committer.running)
+        until(lambda: receiver._committer.running)
         client.reset()
-    assert waits_until(lambda: receiver.traffic.open == 0)
+    until(lambda: receiver.traffic.open == 0)
     assert receiver.traffic.memory == 3002
     gate.set()
-    assert waits_until(lambda: receiver.traffic.memory == 0)
+    until(lambda: receiver.traffic.memory == 0)
 
 
 def test_lmtp_has_the_same_limits(serve: Serve) -> None:
@@ -423,9 +424,9 @@ def test_after_every_kind_of_end_nothing_is_counted(serve: Serve, end: Callable[
         for _ in range(3):
             with Wire(receiver) as client:
                 end(client)
-            assert waits_until(lambda: receiver.traffic.open <= 1)
+            until(lambda: receiver.traffic.open <= 1)
         staying.say("QUIT")
-    assert waits_until(lambda: (receiver.traffic.open, receiver.traffic.memory, receiver._sessions) == (0, 0, set()))
+    until(lambda: (receiver.traffic.open, receiver.traffic.memory, receiver._sessions) == (0, 0, set()))
     assert {client.open for client in receiver.traffic._clients.values()} == {0}
 
 
@@ -436,7 +437,7 @@ def test_a_refused_connection_is_not_counted(serve: Serve) -> None:
             with Wire(receiver, greet=False) as refused:
                 assert refused.greeting.startswith("421")
         assert receiver.traffic.open == 1
-    assert waits_until(lambda: receiver.traffic.open == 0)
+    until(lambda: receiver.traffic.open == 0)
 
 
 def test_after_the_end_of_the_server_nothing_is_counted(serve: Serve) -> None:
@@ -462,10 +463,10 @@ def test_a_client_that_reads_nothing_is_gone_soon_after_the_connection_is_closed
                 stubborn.send(chunk)
         except BlockingIOError:
             pass
-        assert waits_until(lambda: any(session._blocked for session in receiver._sessions))
+        until(lambda: any(session._blocked for session in receiver._sessions))
         [session] = receiver._sessions
         receiver._loop.call_soon_threadsafe(session._close)
-        assert waits_until(lambda: receiver.traffic.open == 0, 3)
+        until(lambda: receiver.traffic.open == 0)
 
 
 # -- settings -----------------------------------------------------------------------------------------------------

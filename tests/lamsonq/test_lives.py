@@ -16,6 +16,8 @@ from lamsonq.backends import lives, maildir, sqlite
 from lamsonq.backends.lives import IDLE_REAP_EVERY, REAP_EVERY, Vigil
 from lamsonq.jobs import DONE, Backend, Job, Put
 
+from .waiting import PATIENCE
+
 AGES = 1000.0
 
 
@@ -73,8 +75,8 @@ def test_who_sleeps_takes_over_at_once_what_a_killed_worker_had(name: str, queue
     assert queue.reserve(1, wait=0.01) == []
     threading.Timer(0.1, kill, [pid]).start()
     begun = time.monotonic()
-    [job] = queue.reserve(1, wait=60)
-    assert time.monotonic() - begun < 10
+    [job] = queue.reserve(1, wait=PATIENCE)
+    assert time.monotonic() - begun < PATIENCE / 2
     queue.settle(job, DONE)
 
 
@@ -84,8 +86,8 @@ def test_who_begins_to_listen_looks_for_those_that_died_before(name: str, queue:
     assert queue.reserve(1) == []  # it has looked, and does not listen yet
     kill(pid)
     begun = time.monotonic()
-    [job] = queue.reserve(1, wait=60)
-    assert time.monotonic() - begun < 10
+    [job] = queue.reserve(1, wait=PATIENCE)
+    assert time.monotonic() - begun < PATIENCE / 2
     queue.settle(job, DONE)
 
 

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -29,6 +28,8 @@ from lamsonq.queue import Queue
 from lamsonq.routing import RoutingBase
 from lamsonq.server import LMTPReceiver, SMTPReceiver
 from lamsonq.session import enhanced
+
+from .waiting import PATIENCE, until
 
 MESSAGE = b"From: a@x.test\r\nTo: desk@y.test\r\nSubject: hi\r\n\r\nbody\r\n"
 Start = Callable[..., LMTPReceiver]
@@ -47,7 +48,7 @@ class Client:
 
     def __init__(self, receiver: SMTPReceiver, *, greet: str = "LHLO client.test") -> None:
         self.socket = socket.socket(socket.AF_UNIX if receiver.socket else socket.AF_INET)
-        self.socket.settimeout(10)
+        self.socket.settimeout(PATIENCE)
         self.socket.connect(receiver.socket or (receiver.host, receiver.port))
         self.lines = self.socket.makefile("rb")
         self.greeting = self.reply()
@@ -142,15 +143,6 @@ def dead_letters(router: RoutingBase) -> Any:
     assert router.UNDELIVERABLE_QUEUE is not None
     store = router.UNDELIVERABLE_QUEUE.backend
     return [store.get(key) for key in store.keys("dead")]
-
-
-def waits_until(condition: Callable[[], object], seconds: float = 5.0) -> bool:
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.01)
-    return True
 
 
 # -- the protocol -------------------------------------------------------------------------------------------------
@@ -394,7 +386,7 @@ def test_a_reply_is_written_before_the_next_recipients_function_runs(
     with Client(start(socket="lmtp.sock")) as client:
         client.begin("a@y.test", "b@y.test", "a@y.test", "c@y.test", "d@y.test")
         client.data()
-        assert waits_until(lambda: len(noted.calls) == 4)
+        until(lambda: len(noted.calls) == 4)
         assert [client.reply() for _ in range(5)] == ["250 2.0.0 Ok"] * 5
     assert noted.calls == [("a", 0), ("b", 1), ("c", 3), ("d", 4)]
 
@@ -581,13 +573,13 @@ def WAIT(message, who):
     with Client(receiver) as client:
         client.begin("a@y.test", "b@y.test")
         client.data()
-        assert waits_until(lambda: noted.calls)
+        until(lambda: noted.calls)
         if goodbye == "reset":
             client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-    assert goodbye == "close" or waits_until(lambda: not receiver._sessions)
+    until(lambda: goodbye == "close" or not receiver._sessions)
     noted.gate.set()
-    assert waits_until(lambda: noted.calls == ["a", "a", "b", "b"])
-    assert waits_until(lambda: not receiver._committer.open and not receiver._sessions)
+    until(lambda: noted.calls == ["a", "a", "b", "b"])
+    until(lambda: not receiver._committer.open and not receiver._sessions)
 
 
 def test_stop_lets_a_message_have_all_its_replies(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -597,7 +589,7 @@ def test_stop_lets_a_message_have_all_its_replies(start: Start, monkeypatch: pyt
     with Client(receiver) as idle, Client(receiver) as waiting:
         waiting.begin("a@y.test", "b@y.test", "c@y.test")
         waiting.data()
-        assert waits_until(lambda: receiver._committer.open)
+        until(lambda: receiver._committer.open)
         receiver.stop()
         assert idle.reply() == "421 4.3.2 Service shutting down"
         gate.set()
@@ -690,7 +682,7 @@ def test_a_name_that_a_client_of_a_unix_socket_has_chosen_is_not_told(start: Sta
         client.bind("bad\nname")
         client.connect("lmtp.sock")
         client.sendall(b"LHLO me\r\nMAIL FROM:<>\r\nRCPT TO:<a@y.test>\r\nDATA\r\n" + MESSAGE + b".\r\n")
-        assert waits_until(lambda: taken)
+        until(lambda: taken)
     assert (here / "bad\nname").exists()
     assert taken[0].envelope.peer == "lmtp.sock"
 

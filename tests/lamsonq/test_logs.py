@@ -12,7 +12,6 @@ import smtplib
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,6 +34,8 @@ from lamsonq.routing import RoutingBase
 from lamsonq.smtp import SMTPReceiver
 from lamsonq.worker import QueueReceiver
 
+from .waiting import PATIENCE, until
+
 SHIPPED = Path(__file__).parents[2] / "config/logging.toml"
 Write = Callable[..., str]
 
@@ -50,13 +51,6 @@ def _logging_as_it_was() -> Iterator[None]:
     root.handlers, root.level = handlers, level
     for name, before in levels.items():
         logging.getLogger(name).setLevel(before)
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about in 20 s"
-        time.sleep(0.01)
 
 
 # ---- JSON ------------------------------------------------------------------------------------------------------
@@ -171,7 +165,7 @@ VALUES = st.recursive(
 )
 
 
-@settings_of(max_examples=50, deadline=None)
+@settings_of(max_examples=50)
 @given(st.text(), st.lists(VALUES, max_size=3), st.dictionaries(st.text(max_size=20), VALUES, max_size=3))
 def test_every_call_of_a_logger_is_one_line_of_json(message: str, args: list[object], extra: dict[str, object]) -> None:
     extra = {key: value for key, value in extra.items() if key not in vars(logging.makeLogRecord({}))}
@@ -244,7 +238,7 @@ def start(router: RoutingBase) -> Iterator[Callable[..., int]]:
 
 def send(port: int, *recipients: str) -> str:
     """The reply to a message."""
-    with smtplib.SMTP("127.0.0.1", port, timeout=10) as client:
+    with smtplib.SMTP("127.0.0.1", port, timeout=PATIENCE) as client:
         client.ehlo()
         client.mail("a@x.test")
         for to in recipients:

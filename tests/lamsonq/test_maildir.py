@@ -30,6 +30,8 @@ from lamsonq.errors import BrokerError, Dead, Later, LeaseLost, QueueError
 from lamsonq.jobs import DELIVERIES_MAX, DONE, Backend, Job, Outcome, Put
 from lamsonq.reports import entries
 
+from .waiting import PATIENCE, until
+
 BODY = b"From: a@example.org\r\nTo: b@example.org\r\n\r\nhello\x00\xff\n.\r\nno end"
 FORK = multiprocessing.get_context("fork")
 
@@ -507,21 +509,19 @@ def test_threads_that_wait_together_share_a_sync(tmp_path: Path, monkeypatch: py
     def slow(folder: str) -> None:
         syncs.append(folder)
         first_runs.set()
-        assert go.wait(10)
+        assert go.wait(PATIENCE)
 
     monkeypatch.setattr(durable, "_fsync_folder", slow)
     threads = [threading.Thread(target=durable.sync_folder, args=[str(tmp_path)]) for _ in range(9)]
     threads[0].start()
-    assert first_runs.wait(10)
+    assert first_runs.wait(PATIENCE)
     for thread in threads[1:]:
         thread.start()
-    deadline = time.monotonic() + 10
     waiting = vars(durable._shared._changed)["_waiters"]
-    while len(waiting) < 8 and time.monotonic() < deadline:
-        time.sleep(0.001)
+    until(lambda: len(waiting) == 8)
     go.set()
     for thread in threads:
-        thread.join(10)
+        thread.join(PATIENCE)
     assert len(syncs) == 2, "one under way when the others asked, and one for all of them"
 
 
@@ -689,12 +689,10 @@ def test_a_sleeper_is_woken_when_a_last_chance_is_over(make: Callable[..., Maild
     timer = threading.Timer(0.05, three.settle, [last, DONE])
     timer.start()
     begun = time.monotonic()
-    found: list[Job] = []
-    while not found and time.monotonic() < begun + 10:
-        found = three.reserve(1, wait=10)
+    found = until(lambda: three.reserve(1, wait=PATIENCE))
     timer.join()
     assert [job.key for job in found] == [key]
-    assert time.monotonic() - begun < 4
+    assert time.monotonic() - begun < PATIENCE / 2
 
 
 def test_a_last_chance_waits_until_the_others_are_settled(make: Callable[..., Maildir]) -> None:
@@ -737,10 +735,7 @@ def test_a_sleeper_is_woken_for_the_next_suspect(make: Callable[..., Maildir]) -
     assert other.reserve(1) == []
     timer = threading.Timer(0.05, other.settle, [first, DONE])
     timer.start()
-    found: list[Job] = []
-    until = time.monotonic() + 5
-    while not found and time.monotonic() < until:
-        found = other.reserve(1, wait=5)
+    found = until(lambda: other.reserve(1, wait=5))
     timer.join()
     assert [job.key for job in found] == keys[1:]
 
@@ -806,12 +801,12 @@ def test_a_killed_process_gives_its_job_back_once_and_the_third_death_is_the_las
         here, there = FORK.Pipe()
         child = FORK.Process(target=_reserve_and_hang, args=[queue.folders.path, there])
         child.start()
-        assert here.poll(10)
+        assert here.poll(PATIENCE)
         assert here.recv() == [deaths]
         assert queue.release_stale() == 0, "it lives"
         assert child.pid is not None
         os.kill(child.pid, signal.SIGKILL)
-        child.join(10)
+        child.join(PATIENCE)
         if deaths == 0:
             job = take(queue_again := Maildir(queue.folders.path))
             assert job.deliveries == 1
@@ -836,9 +831,9 @@ def test_a_forked_child_is_a_worker_of_its_own(make: Callable[..., Maildir]) -> 
     here, there = FORK.Pipe()
     child = FORK.Process(target=_use_inherited, args=[queue, there])
     child.start()
-    assert here.poll(10)
+    assert here.poll(PATIENCE)
     assert here.recv() == [b"child's"]
-    child.join(10)
+    child.join(PATIENCE)
     assert child.exitcode == 0
     assert other.release_stale() == 0, "the parent's lock was not dropped by the child"
     queue.settle(job, DONE)
@@ -863,9 +858,7 @@ def test_a_childs_copy_does_not_keep_a_dead_parents_claim(queue: Maildir) -> Non
     try:
         os.kill(parent, signal.SIGKILL)
         os.waitpid(parent, 0)
-        until = time.monotonic() + 5  # the grandchild lets go as soon as it runs
-        while not queue.release_stale() and time.monotonic() < until:
-            time.sleep(0.01)
+        until(queue.release_stale)  # the grandchild lets go as soon as it runs
         assert take(queue).deliveries == 1
     finally:
         os.kill(grandchild, signal.SIGKILL)
@@ -904,10 +897,10 @@ def test_three_processes_on_one_queue_get_each_job_once(queue: Maildir) -> None:
         child.start()
     found: list[bytes] = []
     for here, _ in pipes:
-        assert here.poll(30)
+        assert here.poll(PATIENCE)
         found += here.recv()
     for child in children:
-        child.join(10)
+        child.join(PATIENCE)
     assert sorted(found) == sorted(wanted)
     assert counts(queue) == (0, 0, 0, 0)
     assert names(queue, "claimed") == []
@@ -1460,19 +1453,19 @@ def _push_when_told(path: str, told: Any) -> None:
     told.send(begun)
 
 
-def test_a_sleeper_wakes_within_milliseconds_of_another_process_rename(queue: Maildir) -> None:
+def test_a_sleeper_is_woken_by_another_process_rename(queue: Maildir) -> None:
     queue.folders.make()
     here, there = FORK.Pipe()
     child = FORK.Process(target=_push_when_told, args=[queue.folders.path, there])
     child.start()
     timer = threading.Timer(0.1, here.send, ["now"])
     timer.start()
-    [job] = queue.reserve(1, wait=10)
+    [job] = queue.reserve(1, wait=PATIENCE)
     woken = time.monotonic()
     assert job.body == b"hello"
-    assert here.poll(10)
-    assert woken - here.recv() < 0.5
-    child.join(10)
+    assert here.poll(PATIENCE)
+    assert woken - here.recv() < PATIENCE / 2
+    child.join(PATIENCE)
     timer.join()
 
 
@@ -1488,10 +1481,10 @@ def test_a_file_that_appears_ends_the_sleep(queue: Maildir, folder: str) -> None
     timer = threading.Timer(0.05, deliver)
     timer.start()
     begun = time.monotonic()
-    [job] = queue.reserve(1, wait=10)
+    [job] = queue.reserve(1, wait=PATIENCE)
     timer.join()
     assert (job.key, job.body) == ("1.x", b"hello")
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < PATIENCE / 2
 
 
 def looked_at(patch: pytest.MonkeyPatch) -> list[str]:
@@ -1521,10 +1514,12 @@ def test_an_empty_queue_is_watched_and_not_looked_at_again(queue: Maildir, monke
 
 def test_the_sleep_ends_when_a_delayed_job_is_due(make: Callable[..., Maildir], tmp_path: Path) -> None:
     queue = Maildir(str(tmp_path / "real"))
-    push(queue, due=time.time() + 0.2)
+    due = time.time() + 0.2
+    push(queue, due=due)
     begun = time.monotonic()
-    [job] = queue.reserve(1, wait=10)
-    assert 0.1 < time.monotonic() - begun < 3
+    [job] = queue.reserve(1, wait=PATIENCE)
+    assert time.monotonic() - begun < PATIENCE / 2
+    assert time.time() >= due
     queue.settle(job, DONE)
     queue.close()
 
@@ -1532,18 +1527,18 @@ def test_the_sleep_ends_when_a_delayed_job_is_due(make: Callable[..., Maildir], 
 def test_nothing_to_do_comes_back_in_time(queue: Maildir) -> None:
     begun = time.monotonic()
     assert queue.reserve(1, wait=0.1) == []
-    assert 0.09 < time.monotonic() - begun < 10
+    assert 0.09 < time.monotonic() - begun < PATIENCE / 2
 
 
 def test_wake_ends_the_sleep_also_before_it(queue: Maildir) -> None:
     begun = time.monotonic()
     queue.wake()
-    assert queue.reserve(1, wait=10) == []
+    assert queue.reserve(1, wait=PATIENCE) == []
     timer = threading.Timer(0.05, queue.wake)
     timer.start()
-    assert queue.reserve(1, wait=10) == []
+    assert queue.reserve(1, wait=PATIENCE) == []
     timer.join()
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < PATIENCE / 2
 
 
 @pytest.mark.parametrize("code", [errno.EMFILE, errno.ENOSPC])
@@ -1570,10 +1565,14 @@ def test_watches_that_the_kernel_had_not_are_asked_for_again(
         shortage.setattr(watch, "Inotify", Mock(side_effect=OSError(errno.EMFILE, "Too many open files")))
         shortage.setattr(watch, "AGAIN_AFTER", 0.01)
         shortage.setattr("lamsonq.backends.maildir_arrivals.BLIND_LOOK_EVERY", 0.005)
-        assert queue.reserve(1, wait=0.05) == []
+        until(lambda: queue.reserve(1, wait=0.05) or "Cannot watch" in caplog.text)
         assert not queue._arrivals.seeing
-    queue.reserve(1, wait=0.05)
-    assert queue._arrivals.seeing
+
+    def sees() -> bool:
+        queue.reserve(1, wait=0.01)
+        return queue._arrivals.seeing
+
+    until(sees)
     assert len([line for line in caplog.messages if "Cannot watch" in line]) == 1
 
 

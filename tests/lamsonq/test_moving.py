@@ -11,7 +11,6 @@ import smtplib
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Iterator
 from email.message import EmailMessage
 from pathlib import Path
@@ -26,6 +25,8 @@ from lamsonq.routing import ROUTE_FIRST_STATE, RoutingBase
 from lamsonq.server import QueueReceiver
 from lamsonq.state import SQLiteStorage, StateStorage
 from lamsonq.testing import TestConversation
+
+from .waiting import PATIENCE, until
 
 ROOT = Path(lamsonq.__file__).parents[1]
 PAGE = (ROOT / "docs" / "coming-from-lamson.md").read_text()
@@ -234,7 +235,7 @@ class Moved:
         self.sends(sender, to, message.as_bytes())
 
     def sends(self, sender: str, to: str, message: bytes) -> None:
-        with smtplib.SMTP("localhost", self.port, timeout=20) as client:
+        with smtplib.SMTP("localhost", self.port, timeout=PATIENCE) as client:
             client.sendmail(sender, [to], message)
 
     def answer(self, to: str, subject: str) -> str:
@@ -247,19 +248,10 @@ class Moved:
                 (str(m.body()) + str(m["from"]) for m in mails if m["to"] == to and subject in str(m["subject"])), None
             )
 
-        return soon(found)
+        return until(found)
 
     def log(self) -> str:
         return (self.path / "logs" / "lamsonq.log").read_text()
-
-
-def soon(look: Callable[[], str | None]) -> str:
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        if seen := look():
-            return seen
-        time.sleep(0.05)
-    raise AssertionError("it has not happened")
 
 
 def left_by_the_old_one(path: Path) -> None:
@@ -404,12 +396,10 @@ def test_an_application_of_lamson_moves_in_with_its_conversations_confirmations_
     assert "You are in" in moved.answer("dan@example.com", "Welcome to go")
 
     moved.sends("", "bounces@clubs.example.com", BOUNCE)
-    soon(
-        lambda: "hard bounce from nobody@example.org" if "hard bounce from nobody@example.org" in moved.log() else None
-    )
+    until(lambda: "hard bounce from nobody@example.org" in moved.log())
 
     archive = moved.path / "archive.txt"
-    soon(lambda: "all" if archive.exists() and len(archive.read_text().splitlines()) >= 3 else None)
+    until(lambda: archive.exists() and len(archive.read_text().splitlines()) >= 3)
     assert sorted(archive.read_text().splitlines()) == [
         "my move|bob@example.com|hello",
         "old 1|bob@example.com|hello",

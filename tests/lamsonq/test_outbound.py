@@ -34,6 +34,7 @@ from lamsonq.verdicts import Auth, Verdict
 from lamsonq.worker import QueueReceiver
 
 from .servers import Dns, Server
+from .waiting import PATIENCE
 
 UNKNOWN = "550 5.1.1 no such user"
 BUSY = "451 4.2.1 come back"
@@ -54,7 +55,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def relay(server: Server) -> Iterator[Relay]:
-    relay = Relay("127.0.0.1", server.port, timeout=5)
+    relay = Relay("127.0.0.1", server.port, timeout=PATIENCE)
     yield relay
     relay.close()
 
@@ -151,7 +152,7 @@ def test_a_refused_connection_is_one_warning_without_a_traceback(
     outbox: Queue, free_port: Callable[[], int], caplog: pytest.LogCaptureFixture
 ) -> None:
     push(outbox)
-    work(worker(outbox, Relay("127.0.0.1", free_port(), timeout=5)))
+    work(worker(outbox, Relay("127.0.0.1", free_port(), timeout=PATIENCE)))
     [(level, line)] = failures(caplog)
     assert level == "WARNING"
     assert re.fullmatch(r"Job is tried again at \S+Z: ann@y\.test: relay 127\.0\.0\.1:\d+: .*refused.*", line), line
@@ -223,11 +224,12 @@ def test_of_a_file_without_an_envelope_only_those_who_failed_are_tried_again(
 def test_an_attempt_that_hangs_is_tried_again(outbox: Queue, relay: Relay, monkeypatch: pytest.MonkeyPatch) -> None:
     push(outbox)
     hanging = threading.Event()
-    monkeypatch.setattr(relay, "transfer", lambda _message: hanging.wait(20))
+    monkeypatch.setattr(relay, "transfer", lambda _message: hanging.wait())
     receiver = QueueReceiver(outbox, deliver=Outbox(relay, timeout=0.1).deliver, sleep=0.05)
-    thread = threading.Thread(target=receiver.start)
+    thread = threading.Thread(target=receiver.start, daemon=True)
     thread.start()
-    thread.join(20)  # it asks to be replaced
+    thread.join(PATIENCE)  # it asks to be replaced
+    assert not thread.is_alive()
     hanging.set()
     assert len(jobs(outbox, "delayed")) == 1
 
@@ -256,7 +258,7 @@ def test_a_message_for_two_domains_is_parted_where_each_has_its_own_servers(
     server = Server(address="127.0.0.1")
     dns = Dns("y.test. IN MX 1 mx.test.\nz.test. IN MX 1 mx.test.\nmx.test. IN A 127.0.0.1")
     server.answers = {"RCPT TO:<BEN": BUSY}
-    relay = Relay(None, server.port, timeout=5, resolver=dns.resolver)
+    relay = Relay(None, server.port, timeout=PATIENCE, resolver=dns.resolver)
     push(outbox, "ann@y.test", "ben@z.test", "cat@y.test")
     work(worker(outbox, relay))
     assert [job.recipients for job in jobs(outbox, "delayed")] == [("ben@z.test",)]
@@ -400,7 +402,7 @@ def test_a_success_that_was_asked_for_is_reported_as_relayed(outbox: Queue, serv
 def test_over_lmtp_it_is_delivered(outbox: Queue) -> None:
     server = Server()
     asked(outbox, Notify(notify={"ann@y.test": "SUCCESS"}))
-    relay = Relay("127.0.0.1", server.port, lmtp=True, timeout=5)
+    relay = Relay("127.0.0.1", server.port, lmtp=True, timeout=PATIENCE)
     work(worker(outbox, relay))
     (report,) = reports(server)
     assert fields(report)[1]["Action"] == "delivered"

@@ -15,7 +15,8 @@ from lamsonq.limits import Limits
 from lamsonq.smtp import SMTPReceiver
 from lamsonq.tls import TLS
 
-from .clients import Client, waits_until
+from .clients import Client
+from .waiting import until
 
 Serve = Any
 LOOPBACK = ["127.0.0.0/8"]
@@ -57,7 +58,7 @@ def test_the_client_is_whom_the_proxy_names(serve: Serve, header: bytes, address
         assert client.mail().startswith("250")
     assert seen == [address]
     assert serve.taken[0].Peer[0] == address
-    assert waits_until(lambda: receiver.traffic.open == 0)
+    until(lambda: receiver.traffic.open == 0)
 
 
 @pytest.mark.parametrize("header", [V1, v2(1, 0x11, V2_IPV4)])
@@ -139,7 +140,7 @@ def test_what_is_no_header_ends_the_connection_without_a_word(
         except OSError:
             pass  # it is closed already
         assert client.rest() == ""
-    assert waits_until(lambda: not receiver._sessions)
+    until(lambda: not receiver._sessions)
     assert "is among receiver.proxies and does not speak the PROXY protocol" in caplog.text
 
 
@@ -149,7 +150,7 @@ def test_a_proxy_that_says_nothing_is_dropped(serve: Serve, monkeypatch: pytest.
     with Client(receiver, wait=False) as client:
         client.send(V1[:9])
         assert client.rest() == ""
-    assert waits_until(lambda: not receiver._sessions)
+    until(lambda: not receiver._sessions)
 
 
 def test_from_anybody_else_it_is_an_unknown_command(serve: Serve) -> None:

@@ -32,6 +32,7 @@ from lamsonq.worker import QueueReceiver
 
 from .cli import lamsonq
 from .pages import DOCS, STORES, Page, Run
+from .waiting import until
 
 PAGE = Page("queues.md")
 SOURCES = "".join(path.read_text() for path in Path(events.__file__).parent.glob("*.py"))
@@ -195,9 +196,7 @@ def test_a_receiver_that_sleeps_wakes_for_a_file_of_another_program(worker: None
     try:
         time.sleep(0.2)
         subprocess.run(["sh", "-euc", script], check=True)
-        until = time.monotonic() + 20
-        while not GOT and time.monotonic() < until:
-            time.sleep(0.01)
+        until(lambda: GOT)
     finally:
         receiver.stop()
         thread.join()

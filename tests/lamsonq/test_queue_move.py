@@ -31,6 +31,7 @@ from lamsonq.jobs import DONE, KEPT, Backend, Job, Put
 from lamsonq.queue import Queue
 
 from .cli import ENVIRON, lamsonq, refused
+from .waiting import until
 
 _numbers = itertools.count(1)
 PAIRS = [
@@ -187,9 +188,7 @@ def test_producers_and_consumers_of_both_work_on(queues: tuple[Queue, Queue]) ->
         lamsonq("queue", "move", source.dir, target.dir)
     producer.join()
     lamsonq("queue", "move", source.dir, target.dir)
-    deadline = time.monotonic() + 20
-    while seen.total() < 150 and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until(lambda: seen.total() >= 150)
     halt.set()
     for thread in workers:
         thread.join()

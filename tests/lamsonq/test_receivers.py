@@ -24,6 +24,8 @@ from lamsonq.queue import Queue
 from lamsonq.routing import RoutingBase
 from lamsonq.worker import QueueReceiver
 
+from .waiting import PATIENCE, until
+
 Module = Callable[..., str]
 Mail = Callable[..., MailRequest]
 _numbers = itertools.count(1)
@@ -37,13 +39,6 @@ def run(receiver: QueueReceiver) -> threading.Thread:
     thread = threading.Thread(target=receiver.start, daemon=True)
     thread.start()
     return thread
-
-
-def until(true: Callable[[], object]) -> None:
-    begun = time.monotonic()
-    while not true():
-        assert time.monotonic() - begun < 10, "it did not happen"
-        time.sleep(0.005)
 
 
 @pytest.fixture
@@ -69,7 +64,7 @@ def test_one_receiver_works_several_queues_each_with_handlers_of_its_own(module:
         one.push(mail())
     until(lambda: all(len(sys.modules[name].CALLS) == 5 for name in names))
     receiver.stop()
-    thread.join(5)
+    thread.join(PATIENCE)
     assert not thread.is_alive()
     assert [sys.modules[name].CALLS for name in names] == [[one.dir] * 5 for one in queues]
 
@@ -95,7 +90,7 @@ def test_a_queue_that_cannot_be_used_while_a_receiver_sleeps_does_not_end_it(
     posts.push(mail())
     until(lambda: seen)
     receiver.stop()
-    thread.join(5)
+    thread.join(PATIENCE)
     assert "database is locked; trying on" in caplog.text
 
 
@@ -130,7 +125,7 @@ def test_a_maildir_that_breaks_ends_no_receiver_and_is_taken_up_again_when_it_is
     until(lambda: seen == [broken.dir, fine.dir, broken.dir])
     assert thread.is_alive()
     receiver.stop()
-    thread.join(5)
+    thread.join(PATIENCE)
 
 
 def test_a_maildir_whose_folder_was_removed_is_whole_again_when_it_is_bound(tmp_path: Path) -> None:
@@ -164,14 +159,28 @@ def test_a_queue_that_cannot_be_used_is_told_when_a_one_shot_run_has_worked_the_
     assert len(seen) == 3
 
 
-def test_queues_that_compete_get_threads_by_their_weights(mail: Mail) -> None:
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A free thread is kept for the queue whose turn it is, however long this machine lets its fetcher wait."""
+    monkeypatch.setattr(worker, "RIVAL_PATIENCE", PATIENCE)
+
+
+def test_queues_that_compete_get_threads_by_their_weights(
+    mail: Mail, patient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     heavy, light = queue(), queue()
     begun: list[str] = []
+    reserve = heavy.backend.reserve
+
+    def reserve_slowly(*args: Any, **kwargs: Any) -> list[Job]:
+        time.sleep(0.005)
+        return reserve(*args, **kwargs)
 
     def work(message: MailRequest) -> None:
         begun.append(str(message.Peer))
         time.sleep(0.002)
 
+    monkeypatch.setattr(heavy.backend, "reserve", reserve_slowly)
     for one in (heavy, light):
         for _ in range(300):
             one.push(mail())
@@ -179,15 +188,14 @@ def test_queues_that_compete_get_threads_by_their_weights(mail: Mail) -> None:
     thread = run(receiver)
     until(lambda: len(begun) >= 240)
     receiver.stop(0.0)
-    thread.join(5)
-    share = begun[40:240].count(heavy.dir) / 200
-    assert 0.65 < share < 0.85
+    thread.join(PATIENCE)
+    assert 148 <= begun[40:240].count(heavy.dir) <= 152
 
 
 @pytest.mark.parametrize("one_shot", [True, False])
 @pytest.mark.parametrize("seconds", [0, 0.002])
 def test_a_single_thread_is_shared_by_the_weights_from_the_first_job_on(
-    mail: Mail, one_shot: bool, seconds: float
+    mail: Mail, patient: None, one_shot: bool, seconds: float
 ) -> None:
     heavy, light = queue(), queue()
     begun: list[str] = []
@@ -204,7 +212,7 @@ def test_a_single_thread_is_shared_by_the_weights_from_the_first_job_on(
     thread.start()
     until(lambda: len(begun) == 120)
     receiver.stop()
-    thread.join(5)
+    thread.join(PATIENCE)
     assert 28 <= begun[:40].count(heavy.dir) <= 32
     assert set(begun[80:]) == {light.dir}
 
@@ -216,7 +224,7 @@ def test_a_queue_whose_store_is_slow_holds_no_thread_back(mail: Mail, monkeypatc
     reserve = slow.backend.reserve
 
     def reserve_slowly(*args: Any, **kwargs: Any) -> list[Job]:
-        go.wait(10)
+        go.wait(PATIENCE)
         return reserve(*args, **kwargs)
 
     monkeypatch.setattr(slow.backend, "reserve", reserve_slowly)
@@ -229,21 +237,19 @@ def test_a_queue_whose_store_is_slow_holds_no_thread_back(mail: Mail, monkeypatc
     go.set()
     until(lambda: len(seen) == 100)
     receiver.stop()
-    thread.join(5)
+    thread.join(PATIENCE)
 
 
-def test_a_queue_with_nothing_to_do_holds_no_thread_back(mail: Mail) -> None:
+def test_a_queue_with_nothing_to_do_holds_no_thread_back(mail: Mail, patient: None) -> None:
     idle, busy = queue(), queue()
     seen: list[object] = []
     receiver = QueueReceiver({idle: 100, busy: 1}, workers=1, deliver=seen.append)
     thread = run(receiver)
     for _ in range(50):
         busy.push(mail())
-    begun = time.monotonic()
     until(lambda: len(seen) == 50)
-    assert time.monotonic() - begun < 3
     receiver.stop()
-    thread.join(5)
+    thread.join(PATIENCE)
 
 
 def test_a_receiver_without_a_queue_is_refused() -> None:
@@ -261,7 +267,7 @@ def test_a_receiver_ends_after_so_many_rounds_without_a_job(mail: Mail, caplog: 
     with caplog.at_level(logging.DEBUG):
         begun = time.monotonic()
         receiver.start()
-    assert 0.1 < time.monotonic() - begun < 3
+    assert 0.1 < time.monotonic() - begun < PATIENCE / 2
     assert (receiver.retired, receiver.worn_out, receiver.stuck, len(seen)) == (True, False, False, 1)
     assert caplog.text.count("Sleeping for 0 seconds...") == 3
 
@@ -285,7 +291,7 @@ def test_a_receiver_that_is_told_to_stop_finishes_what_it_has_and_takes_no_more(
     one, go, seen = queue(), threading.Event(), []
 
     def work(message: MailRequest) -> None:
-        go.wait(5)
+        go.wait(PATIENCE)
         seen.append(message)
 
     for _ in range(5):
@@ -296,7 +302,7 @@ def test_a_receiver_that_is_told_to_stop_finishes_what_it_has_and_takes_no_more(
     receiver.stop()
     until(lambda: all(job.deliveries == 0 for job in jobs_in(one, "reserved")))  # forgiven: a KILL would harm none
     go.set()
-    thread.join(5)
+    thread.join(PATIENCE)
     assert (len(seen), one.count(), one.backend.counts()["reserved"]) == (2, 3, 0)
 
 
@@ -384,7 +390,7 @@ def test_what_could_not_be_settled_in_any_queue_is_given_back(mail: Mail, monkey
     thread = run(receiver)
     until(lambda: other.backend.counts()["delayed"] == 1)
     receiver.stop()
-    thread.join(5)
+    thread.join(PATIENCE)
     [job] = jobs_in(other, "delayed")
     assert (job.attempts, job.deliveries) == (0, 0)
 
@@ -409,15 +415,17 @@ def test_a_thousand_functions_await_in_one_process_in_few_threads_and_little_mem
     one, router = queue(), RoutingBase()
     name = module(
         """
-        import asyncio
-        NOW, MOST = [0], [0]
+        import asyncio, threading
+        NOW, THREADS = [0], []
 
         @route("desk@example.com")
         @stateless
         async def START(message):
             NOW[0] += 1
-            MOST[0] = max(MOST[0], NOW[0])
-            await asyncio.sleep(1.5)
+            if NOW[0] == 900:
+                THREADS.append(threading.active_count())
+            while not THREADS:
+                await asyncio.sleep(0.1)
             NOW[0] -= 1
             CALLS.append(1)
         """
@@ -427,14 +435,9 @@ def test_a_thousand_functions_await_in_one_process_in_few_threads_and_little_mem
         one.push(mail())
     before, memory = threading.active_count(), resident()
     receiver = QueueReceiver(one, router=router, workers=8)
-    threads: list[int] = []
-    watcher = threading.Timer(1.0, lambda: threads.append(threading.active_count()))
-    watcher.start()
     receiver.start(one_shot=True)
-    watcher.join()
     assert len(sys.modules[name].CALLS) == 3000
-    assert sys.modules[name].MOST[0] > 900
-    assert threads[0] - before < 15
+    assert sys.modules[name].THREADS[0] - before < 15
     assert resident() - memory < 64 * 2**20
 
 

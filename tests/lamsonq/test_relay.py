@@ -32,7 +32,9 @@ from lamsonq.routing import RoutingBase, stateless
 from lamsonq.settings import RelayTable
 from lamsonq.transaction import for_the_wire
 
+from .ports import free_port
 from .servers import HANG_UP, Server
+from .waiting import PATIENCE, until
 
 MESSAGE = b"From: a@x.test\r\nTo: b@y.test\r\nSubject: hi\r\n\r\nbody\r\n"
 
@@ -46,7 +48,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def relay(server: Server) -> Iterator[Relay]:
-    relay = Relay("127.0.0.1", server.port, timeout=5)
+    relay = Relay("127.0.0.1", server.port, timeout=PATIENCE)
     yield relay
     relay.close()
 
@@ -302,8 +304,7 @@ def test_a_server_that_says_nothing_times_out(server: Server) -> None:
 
 
 def test_a_refused_connection_says_so() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = free_port()
     errors = failures_of(Relay("127.0.0.1", port), received())
     assert isinstance(errors["b@y.test"], Later)
     assert str(errors["b@y.test"]) == f"relay 127.0.0.1:{port}: connection refused"
@@ -458,7 +459,7 @@ def tls_server(authority: trustme.CA) -> Iterator[TlsServer]:
 
 def test_starttls_and_login(tls_server: TlsServer, trusting: ssl.SSLContext) -> None:
     server = tls_server()
-    relay = Relay("127.0.0.1", server.port, "joe", "secret", starttls=trusting, timeout=5)
+    relay = Relay("127.0.0.1", server.port, "joe", "secret", starttls=trusting, timeout=PATIENCE)
     relay.deliver(received())
     relay.close()
     verbs = [command.split()[0].upper() for command in server.commands]
@@ -468,7 +469,7 @@ def test_starttls_and_login(tls_server: TlsServer, trusting: ssl.SSLContext) -> 
 
 def test_tls_from_the_first_byte_and_login(tls_server: TlsServer, trusting: ssl.SSLContext) -> None:
     server = tls_server(implicit=True)
-    relay = Relay("127.0.0.1", server.port, "joe", "secret", ssl=trusting, timeout=5)
+    relay = Relay("127.0.0.1", server.port, "joe", "secret", ssl=trusting, timeout=PATIENCE)
     relay.deliver(received())
     relay.close()
     assert [command.split()[0].upper() for command in server.commands[:2]] == ["EHLO", "AUTH"]
@@ -493,7 +494,8 @@ def test_a_certificate_that_proves_nothing_gets_neither_password_nor_mail(
 ) -> None:
     server = tls_server(implicit=implicit, **how)
     tls: Any = {"ssl" if implicit else "starttls": trusting}
-    error = failures_of(Relay("127.0.0.1", server.port, "joe", "secret", timeout=5, **tls), received())["b@y.test"]
+    relay = Relay("127.0.0.1", server.port, "joe", "secret", timeout=PATIENCE, **tls)
+    error = failures_of(relay, received())["b@y.test"]
     assert isinstance(error, Later)
     assert "its certificate is not accepted: " in str(error)
     assert reason in str(error)
@@ -504,13 +506,13 @@ def test_a_certificate_that_proves_nothing_gets_neither_password_nor_mail(
 def test_certificates_are_checked_unless_the_caller_brings_a_context(tls_server: TlsServer, implicit: bool) -> None:
     server = tls_server(implicit=implicit)
     tls: Any = {"ssl" if implicit else "starttls": True}
-    error = failures_of(Relay("127.0.0.1", server.port, timeout=5, **tls), received())["b@y.test"]
+    error = failures_of(Relay("127.0.0.1", server.port, timeout=PATIENCE, **tls), received())["b@y.test"]
     assert "its certificate is not accepted: " in str(error)
     assert server.said("MAIL") == []
 
 
 def test_without_the_starttls_that_was_asked_for_nothing_is_sent(server: Server) -> None:
-    relay = Relay("127.0.0.1", server.port, "joe", "secret", starttls=True, timeout=5)
+    relay = Relay("127.0.0.1", server.port, "joe", "secret", starttls=True, timeout=PATIENCE)
     error = failures_of(relay, received())["b@y.test"]
     assert isinstance(error, Later)
     assert "does not offer the STARTTLS" in str(error)
@@ -522,7 +524,7 @@ def test_what_is_said_before_the_handshake_does_not_count_behind_it(
 ) -> None:
     server = tls_server()
     server.answers = {"STARTTLS": "220 go\r\n250-evil.test\r\n250 AUTH LOGIN"}
-    relay = Relay("127.0.0.1", server.port, "joe", "secret", starttls=trusting, timeout=5)
+    relay = Relay("127.0.0.1", server.port, "joe", "secret", starttls=trusting, timeout=PATIENCE)
     assert isinstance(failures_of(relay, received())["b@y.test"], Later)
     assert server.said("AUTH") == server.said("MAIL") == []
 
@@ -533,7 +535,7 @@ def test_what_is_said_before_the_handshake_does_not_count_behind_it(
 def test_a_refused_login_keeps_the_mail_for_later(server: Server) -> None:
     server.offers += ["AUTH PLAIN"]
     server.answers = {"AUTH": "535 5.7.8 wrong"}
-    relay = Relay("127.0.0.1", server.port, "joe", "secret", timeout=5)
+    relay = Relay("127.0.0.1", server.port, "joe", "secret", timeout=PATIENCE)
     error = failures_of(relay, received())["b@y.test"]
     assert isinstance(error, Later)
     assert "the login was refused: 535 5.7.8 wrong" in str(error)
@@ -578,7 +580,7 @@ def test_a_login_is_by_what_the_server_offers(
     server.answers = answers
     if offer == "AUTH LOGIN":
         server.answers[base64_of("pässword").upper()] = "235 ok"
-    relay = Relay("127.0.0.1", server.port, "joe", "pässword", timeout=5)
+    relay = Relay("127.0.0.1", server.port, "joe", "pässword", timeout=PATIENCE)
     relay.deliver(received())
     relay.close()
     assert server.commands[1 : 1 + len(said)] == said
@@ -588,7 +590,7 @@ def test_a_login_is_by_what_the_server_offers(
 @pytest.mark.parametrize("offer", ["AUTH GSSAPI", "HELP"])
 def test_a_server_that_offers_no_login_that_we_know_keeps_the_mail_for_later(server: Server, offer: str) -> None:
     server.offers += [offer]
-    error = failures_of(Relay("127.0.0.1", server.port, "joe", "secret", timeout=5), received())["b@y.test"]
+    error = failures_of(Relay("127.0.0.1", server.port, "joe", "secret", timeout=PATIENCE), received())["b@y.test"]
     assert isinstance(error, Later)
     assert "no way to log in" in str(error)
 
@@ -619,7 +621,7 @@ def test_half_a_login_is_refused_when_the_relay_is_built() -> None:
 
 @pytest.fixture
 def lmtp(server: Server) -> Iterator[Relay]:
-    relay = Relay("127.0.0.1", server.port, lmtp=True, timeout=5)
+    relay = Relay("127.0.0.1", server.port, lmtp=True, timeout=PATIENCE)
     yield relay
     relay.close()
 
@@ -658,7 +660,7 @@ def test_an_lmtp_server_is_not_greeted_as_an_smtp_server(server: Server, lmtp: R
 def test_a_path_is_a_unix_socket_that_speaks_lmtp(tmp_path: Path) -> None:
     path = str(tmp_path / "lmtp")
     server = Server(path=path)
-    relay = Relay(path, timeout=5)
+    relay = Relay(path, timeout=PATIENCE)
     relay.deliver(received())
     assert server.said("LHLO") == [f"lhlo {own_name() or 'localhost'}"]
     assert len(server.messages) == 1
@@ -679,7 +681,7 @@ def test_lmtp_takes_starttls_and_no_ssl(tls_server: TlsServer, trusting: ssl.SSL
     with pytest.raises(SettingsError, match="unix socket"):
         Relay("/run/lmtp", starttls=True)
     server = tls_server()
-    relay = Relay("127.0.0.1", server.port, starttls=trusting, lmtp=True, timeout=5)
+    relay = Relay("127.0.0.1", server.port, starttls=trusting, lmtp=True, timeout=PATIENCE)
     relay.deliver(received())
     relay.close()
     assert [command.split()[0].upper() for command in server.commands[:3]] == ["LHLO", "STARTTLS", "LHLO"]
@@ -698,7 +700,7 @@ def test_our_own_lmtp_receiver_and_relay_agree_about_each_recipient(router: Rout
     router.UNDELIVERABLE_QUEUE = Queue("run/undeliverable")
     receiver = LMTPReceiver("127.0.0.1", 0, router=router)
     receiver.start()
-    relay = Relay("127.0.0.1", receiver.port, lmtp=True, timeout=10)
+    relay = Relay("127.0.0.1", receiver.port, lmtp=True, timeout=PATIENCE)
     try:
         errors = failures_of(relay, received("a@x.test", "b@y.test", "c@y.test", "d@y.test", "e@nowhere.test"))
         relay.deliver(received("a@x.test", "f@y.test"))
@@ -764,19 +766,16 @@ def dovecot(tmp_path: Path) -> Iterator[Path]:
     config = here / "dovecot.conf"
     config.write_text(DOVECOT.format(here=here, user=user, group=group))
     process = subprocess.Popen(["/usr/sbin/dovecot", "-F", "-c", str(config)])
-    for _ in range(100):
-        if (here / "lmtp").exists() or process.poll() is not None:
-            break
-        time.sleep(0.05)
+    until(lambda: (here / "lmtp").exists() or process.poll() is not None)
     yield here
     process.terminate()
-    process.wait(20)
+    process.wait(PATIENCE)
     shutil.rmtree(here, ignore_errors=True)
 
 
 @pytest.mark.slow
 def test_dovecot_takes_mail_over_lmtp_and_refuses_whom_it_does_not_know(dovecot: Path) -> None:
-    relay = Relay(str(dovecot / "lmtp"), timeout=10)
+    relay = Relay(str(dovecot / "lmtp"), timeout=PATIENCE)
     errors = failures_of(relay, received("a@x.test", "b@y.test", "nobody@y.test", "c@y.test"))
     assert [(to, error.code) for to, error in errors.items() if isinstance(error, SMTPError)] == [
         ("nobody@y.test", 550)
@@ -794,7 +793,7 @@ def test_dovecot_takes_mail_over_lmtp_and_refuses_whom_it_does_not_know(dovecot:
 @pytest.mark.parametrize("endless", ["250-x\r\n" * 5000, "250-" + "x" * 100_000], ids=["lines", "line"])
 def test_a_reply_that_does_not_end_means_later(server: Server, endless: str) -> None:
     server.answers = {"EHLO": endless}
-    error = failures_of(Relay("127.0.0.1", server.port, timeout=5), received())["b@y.test"]
+    error = failures_of(Relay("127.0.0.1", server.port, timeout=PATIENCE), received())["b@y.test"]
     assert isinstance(error, Later)
     assert "does not end" in str(error)
 
@@ -886,7 +885,7 @@ def test_a_private_authority_is_a_setting(tls_server: TlsServer, authority: trus
     pem = tmp_path / "ca.pem"
     authority.cert_pem.write_to_path(str(pem))
     server = tls_server()
-    table = RelayTable(port=server.port, starttls=True, ca_file=str(pem), timeout=5.0)
+    table = RelayTable(port=server.port, starttls=True, ca_file=str(pem), timeout=PATIENCE)
     relay = Relay(**table.config())
     relay.deliver(received())
     relay.close()

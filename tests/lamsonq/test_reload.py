@@ -18,13 +18,15 @@ from pathlib import Path
 import pytest
 
 from lamsonq import reload, tally
+from lamsonq.child import GRACE
 from lamsonq.pidfile import PidFile
 from lamsonq.queue import Queue
 from lamsonq.reload import Old, Record, Role
 from lamsonq.sockets import Listener
 from lamsonq.tally import figures
 
-from .projects import ENVIRON, MailProject, Project, children_of, gone, holdings, until
+from .projects import ENVIRON, MailProject, Project, children_of, gone, holdings
+from .waiting import PATIENCE, until
 
 SLOW = """
 kind = "successor" if open("run/smtp.pid").read() == f"{os.getpid()}\\n" else "trial"
@@ -63,7 +65,7 @@ def desk(tmp_path: Path, free_port: Callable[[], int]) -> Iterator[MailProject]:
 
 def send(port: int, name: str, subject: str = "hi") -> int:
     """Send a message; the reply to it. Raises what smtplib raises."""
-    with smtplib.SMTP("127.0.0.1", port, timeout=20) as client:
+    with smtplib.SMTP("127.0.0.1", port, timeout=PATIENCE) as client:
         client.ehlo("client.example.com")
         client.mail("alice@example.com")
         client.rcpt("desk@example.com")
@@ -186,7 +188,7 @@ def test_a_unix_socket_stays_the_same_through_a_reload(desk: MailProject) -> Non
     until(lambda: len(children_of(desk.pid())) == 1)
     assert path.stat().st_ino == before
     with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(20)
+        client.settimeout(PATIENCE)
         client.connect(str(path))
         assert client.recv(64).startswith(b"220 localhost")
 
@@ -614,7 +616,7 @@ def test_a_trial_that_takes_too_long_is_given_up(project: Project) -> None:
             assert children_of(started.pid) == children
         finally:
             started.terminate()
-            assert started.wait(20) == 0
+            assert started.wait(PATIENCE) == 0
 
 
 @pytest.mark.slow
@@ -693,7 +695,7 @@ def test_a_second_term_or_a_quit_gives_back_at_once_and_uncounted_what_a_handler
         time.sleep(0.05)  # two TERMs that come together are one to the kernel
         if number == signal.SIGTERM:
             os.kill(parent, number)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < GRACE
     assert jobs.backend.counts() == {"ready": 1, "delayed": 0, "dead": 0, "reserved": 0, "done": 0}
     job = jobs.backend.get(key)
     assert job is not None

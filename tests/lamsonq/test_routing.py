@@ -19,6 +19,8 @@ from lamsonq.queue import Queue
 from lamsonq.routing import RoutingBase, route, route_like
 from lamsonq.state import MemoryStorage, SQLiteStorage, StateStorage
 
+from .waiting import PATIENCE
+
 Mail = Callable[..., MailRequest]
 Module = Callable[..., str]
 
@@ -753,7 +755,7 @@ def test_one_sender_at_a_time_and_others_beside(router: RoutingBase, module: Mod
     name = module(
         """
         import threading
-        INSIDE = threading.Barrier(2, timeout=5)
+        INSIDE = threading.Barrier(2, timeout=60)
         RUNNING = set()
         @route('desk@example.com')
         def START(message):
@@ -845,7 +847,7 @@ def test_nolocking_lets_two_messages_of_one_sender_in(router: RoutingBase, modul
     name = module(
         """
         import threading
-        INSIDE = threading.Barrier(2, timeout=5)
+        INSIDE = threading.Barrier(2, timeout=60)
         @route('desk@example.com')
         @nolocking
         def START(message):
@@ -1037,7 +1039,7 @@ def test_an_attempt_that_was_given_up_settles_nothing(router: RoutingBase, modul
         @route('desk@example.com')
         def START(message):
             HERE.set()
-            GO.wait(5)
+            GO.wait(60)
             return START
         """
     )
@@ -1046,7 +1048,7 @@ def test_an_attempt_that_was_given_up_settles_nothing(router: RoutingBase, modul
     attempt = router.attempt(router.plan(mail())[0], mail(), key="k", settle=lambda *settling: settled.append(settling))
     thread = threading.Thread(target=attempt.start)
     thread.start()
-    assert sys.modules[name].HERE.wait(5)
+    assert sys.modules[name].HERE.wait(PATIENCE)
     outcome = attempt.hung(0.1)
     assert attempt.give_up()
     assert "GO.wait" in "".join(outcome.__notes__)

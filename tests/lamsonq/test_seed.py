@@ -3,16 +3,17 @@
 import os
 import re
 import smtplib
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lamsonq import commands
+
+from .ports import free_port
+from .waiting import PATIENCE, until
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 BLOCKS = re.findall(r"```\w*\n(.*?)```", README, re.DOTALL)
@@ -37,7 +38,7 @@ class Shell:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.port, self.relay_port = _free_port(), _free_port()
+        self.port, self.relay_port = free_port(), free_port()
         self.environment = os.environ | {
             "LAMSONQ_RECEIVER__PORT": str(self.port),
             "LAMSONQ_RELAY__PORT": str(self.relay_port),
@@ -58,7 +59,7 @@ class Shell:
         return done.stdout
 
     def send(self, sender: str = SENDER) -> None:
-        with smtplib.SMTP("127.0.0.1", self.port, timeout=10) as client:
+        with smtplib.SMTP("127.0.0.1", self.port, timeout=PATIENCE) as client:
             client.sendmail(sender, [TO], f"From: {sender}\r\nTo: {TO}\r\nSubject: a post\r\n\r\nHello\r\n")
 
     def log(self) -> str:
@@ -105,9 +106,9 @@ def test_the_tutorial_runs_word_by_word(shell: Shell) -> None:
 
     shell("lamsonq", "start", "-boot", "config.queue", "-pid", "run/queue.pid")
     handled = f"DEBUG:root:Message to {TO} was handled by app.handlers.index.START"
-    assert _until(lambda: handled in shell.log()), shell.log()
-    assert _until(lambda: not any(new.iterdir()))
-    assert _until(lambda: "DEBUG:root:Sleeping for 10 seconds..." in shell.log()), shell.log()
+    until(lambda: handled in shell.log(), log=shell.log)
+    until(lambda: not any(new.iterdir()))
+    until(lambda: "DEBUG:root:Sleeping for 10 seconds..." in shell.log(), log=shell.log)
     log = shell.log()
     assert all(f"DEBUG:root:Pulled message with key: '{key}' off" in log for key in keys)
     assert f"DEBUG:root:Message received from Peer: 'run/posts', From: '{SENDER}', to To ['{TO}']." in log
@@ -161,7 +162,7 @@ def test_of_three_queue_receivers_on_one_queue_one_handles_each_message(here: Pa
             shell("lamsonq", "start", "-boot", "config.queue", "-pid", f"run/queue{number}.pid")
         for sender in senders[20:]:
             shell.send(sender)
-        assert _until(lambda: shell.log().count("handled by app.handlers.index.START") >= len(senders))
+        until(lambda: shell.log().count("handled by app.handlers.index.START") >= len(senders))
     finally:
         shell.stop_all()
     got = re.findall(r"DEBUG:root:Got message from (\S+)", shell.log())
@@ -189,19 +190,3 @@ def _runs(pid: str) -> bool:
         return ") Z " not in Path("/proc", pid, "stat").read_text()
     except FileNotFoundError:
         return False
-
-
-def _until(condition: Callable[[], bool], seconds: float = 20) -> bool:
-    give_up_at = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > give_up_at:
-            return False
-        time.sleep(0.05)
-    return True
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

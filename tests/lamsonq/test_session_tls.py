@@ -24,7 +24,8 @@ from lamsonq.logins import Logins, add
 from lamsonq.smtp import SMTPReceiver
 from lamsonq.tls import TLS
 
-from .clients import Client, waits_until
+from .clients import Client
+from .waiting import until
 
 Serve = Any
 Certificate = Callable[..., str]
@@ -173,7 +174,7 @@ def test_what_is_no_handshake_ends_the_connection_and_frees_its_place(
         except OSError:
             pass
         client.lines.close()
-        assert waits_until(lambda: receiver.traffic.open == 0)
+        until(lambda: receiver.traffic.open == 0)
 
 
 @pytest.mark.parametrize("implicit", [True, False])
@@ -187,7 +188,7 @@ def test_a_client_that_hangs_in_the_handshake_is_dropped(
             client.say("STARTTLS")
         client.send(b"\x16\x03\x01")
         assert client.rest() == ""
-        assert waits_until(lambda: receiver.traffic.open == 0)
+        until(lambda: receiver.traffic.open == 0)
 
 
 def test_who_hangs_in_the_handshake_is_sent_away_when_the_server_ends(secure: Callable[..., SMTPReceiver]) -> None:
@@ -222,7 +223,7 @@ def test_who_goes_with_the_last_word_of_the_handshake_leaves_no_line_in_the_log(
         with pytest.raises(ssl.SSLWantReadError):
             session.unwrap()
         client.send(outgoing.read())  # Finished and close_notify in one piece
-        assert waits_until(lambda: receiver.traffic.open == 0)
+        until(lambda: receiver.traffic.open == 0)
     assert "eof_received" not in caplog.text
 
 
@@ -236,7 +237,7 @@ def test_tls_from_the_first_byte(secure: Callable[..., SMTPReceiver], serve: Ser
         assert not client.has_extn("starttls")
         client.sendmail("a@x.test", ["b@y.test"], b"hello")
     assert serve.taken[0].envelope.tls == "TLSv1.3"
-    assert waits_until(lambda: receiver.traffic.open == 0)
+    until(lambda: receiver.traffic.open == 0)
 
 
 def test_who_speaks_in_clear_to_it_gets_no_greeting(secure: Callable[..., SMTPReceiver]) -> None:
@@ -488,7 +489,7 @@ def test_a_line_that_is_too_long_for_a_login_ends_the_connection(
         client.say("AUTH PLAIN")
         client.send(b"A" * (wire.AUTH_LINE_MAX + 4) + end)
         assert client.rest() == "500 5.5.6 Line too long\r\n"
-    assert waits_until(lambda: receiver.traffic.open == 0)
+    until(lambda: receiver.traffic.open == 0)
 
 
 def test_a_long_answer_is_taken_up_to_the_limit_of_the_rfc(
@@ -596,7 +597,7 @@ def test_a_client_that_goes_or_falls_silent_in_a_login_leaves_nothing(
         client.starttls(trusting)
         client.say("AUTH LOGIN")
         assert client.reply() == "421 4.4.2 Timeout, closing connection"
-    assert waits_until(lambda: receiver.traffic.open == 0)
+    until(lambda: receiver.traffic.open == 0)
 
 
 def test_names_in_a_file_log_in_and_a_change_counts_at_once(

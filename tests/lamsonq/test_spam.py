@@ -25,6 +25,8 @@ from lamsonq.queue import Queue
 from lamsonq.routing import RoutingBase
 from lamsonq.spam import Filter, SpamConfig, Verdict
 
+from .waiting import PATIENCE
+
 Free = Callable[[], int]
 Module = Callable[..., str]
 
@@ -353,14 +355,14 @@ def test_a_scanner_that_drips_is_given_up_after_the_timeout_in_all(scheme: str) 
         verdict = Filter(f"{scheme}://127.0.0.1:{server.server_address[1]}", {"timeout": 0.3}).check(letter())
         ended.set()
     assert verdict.reason.endswith("gives no verdict: timed out")
-    assert 0.25 < time.monotonic() - began < 5
+    assert 0.25 < time.monotonic() - began < PATIENCE / 2
 
 
 def test_only_so_many_scans_run_at_a_time(rspamd: Rspamd) -> None:
     both = threading.Barrier(2)
 
     def slow(body: bytes) -> tuple[int, object]:
-        both.wait(10)  # two run together,
+        both.wait(PATIENCE)  # two run together,
         return rspamd.judge(body)
 
     rspamd.answer = slow
@@ -495,7 +497,7 @@ def test_an_async_function_is_scanned_beside_the_loop(rspamd: Rspamd, router: Ro
     go_on = threading.Event()
 
     def slow(body: bytes) -> tuple[int, object]:
-        assert go_on.wait(10)
+        assert go_on.wait(PATIENCE)
         return rspamd.judge(body)
 
     rspamd.answer = slow
@@ -519,7 +521,7 @@ def test_an_async_function_is_scanned_beside_the_loop(rspamd: Rspamd, router: Ro
     scanned.start()
     router.deliver(MailRequest("peer", "b@example.org", "free@example.com", LETTER))
     go_on.set()
-    scanned.join(10)
+    scanned.join(PATIENCE)
     assert sys.modules[name].CALLS == ["free", "scanned"]
 
 

@@ -12,7 +12,7 @@ from lamsonq.jobs import Job
 from lamsonq.queue import Queue, queue_of
 from lamsonq.spool import BATCH_BYTES, BATCH_MAX, Spool
 
-PATIENCE = 10.0
+from .waiting import PATIENCE
 
 
 class Message:

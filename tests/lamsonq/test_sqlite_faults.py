@@ -311,7 +311,7 @@ def killed_at(number: int, work: Callable[[], None]) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("size", [3000, 100_000])
 def test_killed_at_any_step_of_a_push_it_is_there_whole_or_not_at_all(tmp_path: Path, size: int) -> None:
     url = f"sqlite:{tmp_path}/q.db"
@@ -342,7 +342,7 @@ def test_killed_at_any_step_of_a_push_it_is_there_whole_or_not_at_all(tmp_path: 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("size", [3000, 100_000])
 def test_killed_at_any_step_of_claim_and_settle_the_job_or_what_came_of_it_is_there(tmp_path: Path, size: int) -> None:
     url, there = f"sqlite:{tmp_path}/q.db", f"sqlite:{tmp_path}/other.db"

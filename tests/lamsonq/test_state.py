@@ -13,6 +13,8 @@ import pytest
 from lamsonq.errors import Refusal
 from lamsonq.state import Conversations, MemoryStorage, SQLiteStorage, StateStorage
 
+from .waiting import PATIENCE
+
 WHO = ("app.handlers.post", "alice@example.com")
 
 
@@ -234,5 +236,5 @@ def test_threads_of_one_process_are_never_in_a_conversation_together(tmp_path: P
         thread.start()
     for thread in threads:
         thread.join()
-    assert done.wait(10)
+    assert done.wait(PATIENCE)
     assert most == [1]

@@ -22,6 +22,7 @@ from lamsonq.worker import QueueReceiver
 from .cli import lamsonq, refused
 from .servers import Server
 from .test_verp import PATHS, bounce
+from .waiting import PATIENCE
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def relay(server: Server, store: Suppressions) -> Iterator[Relay]:
-    relay = Relay("127.0.0.1", server.port, timeout=5, suppressions=store)
+    relay = Relay("127.0.0.1", server.port, timeout=PATIENCE, suppressions=store)
     yield relay
     relay.close()
 

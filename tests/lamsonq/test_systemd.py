@@ -21,7 +21,8 @@ from lamsonq.child import GRACE, MARGIN
 from lamsonq.errors import Refusal
 from lamsonq.sockets import Listener, Listeners
 
-from .projects import ENVIRON, MailProject, children_of, gone, until
+from .projects import ENVIRON, MailProject, children_of, gone
+from .waiting import PATIENCE, until
 
 CONFIG = Path(sockets.__file__).parents[1] / "config"
 
@@ -81,7 +82,7 @@ def activated(project: MailProject, listener: socket.socket) -> Iterator[tuple[i
     """A server as systemd starts one: its pid, and the socket that the manager reads."""
     manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     manager.bind(str(project.path / "notify"))
-    manager.settimeout(20)
+    manager.settimeout(PATIENCE)
     command = [sys.executable, "-c", ACTIVATE, str(listener.fileno()), "start", "--no-daemon"]
     environ = {**ENVIRON, "NOTIFY_SOCKET": str(project.path / "notify")}
     with manager, subprocess.Popen(command, cwd=project.path, env=environ, pass_fds=[listener.fileno()]) as server:
@@ -89,7 +90,7 @@ def activated(project: MailProject, listener: socket.socket) -> Iterator[tuple[i
             yield server.pid, manager
             server.terminate()
             assert manager.recv(256) == b"STOPPING=1"
-            assert server.wait(20) == 0
+            assert server.wait(PATIENCE) == 0
         finally:
             server.kill()
 
@@ -102,7 +103,7 @@ def project(tmp_path: Path, free_port: Callable[[], int]) -> Iterator[MailProjec
 
 
 def send(port: int, name: str) -> None:
-    with smtplib.SMTP("127.0.0.1", port, timeout=20) as client:
+    with smtplib.SMTP("127.0.0.1", port, timeout=PATIENCE) as client:
         client.sendmail("alice@example.com", ["desk@example.com"], f"Message-ID: {name}\r\n\r\nhello\r\n")
 
 
@@ -207,13 +208,14 @@ def test_a_unix_socket_is_taken_for_a_path_and_a_port_for_an_address(
     assert not (tmp_path / "asked").exists()
 
 
-def test_what_we_have_opened_is_handed_on_only_for_its_own_address(kept: Callable[..., Listeners]) -> None:
+def test_what_we_have_opened_is_handed_on_only_for_its_own_address(
+    kept: Callable[..., Listeners], free_port: Callable[[], int]
+) -> None:
     first = kept()
     port = sockets.listen("127.0.0.1", 0).getsockname()[1]
     first.settle()
     second = kept(*first.to_hand_over())
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        free = other.getsockname()[1]
+    free = free_port()
     assert name(sockets.listen("127.0.0.1", free)) == ("127.0.0.1", free)
     assert name(sockets.listen("127.0.0.1", 0)) == ("127.0.0.1", port)
     second.undo()
@@ -255,7 +257,7 @@ def test_without_a_manager_nobody_is_told(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_manager_in_the_abstract_namespace_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(f"\0lamsonq-{os.getpid()}")
-        manager.settimeout(5)
+        manager.settimeout(PATIENCE)
         monkeypatch.setenv("NOTIFY_SOCKET", f"@lamsonq-{os.getpid()}")
         systemd.notify("READY=1")
         assert manager.recv(64) == b"READY=1"

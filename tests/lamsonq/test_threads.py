@@ -8,9 +8,7 @@ import pytest
 
 from lamsonq.threads import TOGETHER_MAX, Threads, Together
 
-from .clients import waits_until
-
-PATIENCE = 10.0
+from .waiting import PATIENCE, until
 
 
 def test_functions_run_at_the_same_time_up_to_the_number_of_threads() -> None:
@@ -36,7 +34,7 @@ def test_a_thread_that_is_free_is_used_again() -> None:
     used: list[int] = []
     for _ in range(20):
         threads.submit(lambda: used.append(threading.get_ident()))
-        assert waits_until(lambda: threads._free == len(threads._threads))
+        until(lambda: threads._free == len(threads._threads))
     assert len(used) == 20
     assert len(set(used)) == 1
     threads.close(wait=True)
@@ -197,7 +195,7 @@ def test_a_call_that_hangs_is_told_once() -> None:
     assert not together.hangs(0)
     first = submitted(together, 1)
     assert desk.begun.acquire(timeout=PATIENCE)
-    assert waits_until(lambda: together.hangs(0))
+    until(lambda: together.hangs(0))
     assert not together.hangs(0)
     desk.gate.set()
     first.join(PATIENCE)

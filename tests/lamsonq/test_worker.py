@@ -33,7 +33,7 @@ from lamsonq.state import MemoryStorage, SQLiteStorage
 from lamsonq.testing import frozen_clock
 from lamsonq.worker import QueueReceiver
 
-from .clients import clock_ahead, waits_until
+from .waiting import PATIENCE, clock_ahead, until
 
 Mail = Callable[..., MailRequest]
 Module = Callable[..., str]
@@ -380,11 +380,9 @@ def test_what_could_not_be_settled_is_given_back_as_soon_as_that_is_possible(
     receiver = QueueReceiver(posts, 0.1, router=router)
     thread = threading.Thread(target=receiver.start)
     thread.start()
-    deadline = time.monotonic() + 10
-    while (len(calls_of(name)) < 2 or any(posts.backend.counts().values())) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until(lambda: len(calls_of(name)) == 2 and not any(posts.backend.counts().values()))
     receiver.stop()
-    thread.join(10)
+    thread.join(PATIENCE)
     assert calls_of(name) == [1, 1]
     assert sum(posts.backend.counts().values()) == 0
 
@@ -453,7 +451,7 @@ def test_async_functions_that_another_one_blocks_are_not_at_fault(
         @stateless
         async def GUILTY(message):
             HERE.set()
-            GO.wait(20)
+            GO.wait(100)
         @route('innocent@example.com')
         @stateless
         async def INNOCENT(message): CALLS.append(1)
@@ -463,14 +461,14 @@ def test_async_functions_that_another_one_blocks_are_not_at_fault(
     posts.push(mail("guilty@example.com"))
     thread = threading.Thread(target=QueueReceiver("run/posts", router=router, timeout=0.5, sleep=0.05).start)
     thread.start()
-    assert sys.modules[name].HERE.wait(5)
+    assert sys.modules[name].HERE.wait(PATIENCE)
     posts.push(mail("innocent@example.com"))
-    thread.join(10)  # it stops by itself, to be replaced
+    thread.join(PATIENCE)  # it stops by itself, to be replaced
     sys.modules[name].GO.set()
     assert not thread.is_alive()
     ((target, _),) = dead(posts)
     assert target == f"{name}.GUILTY"
-    assert "GO.wait(20)" in details(posts)
+    assert "GO.wait(100)" in details(posts)
     assert calls_of(name) == []
     assert posts.backend.counts()["ready"] == 1
 
@@ -486,7 +484,7 @@ def test_what_a_hanging_handler_still_pushes_is_dropped(
         @route('desk@example.com')
         @stateless
         def START(message):
-            GO.wait(20)
+            GO.wait(100)
             try: Queue('run/out').push(message)
             except LeaseLost: CALLS.append('dropped')
             finally: GONE.set()
@@ -496,7 +494,7 @@ def test_what_a_hanging_handler_still_pushes_is_dropped(
     posts.push(mail())
     work(router, timeout=0.1)
     sys.modules[name].GO.set()
-    assert sys.modules[name].GONE.wait(5)
+    assert sys.modules[name].GONE.wait(PATIENCE)
     assert calls_of(name) == ["dropped"]
     assert Queue("run/out").count() == 0
 
@@ -550,7 +548,7 @@ def test_a_handler_that_hangs_is_settled_without_it_and_the_process_asks_to_be_r
         GO = threading.Event()
         @route('desk@example.com')
         @stateless
-        def START(message): GO.wait(20)
+        def START(message): GO.wait(100)
         """
     )
     router.load([name])
@@ -640,10 +638,7 @@ def test_an_async_handler_that_hangs_is_cancelled(
     work(router, timeout=0.1)
     assert "did not return within" in dead(posts)[0][1]
     assert "await asyncio.sleep(60)" in details(posts), "with the line at which it waited"
-    deadline = time.monotonic() + 5
-    while not calls_of(name) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert calls_of(name) == ["cancelled"]
+    assert until(lambda: calls_of(name)) == ["cancelled"]
 
 
 @pytest.mark.parametrize("beside", ["", "@route('desk@example.com')\n@stateless\ndef AUDIT(message): pass\n"])
@@ -741,16 +736,15 @@ def test_run_once_gives_up_a_function_whose_time_is_over(router: RoutingBase, mo
         GO = threading.Event()
         @route('desk@example.com')
         @stateless
-        def START(message): GO.wait(20)
+        def START(message): CALLS.append(GO.wait(60))
         """
     )
     router.load([name])
     posts = Queue("memory:run-once-hangs")
     posts.push(mail())
     receiver = QueueReceiver(posts, router=router, timeout=0.1)
-    begun = time.monotonic()
     assert receiver.run_once()
-    assert time.monotonic() - begun < 5
+    assert calls_of(name) == [], "it has not waited for the function"
     sys.modules[name].GO.set()
     assert receiver.stuck
     ((target, report),) = dead(posts)
@@ -799,15 +793,13 @@ def test_an_idle_receiver_wakes_at_once_and_stops_at_once(
     with caplog.at_level("DEBUG"):
         thread = threading.Thread(target=receiver.start)
         thread.start()
-        deadline = time.monotonic() + 10
-        while "Sleeping for 60 seconds..." not in caplog.text and time.monotonic() < deadline:
-            time.sleep(0.01)
+        until(lambda: "Sleeping for 60 seconds..." in caplog.text)
         pushed = time.monotonic()
         posts.push(mail())
-        assert sys.modules[name].DONE.wait(10)
-        assert sys.modules[name].AT[0] - pushed < 2
+        assert sys.modules[name].DONE.wait(PATIENCE)
+        assert sys.modules[name].AT[0] - pushed < 30
         receiver.stop()
-        thread.join(10)
+        thread.join(30)
     assert not thread.is_alive()
     lines = [record.getMessage() for record in caplog.records]
     assert "Queue receiver started on queue dir run/posts" in lines
@@ -827,7 +819,7 @@ def test_stopping_with_no_grace_gives_running_jobs_back_uncounted(
         @stateless
         def START(message):
             HERE.set()
-            GO.wait(20)
+            GO.wait(100)
         """
     )
     router.load([name])
@@ -835,9 +827,9 @@ def test_stopping_with_no_grace_gives_running_jobs_back_uncounted(
     receiver = QueueReceiver("run/posts", router=router)
     thread = threading.Thread(target=receiver.start)
     thread.start()
-    assert sys.modules[name].HERE.wait(5)
+    assert sys.modules[name].HERE.wait(PATIENCE)
     receiver.stop(grace=0)
-    thread.join(10)
+    thread.join(PATIENCE)
     sys.modules[name].GO.set()
     assert not thread.is_alive()
     (job,) = posts.backend.reserve(1)
@@ -967,10 +959,10 @@ def test_what_is_finished_is_settled_while_its_receiver_waits_for_more(
     try:
         for _ in range(3):
             queue.push(mail())
-            assert waits_until(lambda: sum(queue.backend.counts().values()) == 0)
+            until(lambda: sum(queue.backend.counts().values()) == 0)
     finally:
         receiver.stop()
-        thread.join(10)
+        thread.join(PATIENCE)
 
 
 def test_what_is_finished_and_cannot_be_settled_is_given_back(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import socket
 import ssl
 import sys
 import threading
@@ -23,7 +22,8 @@ from lamsonq.routing import RoutingBase
 from lamsonq.server import QueueReceiver, Receiver
 from lamsonq.tls import TLS
 
-from .programs import open_folder, until
+from ..waiting import until
+from .programs import open_folder
 
 BODY = (
     "Grüße, ein Punkt am Anfang:\r\n.\r\n..zwei\r\n.drei\r\n\r\n"
@@ -155,13 +155,6 @@ def papers() -> Iterator[Papers]:
         authority.cert_pem.write_to_path(files.authority)
         logins.add(files.logins, NAME, PASSWORD)
         yield files
-
-
-def free_port_of() -> int:
-    """A port of the loopback that nobody listens on at this moment, for fixtures of a module."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
 
 
 def jobs_in(queue: Queue) -> list[Job]:

@@ -8,7 +8,8 @@ import pwd
 import subprocess
 from pathlib import Path
 
-from .programs import listens, need, until
+from ..waiting import until
+from .programs import listens, need
 
 CONFIG = """\
 base_dir = {folder}/base

@@ -14,7 +14,8 @@ import threading
 import time
 from pathlib import Path
 
-from .programs import need, until
+from ..waiting import until
+from .programs import need
 
 CONFIG = """\
 set folder = {home}
@@ -67,7 +68,7 @@ class Mutt:
         seen = -1
         while seen != len(self._shown):
             seen = len(self._shown)
-            time.sleep(0.1)  # there is no other sign of a program that waits for the next key
+            time.sleep(0.3)  # there is no other sign of a program that waits for the next key
 
     def see(self, text: str, since: int = 0) -> None:
         def shown() -> bytes:

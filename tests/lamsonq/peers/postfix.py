@@ -10,7 +10,8 @@ import signal
 import subprocess
 from pathlib import Path
 
-from .programs import listens, need, run, until
+from ..waiting import until
+from .programs import listens, need, run
 
 MAIN = """\
 compatibility_level = 3.6

@@ -8,8 +8,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,9 +17,6 @@ PATH = os.pathsep.join(
     (os.environ.get("PATH", ""), "/usr/sbin", "/usr/lib/postfix/sbin", "/usr/lib/dovecot", "/opt/exim4")
 )
 """Servers are often not on the path of users. Debian installs Exim or Postfix: .ci/run puts Exim beside it."""
-
-PATIENCE = 20.0
-"""Seconds after which something that should happen has not."""
 
 
 def need(name: str, *, root: bool = False) -> str:
@@ -49,18 +45,10 @@ def run(command: Sequence[str], data: bytes = b"", *, code: int | None = 0) -> s
     return said
 
 
-def until(condition: Callable[[], bool], what: str, log: Callable[[], str] = str) -> None:
-    """Wait until something is so that nobody would tell us about; if it never is, show the `log`."""
-    give_up_at = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < give_up_at, f"not seen in {PATIENCE} s: {what}\n{log()}"
-        time.sleep(0.02)
-
-
 def listens(port: int) -> bool:
     """Whether a server answers there."""
     try:
-        with socket.create_connection(("127.0.0.1", port), 1) as client:
+        with socket.create_connection(("127.0.0.1", port), 10) as client:
             return bool(client.recv(1))
     except OSError:
         return False

@@ -16,10 +16,12 @@ from lamsonq.queue import Queue
 from lamsonq.routing import RoutingBase
 from lamsonq.server import QueueReceiver, Receiver, Relay
 
-from .conftest import Handled, free_port_of, mail_named
+from ..ports import free_port
+from ..waiting import until
+from .conftest import Handled, mail_named
 from .dovecot import Dovecot, give_to_dovecot
 from .mutt import Mutt
-from .programs import need, open_folder, run, until
+from .programs import need, open_folder, run
 
 Serve = Callable[[Receiver], None]
 
@@ -132,7 +134,7 @@ def dovecot() -> Iterator[Dovecot]:
         (folder / "run").mkdir()
         give_to_dovecot(folder / "run")
         os.chmod(folder, 0o777)
-        dovecot = Dovecot(folder, free_port_of(), free_port_of(), mailboxes)
+        dovecot = Dovecot(folder, free_port(), free_port(), mailboxes)
         yield dovecot
         dovecot.close()
 

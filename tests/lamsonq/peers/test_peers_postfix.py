@@ -16,11 +16,13 @@ from lamsonq.queue import Queue
 from lamsonq.routing import RoutingBase
 from lamsonq.server import LMTPReceiver, QueueReceiver, Receiver, Relay, SMTPReceiver
 
-from .conftest import NAME, PASSWORD, Handled, Papers, free_port_of, mail_named
+from ..ports import free_port
+from ..waiting import until
+from .conftest import NAME, PASSWORD, Handled, Papers, mail_named
 from .dovecot import PASSWORD as THEIR_PASSWORD
 from .dovecot import Dovecot, give_to_dovecot
 from .postfix import Postfix
-from .programs import open_folder, until
+from .programs import open_folder
 
 Serve = Callable[[Receiver], None]
 
@@ -68,14 +70,14 @@ def as_sent(received: bytes) -> bytes:
 
 @pytest.fixture(scope="module")
 def ports() -> dict[str, int]:
-    return {name: free_port_of() for name in ("smtp", "lmtp")}
+    return {name: free_port() for name in ("smtp", "lmtp")}
 
 
 @pytest.fixture(scope="module")
 def running(ports: dict[str, int], papers: Papers) -> Iterator[Postfix]:
     more = IN_FRONT.format(authority=papers.authority, login=f"{NAME}:{PASSWORD}", **ports)
     with open_folder() as folder:
-        postfix = Postfix(folder, free_port_of(), more)
+        postfix = Postfix(folder, free_port(), more)
         yield postfix
         postfix.close()
 
@@ -187,14 +189,14 @@ class Smarthost:
 
 @pytest.fixture(scope="module")
 def smarthost(papers: Papers) -> Iterator[Smarthost]:
-    beyond = free_port_of()
+    beyond = free_port()
     with open_folder() as folder, open_folder() as other:
         (folder / "out").mkdir()
         give_to_dovecot(folder / "out")
-        dovecot = Dovecot(folder, free_port_of(), free_port_of(), {"out": folder / "out"})
+        dovecot = Dovecot(folder, free_port(), free_port(), {"out": folder / "out"})
         try:
             values = {"auth": dovecot.auth, "certificate": papers.certificate, "key": papers.key, "beyond": beyond}
-            postfix = Postfix(other, free_port_of(), SMARTHOST.format(**values))
+            postfix = Postfix(other, free_port(), SMARTHOST.format(**values))
             try:
                 yield Smarthost(postfix, beyond)
             finally:
@@ -267,7 +269,7 @@ def lax(ports: dict[str, int]) -> Iterator[Postfix]:
         f" {{ lmtp.z.test = lmtp:inet:127.0.0.1:{ports['lmtp']} }} }}\n"
     )
     with open_folder() as folder:
-        postfix = Postfix(folder, free_port_of(), more)
+        postfix = Postfix(folder, free_port(), more)
         yield postfix
         postfix.close()
 

@@ -18,9 +18,11 @@ from lamsonq.queue import Queue
 from lamsonq.routing import RoutingBase
 from lamsonq.server import LMTPReceiver, QueueReceiver, Receiver, Relay, SMTPReceiver
 
-from .conftest import Handled, free_port_of, jobs_in, mail_named
+from ..ports import free_port
+from ..waiting import until
+from .conftest import Handled, jobs_in, mail_named
 from .postfix import Postfix
-from .programs import open_folder, run, until
+from .programs import open_folder, run
 
 Serve = Callable[[Receiver], None]
 
@@ -76,10 +78,10 @@ class Front:
 
 @pytest.fixture(scope="module")
 def running_postfix() -> Iterator[Front]:
-    ports = {name: free_port_of() for name in ("smtp", "lmtp", "bounces", "beyond")}
+    ports = {name: free_port() for name in ("smtp", "lmtp", "bounces", "beyond")}
     with open_folder() as folder:
         path = str(folder / "lmtp.sock")
-        postfix = Postfix(folder, free_port_of(), MAIN.format(unix=path, **ports))
+        postfix = Postfix(folder, free_port(), MAIN.format(unix=path, **ports))
         yield Front(postfix, ports, path)
         postfix.close()
 

@@ -16,9 +16,11 @@ from lamsonq import fsck
 from lamsonq.routing import RoutingBase
 from lamsonq.server import Receiver, SMTPReceiver
 
-from .conftest import Handled, free_port_of, mail_named
+from ..ports import free_port
+from ..waiting import until
+from .conftest import Handled, mail_named
 from .postfix import Postfix
-from .programs import open_folder, until
+from .programs import open_folder
 
 PAGE = Path(__file__).parents[3] / "docs/behind-postfix.md"
 
@@ -64,11 +66,11 @@ def sink(handled: Handled, serve: Callable[[Receiver], None]) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["smtp:[127.0.0.1]:8823", "lmtp:inet:127.0.0.1:8823", "lmtp:unix:lamsonq/lmtp.sock"])
 def test_the_blog_is_posted_to_through_postfix_and_answers_through_it(way: str, sink: int, handled: Handled) -> None:
-    port = free_port_of()
+    port = free_port()
     lines = configuration(way) + configuration("reject_unverified_recipient")
     elsewhere = f"default_transport = smtp:[127.0.0.1]:{sink}\naddress_verify_poll_delay = 1\n"
     with open_folder() as folder:
-        postfix = Postfix(folder, free_port_of(), lines.replace("8823", str(port)) + elsewhere)
+        postfix = Postfix(folder, free_port(), lines.replace("8823", str(port)) + elsewhere)
         try:
             project = Project(folder, RECEIVER__PORT=port, RELAY__PORT=postfix.port)
             if "lmtp" in way:
