@@ -166,6 +166,12 @@ class Attempt:
         if self.started is not None:
             self.started = time.monotonic()
 
+    def excuse(self, seconds: float) -> None:
+        """This process stood still for so long: that time is not the function's."""
+        started = self.started
+        if started is not None:
+            self.started = min(started + seconds, time.monotonic())
+
     @property
     def awaits(self) -> bool:
         """Whether the function is an `async def` that holds no thread."""
@@ -292,7 +298,7 @@ class Attempt:
         try:
             while not stateful.conversations.lock(stateful.conversation):
                 if time.monotonic() >= give_up_at:
-                    self._finish(Later("the conversation is busy in another process", time.time() + 1, counted=False))
+                    self._finish(Later("the conversation is busy in another process", clock.now() + 1, counted=False))
                     return
                 time.sleep(0.005)  # fcntl(2) has no wait with a time limit
         except OSError as error:  # no descriptor, no space: this machine is short of something just now

@@ -40,7 +40,7 @@ from lamsonq.keys import new_key as new_id
 from lamsonq.queue import job_of, new_key, queue_of
 from lamsonq.routing import RoutingBase, unplanned
 from lamsonq.spool import Spool
-from lamsonq.threads import Threads, Together
+from lamsonq.threads import Standstill, Threads, Together
 
 LOG = logging.getLogger()
 """The root logger: the names before these lines are part of what users of Lamson grep for."""
@@ -96,6 +96,7 @@ class Committer:
         queue = queue_of(deliver)
         self.spool = None if queue is None else Spool(queue)
         self.together: Together[Attempt] = Together(end)
+        self._standstill = Standstill()
         self._looks: asyncio.TimerHandle | None = None
         self._acts: deque[Callable[[], None]] = deque()
         self._is_told = False
@@ -146,6 +147,9 @@ class Committer:
 
     def _look(self) -> None:
         """Rule 2: end what takes too long."""
+        still = self._standstill.seconds()
+        for run in list(self.running) if still else ():
+            run.excuse(still)
         left = [LOOK_EVERY]
         for run in list(self.running):
             left.append(run.time_left())
@@ -458,6 +462,11 @@ class _Run:
             return self._begun + PATIENCE - time.monotonic()
         return started + self._committer.timeout - time.monotonic()
 
+    def excuse(self, seconds: float) -> None:
+        """This process stood still for so long."""
+        if self._attempt is not None:
+            self._attempt.excuse(seconds)
+
     def overdue(self) -> None:
         """End a call that takes too long, unless it has just been settled; from the loop."""
         attempt = self._attempt
@@ -481,7 +490,10 @@ class _Run:
 def trouble(error: BaseException) -> str:
     """Log an error that the client must not see; the reply names the log line."""
     mark = secrets.token_hex(6)
-    LOG.error("Session error %s", mark, exc_info=error)
+    if isinstance(error, QueueError):  # as in `_say_failed`
+        LOG.error("Session error %s: %s", mark, error)
+    else:
+        LOG.error("Session error %s", mark, exc_info=error)
     return f"451 4.3.0 Internal error {mark}, please try again later"
 
 

@@ -48,7 +48,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from lamsonq import attempt, view
+from lamsonq import attempt, clock, view
 from lamsonq.address import bare_address, is_path_address
 from lamsonq.attempt import ELSEWHERE_PATIENCE, PATIENCE, Attempt
 from lamsonq.errors import Later, LeaseLost, SMTPError, UsageError
@@ -542,7 +542,7 @@ class _Claims:
             elif other is not None and taker is not None and _inside_of(other)[-1] is _inside_of(taker)[-1]:
                 return False
             elif time.monotonic() >= give_up_at:
-                raise Later("another message is just being confirmed by this secret", time.time() + 1, counted=False)
+                raise Later("another message is just being confirmed by this secret", clock.now() + 1, counted=False)
             else:
                 time.sleep(0.005)  # fcntl(2) has no wait with a time limit
         return True

@@ -705,6 +705,18 @@ class BackendConformance:
         queue.wait(SLEEP)
         assert (counted(queue), time.monotonic() - begun < WOKEN) == ({"ready": 1}, True)
 
+    def test_who_asks_for_some_targets_sleeps_while_there_are_only_others(self, stores: Stores) -> None:
+        queue = stores.open()
+        push(queue)
+        push(queue, target="other")
+        assert queue.reserve(1, only={"mine"}) == []
+        begun = time.monotonic()
+        queue.wait(0.2)
+        assert time.monotonic() - begun > 0.15
+        push(stores.open(), target="mine")
+        queue.wait(60)
+        assert [job.target for job in queue.reserve(9, only={"mine"})] == ["mine"]
+
     def test_wake_ends_a_wait_also_one_that_begins_later(self, stores: Stores) -> None:
         queue = stores.open()
         begun = time.monotonic()

@@ -156,7 +156,7 @@ class Database:
             with closing(self._open()) as database:
                 for row in database.execute(query, (queue,)):
                     yield self._looked_at(row)
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
             raise self._refusal(error) from error
 
     def outgoing(self) -> list[Row]:
@@ -192,7 +192,7 @@ class Database:
         database = _connected(self.path)
         try:
             version = database.execute("select max(version) from lamsonq").fetchone()[0]
-        except sqlite3.Error:
+        except (sqlite3.Error, UnicodeDecodeError):
             database.close()
             raise
         if version is not None and version > VERSION:
@@ -204,7 +204,7 @@ class Database:
         try:
             with closing(self._open()) as database:
                 return database.execute(query, values).fetchall()
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
             raise self._refusal(error) from error
 
     def _refusal(self, error: Exception) -> Refusal:

@@ -146,12 +146,20 @@ def outcome_of(error: BaseException) -> Later | Dead:
     return outcome
 
 
+REASON_MAX = 1000
+"""Characters of an error's text that one line tells."""
+
+REPORT_MAX = 64 << 10
+"""Characters that are kept of one failure: an error may quote all that it was about."""
+
+
 def reason_of(error: BaseException) -> str:
     """One line that names the error: what a dead letter and a log line show first."""
     try:
-        text = " ".join(str(error).split())
-    except Exception:  # an error of the user's, with a __str__ of the user's
+        text = " ".join(str(error)[: 4 * REASON_MAX].split())
+    except BaseException:  # an error of the user's, with a __str__ of the user's
         text = "(an error whose text cannot be told)"
+    text = text if len(text) <= REASON_MAX else f"{text[:REASON_MAX]}..."
     if isinstance(error, Later | Dead | SMTPError):
         return text or type(error).__name__
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
@@ -159,10 +167,20 @@ def reason_of(error: BaseException) -> str:
 
 def report_of(outcome: Later | Dead) -> str:
     """The reason and, where there was an exception, its traceback: what is kept beside a failed job."""
-    error: BaseException = outcome.__cause__ or outcome
+    try:
+        details = _details_of(outcome.__cause__ or outcome)
+    except BaseException as trouble:  # as in `reason_of`: a failure that cannot be told has to be settled, too
+        details = f"(its traceback cannot be told: {type(trouble).__name__})\n"
+    if len(details) > REPORT_MAX:
+        half = REPORT_MAX // 2
+        details = f"{details[:half]}\n[... {len(details) - 2 * half} characters ...]\n{details[-half:]}"
+    return f"{reason_of(outcome)}\n\n{details}" if details else f"{reason_of(outcome)}\n"
+
+
+def _details_of(error: BaseException) -> str:
     if error.__traceback__ is None and error.__cause__ is None and not getattr(error, "__notes__", None):
-        return f"{reason_of(outcome)}\n"
-    return f"{reason_of(outcome)}\n\n{''.join(traceback.format_exception(error))}"
+        return ""
+    return "".join(traceback.format_exception(error))
 
 
 class Refusal(Exception):

@@ -297,7 +297,8 @@ class Backend(Protocol):
         """
 
     def wait(self, seconds: float) -> None:
-        """Sleep until there may be something to reserve, `wake` is called or the time is over. Claims nothing."""
+        """Sleep until there may be something to reserve, of what the last `reserve` asked for, `wake` is called or the
+        time is over. Claims nothing."""
 
     def wake(self) -> None:
         """Make a waiting `reserve` or `wait` return; from any thread, also before it waits."""

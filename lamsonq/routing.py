@@ -24,6 +24,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from lamsonq import clock
 from lamsonq.address import canonical
 from lamsonq.attempt import ELSEWHERE_PATIENCE, PATIENCE, Attempt, Call, Settle, Stateful, key_of, run_here
 from lamsonq.errors import Dead, Failure, Later, Refusal, Undelivered, reason_of
@@ -328,7 +329,7 @@ class RoutingBase:
         assert job.target is not None
         handler = table.handlers.get(job.target)
         if handler is None:
-            raise Later(f"no handler {job.target} in this process", time.time() + 60, counted=False)
+            raise Later(f"no handler {job.target} in this process", clock.now() + 60, counted=False)
         found = [(r, captures) for r, captures in table.matches(message.To) if handler in r.handlers]
         if not found:
             raise Dead(f"route gone: no route of {job.target} matches {message.To} any more")

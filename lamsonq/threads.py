@@ -7,6 +7,7 @@ Rules:
    what concurrent.futures costs, and of a small function most of it.
 3. They are daemons: a function that hangs keeps no process from its end.
 4. `Together` has no thread of its own: who comes first works for all that come meanwhile, and they go on.
+5. A time-out is for a function that has had the time: what a process stood still does not count (`Standstill`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ T = TypeVar("T")
 
 TOGETHER_MAX = 256
 """Things that are dealt with at once."""
+
+STOOD_STILL = 3.0
+"""Seconds between two looks that are no ordinary delay; who uses a Standstill looks once a second."""
 
 
 class Threads:
@@ -91,6 +95,21 @@ class Threads:
             del function  # who waits for more to do keeps no message in memory
             with self._lock:
                 self._free += 1
+
+
+class Standstill:
+    """Tells for how long this process stood still since the last look: stopped (SIGSTOP, a frozen control group, a
+    paused virtual machine), or without a processor. No function of it could run meanwhile."""
+
+    def __init__(self) -> None:
+        self._looked, self._used = time.monotonic(), time.process_time()
+
+    def seconds(self) -> float:
+        """Since the last call; 0.0 where it was not for long. What it has computed meanwhile is not counted."""
+        looked, used = self._looked, self._used
+        self._looked, self._used = time.monotonic(), time.process_time()
+        still = (self._looked - looked) - (self._used - used)
+        return still if still > STOOD_STILL else 0.0
 
 
 class Watched:

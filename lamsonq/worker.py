@@ -6,7 +6,8 @@ Rules:
    few jobs that wait for their turn in a conversation.
 2. Where several queues have something to do, they get threads in proportion to their weights: a queue has until a look
    at it finds nothing, and not only in the moments in which its fetcher asks for a thread.
-3. A function that does not return in time is settled without it, and this process asks to be replaced.
+3. A function that does not return in time is settled without it, and this process asks to be replaced. For how long
+   the process itself stood still is not counted.
 4. There is no scheduler: whoever works a queue puts the periodic jobs of that queue, each moment once (jobs.Tick).
 5. TERM: first the claims no longer count as deliveries, so that a KILL which follows harms no job; then what runs is
    finished.
@@ -34,7 +35,7 @@ from lamsonq.queue import Queue
 from lamsonq.routing import Router, RoutingBase
 from lamsonq.source import RETRY_AFTER, Owed, Source
 from lamsonq.tally import TALLY
-from lamsonq.threads import Threads
+from lamsonq.threads import Standstill, Threads
 
 LOG = logging.getLogger()
 """The root logger, as the tutorial shows these lines."""
@@ -171,6 +172,7 @@ class QueueReceiver:
         self._credit: dict[Source, float] = dict.fromkeys(self.sources, 0.0)
         self._idle: dict[Source, int] = dict.fromkeys(self.sources, 0)
         self._running: dict[Attempt, tuple[Source, Job]] = {}
+        self._standstill = Standstill()
         self._in_trouble: set[Source] = set()
         self._purge_at = 0.0
         self._looked_at = 0.0
@@ -567,7 +569,9 @@ class QueueReceiver:
                 LOG.warning("The claims on %s cannot be forgiven: %s", source.queue.dir, reason_of(error))
 
     def _give_up_the_late(self) -> None:
-        now = time.monotonic()
+        still, now = self._standstill.seconds(), time.monotonic()
+        for attempt in list(self._running) if still else ():
+            attempt.excuse(still)
         for attempt, (source, job) in list(self._running.items()):
             timeout = attempt.call.policy.timeout or source.timeout
             if attempt.started is None or now - attempt.started <= timeout:

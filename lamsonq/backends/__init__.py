@@ -21,19 +21,25 @@ GROUP = "lamsonq.backends"
 _PATHS = ("maildir", "sqlite")
 """The schemes whose queues are named by a path."""
 
-_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):")
+_SCHEME = re.compile(r"\A([A-Za-z][A-Za-z0-9+.-]*):")
 
 
 def open_backend(url: str, *, pop_limit: int = 0, oversize_dir: str | None = None) -> Backend:
     """The store that this URL or path names; the same object as long as it is in use, so that asking again is cheap.
 
-    Raises BrokerError for a scheme that nothing serves, and for no name at all.
+    Raises BrokerError for a scheme that nothing serves, and for what is no name of a queue.
     """
-    url = url.removeprefix("maildir:")
-    if not url:  # the current directory would become a maildir
-        raise BrokerError("a queue without a name: give a directory, as in run/posts, or a URL")
+    # in any case (RFC 3986 section 3.1)
+    url = _SCHEME.sub(lambda found: found[0].lower(), url).removeprefix("maildir:")
+    if not url or "\0" in url:
+        raise BrokerError(
+            "a queue without a name: give a directory, as in run/posts, or a URL, as in sqlite:run/q.db?queue=posts;"
+            f" not {url!r}"
+        )
     match = _SCHEME.match(url)
     scheme = match[1] if match else "maildir"
+    if not match and "?queue=" in url and not url.startswith(("/", "./")):
+        raise BrokerError(f"{url!r} is no URL: put sqlite: in front. A directory of that name is written ./{url}")
     # A path means another directory or file after a chdir, so where we are is part of the question.
     place = os.path.abspath(url) if scheme in _PATHS else ""
     return _open(scheme, url, place, pop_limit, oversize_dir and os.path.abspath(oversize_dir))

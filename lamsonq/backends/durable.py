@@ -25,6 +25,9 @@ from lamsonq.threads import Threads
 SYNCED_AT_ONCE = 8
 """Files of one `write_files`, and their folder; more wait for a thread."""
 
+OPEN_MAX = 100
+"""Files that one call has open at the same time: a process may have a thousand, and most are its connections."""
+
 
 def write_file(path: str, *chunks: bytes) -> None:
     """Make a new file (0600) of these bytes and sync it; on an OSError there is no file."""
@@ -34,32 +37,42 @@ def write_file(path: str, *chunks: bytes) -> None:
 def write_files(files: Iterable[tuple[str, Sequence[bytes]]], folder: str | None = None) -> None:
     """Make new files (0600), each of its chunks of bytes, and sync them; on an OSError there is none of them.
 
-    All are on their way to the disk before the first one is waited for: of those behind it most have arrived by then.
+    Many are on their way to the disk before the first one is waited for: of those behind it most have arrived by then.
     With `folder`, where they are, their names survive a power failure, too.
     """
-    made: list[tuple[str, int]] = []
+    files = list(files)
+    made: list[str] = []
     try:
-        try:
-            for path, chunks in files:
-                fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-                made.append((path, fd))
-                for chunk in chunks:
-                    _write_all(fd, chunk)
-            if len(made) > 1:
-                for _, fd in made:
-                    # Linux begins to write what is dirty (mm/fadvise.c); it is no promise, the fsync is.
-                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            syncs: list[Callable[[], object]] = [partial(os.fsync, fd) for _, fd in made]
-            if folder is not None:
-                syncs.append(partial(sync_folder, folder))
-            _at_once(syncs)
-        finally:
-            for _, fd in made:
-                os.close(fd)
+        for begin in range(0, len(files) or 1, OPEN_MAX):
+            is_last = begin + OPEN_MAX >= len(files)
+            _write_part(files[begin : begin + OPEN_MAX], made, folder if is_last else None)
     except OSError:
-        for path, _ in made:
+        for path in made:
             remove_file(path)
         raise
+
+
+def _write_part(files: Sequence[tuple[str, Sequence[bytes]]], made: list[str], folder: str | None) -> None:
+    """Add to `made` what is there, whole or not."""
+    opened: list[int] = []
+    try:
+        for path, chunks in files:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            made.append(path)
+            opened.append(fd)
+            for chunk in chunks:
+                _write_all(fd, chunk)
+        if len(opened) > 1:
+            for fd in opened:
+                # Linux begins to write what is dirty (mm/fadvise.c); it is no promise, the fsync is.
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        syncs: list[Callable[[], object]] = [partial(os.fsync, fd) for fd in opened]
+        if folder is not None:
+            syncs.append(partial(sync_folder, folder))
+        _at_once(syncs)
+    finally:
+        for fd in opened:
+            os.close(fd)
 
 
 def _at_once(syncs: Sequence[Callable[[], object]]) -> None:
@@ -213,9 +226,6 @@ def _start_afresh() -> None:
     global _shared, _helpers
     _shared = _SharedSync()
     _helpers = Threads(SYNCED_AT_ONCE - 1, "lamsonq-sync")
-
-
-_helpers = Threads(SYNCED_AT_ONCE - 1, "lamsonq-sync")
 
 
 os.register_at_fork(after_in_child=_start_afresh)

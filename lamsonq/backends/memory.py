@@ -101,6 +101,7 @@ class Memory:
     def _begin(self) -> None:
         self._worker = f"{os.getpid()}.{secrets.token_hex(4)}"
         self._woken = False
+        self._only: Collection[str] | None = None  # what the last `reserve` asked for
 
     def new_key(self) -> str:
         return new_key()
@@ -170,6 +171,7 @@ class Memory:
 
     def reserve(self, n: int, wait: float = 0.0, *, only: Collection[str] | None = None) -> list[Job]:
         until = time.monotonic() + wait
+        self._only = only
         with self._store.changed:
             while True:
                 jobs = self._take(n, only)
@@ -180,8 +182,11 @@ class Memory:
     def wait(self, seconds: float) -> None:
         with self._store.changed:
             self._promote()
-            if self._store.paused or not any(self._is(key, "ready") for _, key in self._store.ready):
+            if self._store.paused or not any(self._is_wanted(key) for _, key in self._store.ready):
                 self._sleep(seconds)
+
+    def _is_wanted(self, key: str) -> bool:
+        return self._is(key, "ready") and (self._only is None or self._store.jobs[key].job.target in self._only)
 
     def _sleep(self, seconds: float) -> bool:
         """Wait for a change; whether it was `wake` that ended it."""

@@ -53,7 +53,10 @@ def _parsed(url: str) -> tuple[str, str]:
     path = unquote(path[2:] if path.startswith("//") else path)
     if not path:
         raise BrokerError(f"{url!r} names no file: it is sqlite:run/q.db?queue=NAME")
-    parameters = dict(parse_qsl(query, keep_blank_values=True))
+    given = parse_qsl(query, keep_blank_values=True)
+    parameters = dict(given)
+    if len(given) > len(parameters):
+        raise BrokerError(f"{url!r}: a sqlite: queue has one name, and this names several")
     if unknown := sorted(set(parameters) - {"queue"}):
         raise BrokerError(f"{url!r}: a sqlite: queue knows no parameter {unknown[0]!r}; it knows: queue")
     return os.path.abspath(path), parameters.get("queue") or DEFAULT_QUEUE

@@ -115,5 +115,5 @@ def _tidy(database: Database, doomed: list[tuple[str]]) -> None:
 
     database.write(touch, durable=True)
     for [file] in doomed:
-        remove_file(os.path.join(database.bodies, os.path.basename(file)))
+        remove_file(os.path.join(database.bodies, os.path.basename(str(file))))  # the file may be damaged
     database.write(strike)

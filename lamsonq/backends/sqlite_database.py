@@ -33,7 +33,7 @@ from typing import Any, TypeVar
 
 from lamsonq.backends import sqlite_schema
 from lamsonq.backends.durable import make_folders, sync_folder
-from lamsonq.backends.sqlite_errors import told
+from lamsonq.backends.sqlite_errors import TROUBLE, told
 from lamsonq.errors import LeaseLost, QueueError
 
 BATCH_MAX = 256
@@ -113,7 +113,7 @@ class Database:
             with self._writing:
                 if not write.done:
                     self._write_pending()
-        if isinstance(write.error, sqlite3.Error | OSError):
+        if isinstance(write.error, TROUBLE):
             raise told(self.path, write.error) from write.error
         if write.error is not None:
             raise write.error
@@ -224,7 +224,7 @@ class Database:
                     reader = self._reader = self._connect()
                 bound = values[0] if values and isinstance(values[0], dict) else values
                 return reader.execute(query, bound).fetchall()
-        except (sqlite3.Error, OSError) as error:
+        except TROUBLE as error:
             raise told(self.path, error) from error
 
     def ensure(self) -> None:

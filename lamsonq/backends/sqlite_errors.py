@@ -21,11 +21,16 @@ _ADVICE = {
 }
 
 
-def told(name: str, error: sqlite3.Error | OSError, data: object = None) -> QueueError:
+TROUBLE = (sqlite3.Error, OSError, UnicodeDecodeError)
+"""What SQLite's module raises for what it cannot read or write; the last for the text of an error that quotes a file
+which is damaged."""
+
+
+def told(name: str, error: sqlite3.Error | OSError | UnicodeDecodeError, data: object = None) -> QueueError:
     """What is wrong with a queue's database and what to do about it, in one line."""
     if isinstance(error, OSError):
         return queue_error(name, error, data)
-    code = getattr(error, "sqlite_errorcode", None)
+    code = sqlite3.SQLITE_CORRUPT if isinstance(error, UnicodeDecodeError) else getattr(error, "sqlite_errorcode", None)
     advice = _ADVICE.get((code or 0) & 0xFF, "nothing was kept")
     if str(error).startswith(("no such table", "no such column")):
         advice = "somebody has changed lamsonq's tables in it: restore them, or move the file away; nothing was kept"

@@ -21,7 +21,7 @@ from lamsonq.backends.lives import Vigil
 from lamsonq.backends.sqlite_claims import Asked, Claimed
 from lamsonq.backends.sqlite_errors import Telling
 from lamsonq.backends.sqlite_kept import Kept
-from lamsonq.backends.sqlite_rows import TOKEN_SIZE, body_of, job_of, legible
+from lamsonq.backends.sqlite_rows import TOKEN_SIZE, body_of, bound, job_of, legible
 from lamsonq.backends.sqlite_wake import Ear
 from lamsonq.backends.sqlite_workers import Life
 from lamsonq.errors import Dead, LeaseLost
@@ -45,6 +45,7 @@ class Reserving(Kept):
         self._suspect = ""  # the one of them whose worker died before
         self._found = False  # the last look found something, so there may be more
         self._quiet = self._passed_over = False  # what sqlite_claims.Claimed says
+        self._only: Collection[str] | None = None  # what the last `reserve` asked for
         self._vigil = Vigil()
         self._limits: tuple[Limit, ...] = getattr(self, "_limits", ())
         self._ear = Ear(f"{self._database.path}-wal", self._database.turn, self._vigil)
@@ -74,6 +75,7 @@ class Reserving(Kept):
     def reserve(self, n: int, wait: float = 0.0, *, only: Collection[str] | None = None) -> list[Job]:
         """Raises QueueError."""
         until = time.monotonic() + wait
+        self._only = only
         with Telling(self.name):
             while True:
                 if wait > 0:
@@ -113,10 +115,14 @@ class Reserving(Kept):
         parts = ["state = 'ready' and deliveries = 0"]
         if not self._suspect:
             parts.append("state = 'ready' and deliveries > 0")
+        wanted: dict[str, object] = {}
+        if self._only is not None:
+            wanted = {f"target{number}": bound(target) for number, target in enumerate(self._only)}
+            parts = [f"{part} and target in ({', '.join(f':{name}' for name in wanted)})" for part in parts]
         exists = (f"exists (select 1 from jobs where queue = :queue and {part})" for part in parts)
         due = "exists (select 1 from jobs where queue = :queue and state = 'delayed' and {})"
         dues = (due.format(when) for when in ("due <= :now", "due is null"))
-        [[found]] = self._rows(f"select {' or '.join([*exists, *dues])}")
+        [[found]] = self._rows(f"select {' or '.join([*exists, *dues])}", **wanted)
         return bool(found)
 
     def _take(self, n: int, only: Collection[str] | None) -> list[Job]:

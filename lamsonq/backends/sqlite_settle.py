@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lamsonq.backends import sqlite_schema
-from lamsonq.backends.sqlite_errors import told
+from lamsonq.backends.sqlite_errors import TROUBLE, told
 from lamsonq.backends.sqlite_lanes import leave
 from lamsonq.backends.sqlite_rows import COUNT_MAX, Row, insert, readable
 from lamsonq.errors import Dead, Later, LeaseLost, QueueError
@@ -117,7 +117,7 @@ def put_on(
             raise
         finally:
             conn.execute("release lamsonq")
-    except (sqlite3.Error, OSError) as error:
+    except TROUBLE as error:
         if began and conn.in_transaction:
             conn.rollback()
         raise told(path, error) from error

@@ -304,6 +304,23 @@ def test_what_cannot_be_kept_as_undeliverable_is_refused_for_its_recipient_alone
     assert noted.CALLS == ["a", "b"]
 
 
+def test_an_undeliverable_queue_that_has_no_room_is_one_line_for_each_message(
+    serve: Serve, handlers: Any, router: RoutingBase, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    handlers('@route("a@y.test")\n@stateless\ndef FAIL(message):\n    raise ValueError("its own")\n')
+    receiver = serve(deliver=None)
+    assert router.UNDELIVERABLE_QUEUE is not None
+
+    def full(_puts: object) -> None:
+        raise QueueError("no room")
+
+    monkeypatch.setattr(router.UNDELIVERABLE_QUEUE.backend, "put", full)
+    with Client(receiver) as client:
+        mark = client.mail("a@y.test").removeprefix("451 4.3.0 Internal error ").partition(",")[0]
+    assert f"Session error {mark}: no room" in caplog.text
+    assert caplog.text.count("Traceback") == 1  # the function's
+
+
 def test_a_report_that_cannot_be_made_refuses_no_message_that_was_handled(
     serve: Serve, handlers: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

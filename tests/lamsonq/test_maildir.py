@@ -9,6 +9,7 @@ import logging
 import mailbox
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -1313,6 +1314,19 @@ def test_a_file_that_may_not_be_read_is_left_alone(
     assert len([line for line in caplog.messages if "is left alone: Permission denied" in line]) == 1
 
 
+def test_a_put_of_more_jobs_than_a_process_may_have_files_open(queue: Maildir) -> None:
+    """As when a function pushes a message to each subscriber of a list."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = max(map(int, os.listdir("/proc/self/fd"))) + durable.OPEN_MAX + 10
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, before[1]))
+    try:
+        assert all(queue.put([Put(queue, Job(key=queue.new_key(), body=b"")) for _ in range(most)]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert queue.counts()["ready"] == most
+    assert os.listdir(queue.folders.at("tmp")) == []
+
+
 def test_when_there_are_no_descriptors_left_the_job_stays(queue: Maildir, monkeypatch: pytest.MonkeyPatch) -> None:
     push(queue)
     queue.reserve(0)
@@ -1664,6 +1678,8 @@ def test_a_scheme_that_nothing_serves_is_refused_with_what_there_is() -> None:
     ) as found:
         open_backend("carrier-pigeon:coop")
     assert found.value.exit_code == 3
+    with pytest.raises(BrokerError):
+        open_backend("durable:x")
 
 
 @pytest.mark.parametrize("name", ["", "maildir:"])
@@ -1671,8 +1687,21 @@ def test_a_queue_without_a_name_is_not_the_current_directory(name: str, here: Pa
     with pytest.raises(BrokerError, match="a queue without a name: give a directory"):
         open_backend(name)
     assert list(here.iterdir()) == []
-    with pytest.raises(BrokerError):
-        open_backend("durable:x")
+
+
+@pytest.mark.parametrize("name", ["posts\0", "run/q.db?queue=posts"])
+def test_what_names_no_queue_is_refused_and_makes_no_folder(here: Path, name: str) -> None:
+    with pytest.raises(BrokerError, match="sqlite:"):
+        open_backend(name)
+    assert os.listdir(here) == []
+
+
+def test_a_scheme_may_be_written_in_any_case(here: Path) -> None:
+    assert open_backend("SQLite:q.db?queue=Posts") is open_backend("sqlite:q.db?queue=Posts")
+    assert open_backend("Maildir:posts") is open_backend("posts")
+    with pytest.raises(BrokerError, match="no queue backend serves carrier-pigeon:"):
+        open_backend("Carrier-Pigeon://coop")
+    assert os.listdir(here) == []
 
 
 def test_a_backend_of_somebody_else_is_an_entry_point(tmp_path: Path) -> None:

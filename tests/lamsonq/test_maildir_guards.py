@@ -455,14 +455,6 @@ def test_a_job_that_was_not_asked_for_and_has_failed_elsewhere_is_looked_at_agai
     assert len(queue.reserve(9, only={"mine", "other"})) == 1
 
 
-def test_who_waits_for_some_targets_sleeps_while_there_are_only_others(queue: Maildir) -> None:
-    push(queue, target="other")
-    assert queue.reserve(1, only={"mine"}) == []
-    begun = time.monotonic()
-    queue.wait(0.2)
-    assert time.monotonic() - begun > 0.15
-
-
 def test_a_broken_file_is_buried_by_who_asks_for_some_targets_too(queue: Maildir) -> None:
     queue.folders.make()
     Path(queue.folders.at("new", "1.k,LQ=1b500o1")).write_bytes(b"X-Lamsonq-Job: {}\nbody")

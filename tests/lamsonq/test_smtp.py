@@ -30,7 +30,7 @@ from lamsonq.tally import TALLY
 
 from .clients import MESSAGE, Client
 from .offline import Taker, Transport
-from .waiting import PATIENCE, until
+from .waiting import PATIENCE, clock_ahead, until
 
 Start = Callable[..., SMTPReceiver]
 Write = Callable[..., str]
@@ -686,6 +686,39 @@ def test_a_function_that_hangs_leaves_its_stack_and_asks_for_a_new_process(
     noted.gate.set()
     assert "did not return within 0.2 seconds" in report
     assert "gate.wait()" in report
+
+
+def test_while_the_process_was_stopped_no_function_has_hung(
+    start: Start, handlers: Any, router: RoutingBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lamsonq.commit.LOOK_EVERY", 0.1)
+    noted = handlers("""
+@route("a@y.test")
+@stateless
+def WAIT(message):
+    calls.append(1)
+    gate.wait(10)
+""")
+    receiver = start(timeout=60)
+    ahead = clock_ahead(monkeypatch, "lamsonq.attempt", "lamsonq.commit", "lamsonq.threads")
+    with Client(receiver) as client:
+        client.begin("a@y.test")
+        client.say("DATA")
+        client.send(MESSAGE + b".\r\n")
+        until(lambda: noted.calls)
+        ahead(3600)
+        timers = [receiver._committer._looks]
+
+        def has_looked() -> bool:
+            if receiver._committer._looks is not timers[-1]:
+                timers.append(receiver._committer._looks)
+            return len(timers) > 2
+
+        until(has_looked)
+        noted.gate.set()
+        assert client.reply().startswith("250 2.0.0 Ok: handled")
+    assert not receiver.stuck
+    assert dead_letters(router) == []
 
 
 def test_a_deliver_that_hangs_is_refused(start: Start) -> None:

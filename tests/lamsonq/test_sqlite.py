@@ -104,6 +104,8 @@ def test_a_parameter_that_is_unknown_is_refused_with_those_that_are_known() -> N
         open_backend("sqlite:q.db?queue=a&sync=off")
     with pytest.raises(BrokerError, match="names no file"):
         open_backend("sqlite:?queue=a")
+    with pytest.raises(BrokerError, match="names several"):
+        open_backend("sqlite:q.db?queue=a&queue=b")
     with pytest.raises(SettingsError, match="maildir"):
         open_backend("sqlite:q.db", pop_limit=5)
 

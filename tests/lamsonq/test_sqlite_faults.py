@@ -101,6 +101,16 @@ def test_a_damaged_file_is_told(queue: SQLite, tmp_path: Path) -> None:
         drain(queue)
 
 
+def test_a_damaged_file_is_told_whose_error_is_no_text(queue: SQLite, tmp_path: Path) -> None:
+    push(queue)
+    queue.close()
+    damaged = (tmp_path / "q.db").read_bytes().replace(b"CREATE INDEX jobs_dead", b"\xffREATE INDEX jobs_dead")
+    (tmp_path / "q.db").write_bytes(damaged)
+    for use in (queue.counts, lambda: queue.reserve(1), lambda: push(queue)):
+        with pytest.raises(QueueError, match="save what it has by"):
+            use()
+
+
 def test_a_path_through_a_file_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(QueueError, match="in its path is a file"):

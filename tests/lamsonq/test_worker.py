@@ -12,7 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from lamsonq.errors import Failure, Later, QueueError, Refusal, SettingsError, SMTPError, Undelivered
+from lamsonq.errors import (
+    Dead,
+    Failure,
+    Later,
+    QueueError,
+    Refusal,
+    SettingsError,
+    SMTPError,
+    Undelivered,
+    report_of,
+)
 from lamsonq.jobs import Done, Job
 from lamsonq.mail import MailRequest
 from lamsonq.policy import MAX_ATTEMPTS
@@ -23,7 +33,7 @@ from lamsonq.state import MemoryStorage, SQLiteStorage
 from lamsonq.testing import frozen_clock
 from lamsonq.worker import QueueReceiver
 
-from .waiting import PATIENCE, until
+from .waiting import PATIENCE, clock_ahead, until
 
 Mail = Callable[..., MailRequest]
 Module = Callable[..., str]
@@ -109,6 +119,44 @@ def test_nonsense_is_a_dead_letter_too(router: RoutingBase, module: Module, mail
     ((target, report),) = dead(posts)
     assert target == f"{name}.START"
     assert "returned 'POSTING'" in report
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        ("ValueError('x' * 10_000_000)", "ValueError: xxxx"),
+        ("BadText()", "BadText: (an error whose text cannot be told)"),
+    ],
+)
+def test_whatever_an_error_tells_its_job_is_settled_and_its_report_is_short(
+    router: RoutingBase, module: Module, mail: Mail, posts: Queue, error: str, told: str
+) -> None:
+    name = module(
+        f"""
+        class BadText(Exception):
+            def __str__(self): raise SystemExit
+        @route('desk@example.com')
+        @stateless
+        @deferrable(max_attempts=1)
+        def START(message): raise {error}
+        """
+    )
+    router.load([name])
+    posts.push(mail())
+    work(router)
+    ((_, reason),) = dead(posts)
+    assert reason.startswith(told)
+    assert len(reason) < 1100
+    assert len(details(posts)) < 70_000
+
+
+def test_a_failure_whose_traceback_cannot_be_told_has_a_report() -> None:
+    class Bad(Exception):
+        __notes__ = property(lambda _: 1 / 0)
+
+    outcome = Dead("gave up")
+    outcome.__cause__ = Bad()
+    assert report_of(outcome) == "gave up\n\n(its traceback cannot be told: ZeroDivisionError)\n"
 
 
 def test_even_a_handler_that_exits_is_only_a_failure(
@@ -512,6 +560,43 @@ def test_a_handler_that_hangs_is_settled_without_it_and_the_process_asks_to_be_r
     assert target == f"{name}.START"
     assert "did not return within 0.1 seconds" in report
     assert "GO.wait" in details(posts)
+
+
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_while_the_process_was_stopped_no_handler_has_hung(
+    router: RoutingBase, module: Module, mail: Mail, posts: Queue, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    name = module(
+        f"""
+        import asyncio, threading, time
+        STOPPED, LOOKED = threading.Event(), threading.Event()
+        @route('desk@example.com')
+        @stateless
+        {kind} START(message):
+            STOPPED.set()
+            while not LOOKED.is_set(): {"await asyncio.sleep(0.01)" if kind != "def" else "time.sleep(0.01)"}
+            CALLS.append(1)
+        """
+    )
+    router.load([name])
+    posts.push(mail())
+    stopped, looked = sys.modules[name].STOPPED, sys.modules[name].LOOKED
+    ahead = clock_ahead(monkeypatch, "lamsonq.attempt", "lamsonq.threads", "lamsonq.worker")
+    receiver = QueueReceiver("run/posts", router=router, timeout=60)
+    look = receiver._give_up_the_late
+
+    def stop_and_look() -> None:
+        if stopped.is_set() and not looked.is_set():
+            ahead(3600)
+            look()
+            looked.set()
+        look()
+
+    monkeypatch.setattr(receiver, "_give_up_the_late", stop_and_look)
+    receiver.start(one_shot=True)
+    assert calls_of(name) == [1]
+    assert not receiver.stuck
+    assert not any(posts.backend.counts().values())
 
 
 def test_while_it_looks_for_what_a_handler_hangs_at_no_garbage_is_collected() -> None:
