@@ -2,7 +2,7 @@
 
 Rules:
 
-1. A body over 64 KiB is written and synced before its row is: a row that can be seen has its body.
+1. A body over 128 KiB is written and synced before its row is: a row that can be seen has its body.
 2. A file is named after the worker that wrote it, which lives while the file may be without a row: whoever finds the
    worker dead removes what no row names. No clock is asked.
 3. The row goes first, at synchronous=FULL, the file after: a trigger notes each file whose row has gone, in the same
@@ -22,7 +22,7 @@ from lamsonq.backends.sqlite_database import Database
 from lamsonq.backends.sqlite_rows import Row
 from lamsonq.errors import QueueError
 
-INLINE_MAX = 64 << 10
+INLINE_MAX = 128 << 10
 """Bytes that a body may have in the database: above it a file is faster."""
 
 _AT_ONCE = 500

@@ -10,7 +10,7 @@ Every other column has a default. Those that are of use to it:
     key         unique in its queue; jobs of one priority are worked in the order of their keys. The default rises with
                 the time (to the millisecond, and within it in the order of this connection's INSERTs)
     target      the function or request type that is to run; NULL: route by address
-    body        text or blob, handed out as bytes (at most 64 KiB; what is larger belongs into a file)
+    body        text or blob, handed out as bytes (at most 128 KiB; what is larger belongs into a file)
     sender      the envelope's reverse-path; '' is the null sender, NULL: not known
     recipients  the envelope's recipients, a JSON array: '["joe@example.org"]'
     metadata    a JSON object of texts

@@ -114,7 +114,7 @@ class Model(RuleBasedStateMachine):
         delay=st.sampled_from([None, None, -5, 5, 100]),
         priority=st.sampled_from([0, 0, 3]),
         unique=st.sampled_from([None, None, "u", "v"]),
-        size=st.sampled_from([0, 10, 70_000]),
+        size=st.sampled_from([0, 10, 140_000]),
         dead=st.sampled_from([False, False, False, True]),
     )
     def put(self, worker: int, delay: int | None, priority: int, unique: str | None, size: int, dead: bool) -> None:

@@ -114,7 +114,7 @@ def _send(port: int, way: str, *subjects: str) -> None:
         for subject in subjects:
             client.begin(*recipients, sender=f"{subject.replace(' ', '.')}@example.com")
             client.say("DATA")
-            body = LARGE * 1000 if "large" in subject else "hello\r\n"
+            body = LARGE * 2000 if "large" in subject else "hello\r\n"
             client.send(f"Subject: {subject}\r\n\r\n{body}.\r\n".encode())
             assert set(client.replies(len(recipients))) == {"250"}
 

@@ -158,7 +158,7 @@ class Project:
 
     def _send(self, client: smtplib.SMTP, number: int, count: int) -> None:
         identity = f"<{number}.{count}@example.com>"
-        size = 100_000 if count % 50 == 0 else random.randint(0, 3000)  # a large one has a file beside the database
+        size = 140_000 if count % 50 == 0 else random.randint(0, 3000)  # a large one has a file beside the database
         text = f"Message-ID: {identity}\r\nSubject: {count}\r\n\r\n{'x' * size}\r\n"
         client.sendmail(f"sender{number}.{count % 7}@example.com", ["desk@example.com"], text)
         with self._write, self.accepted.open("a") as ledger:

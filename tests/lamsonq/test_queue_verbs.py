@@ -345,7 +345,7 @@ def test_every_verb_prints_json_in_both_spellings(queue: Queue) -> None:
 
 def test_what_cannot_be_read_is_shown_with_the_reason_and_stays_where_it_is(here: Path) -> None:
     store = Queue("sqlite:run/q.db").backend
-    large = put(Queue("sqlite:run/q.db"), BODY + b"x" * 100_000, recipients=("joe@example.com",))
+    large = put(Queue("sqlite:run/q.db"), BODY + b"x" * 140_000, recipients=("joe@example.com",))
     [body] = Path("run/q.db-bodies").iterdir()
     body.unlink()
     with sqlite3.connect("run/q.db") as database:

@@ -34,7 +34,7 @@ from lamsonq.reports import entries
 from .waiting import PATIENCE, until
 
 FORK = multiprocessing.get_context("fork")
-LARGE = b"x" * 100_000
+LARGE = b"x" * 140_000
 
 
 @pytest.fixture

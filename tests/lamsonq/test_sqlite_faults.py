@@ -20,12 +20,13 @@ import pytest
 
 from lamsonq.backends import sqlite_database
 from lamsonq.backends.sqlite import SQLite
+from lamsonq.backends.sqlite_bodies import INLINE_MAX
 from lamsonq.conformance import drain, push, take
 from lamsonq.errors import QueueError
 from lamsonq.jobs import DELIVERIES_MAX, DONE, Job, Put
 
 FORK = multiprocessing.get_context("fork")
-LARGE = b"x" * 100_000
+LARGE = b"x" * 140_000
 
 
 @pytest.fixture
@@ -212,7 +213,7 @@ def attempt(what, act):
     tell("kept " + what)
     return result
 for key in ("small", "large"):
-    body = b"x" * (100_000 if key == "large" else 3000)
+    body = b"x" * (140_000 if key == "large" else 3000)
     attempt(key, lambda: queue.put([Put(queue, Job(key=key, body=body))]))
 for _ in range(2):
     for job in attempt("claim", lambda: queue.reserve(1)) or ():
@@ -244,7 +245,7 @@ def check(folder: Path, url: str) -> None:
     for key in keys:
         job = queue.get(key)
         assert job is not None
-        assert len(job.body) == (100_000 if "large" in key else 3000), key
+        assert len(job.body) == (140_000 if "large" in key else 3000), key
     database = queue._database
     files = {file for [file] in database.rows("select file from jobs where file is not null")}
     queue._bodies.settle_doubts()
@@ -312,7 +313,7 @@ def killed_at(number: int, work: Callable[[], None]) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("size", [3000, 100_000])
+@pytest.mark.parametrize("size", [3000, 140_000])
 def test_killed_at_any_step_of_a_push_it_is_there_whole_or_not_at_all(tmp_path: Path, size: int) -> None:
     url = f"sqlite:{tmp_path}/q.db"
     queue = SQLite(url)
@@ -333,7 +334,7 @@ def test_killed_at_any_step_of_a_push_it_is_there_whole_or_not_at_all(tmp_path: 
         assert found is None or len(found.body) == size
         assert found is not None or not told.exists()
         files = os.listdir(tmp_path / "q.db-bodies")
-        assert len(files) == int(found is not None and size > 65536), (number, files)
+        assert len(files) == int(found is not None and size > INLINE_MAX), (number, files)
         told.unlink(missing_ok=True)
         queue.remove("k")
         queue.close()
@@ -343,7 +344,7 @@ def test_killed_at_any_step_of_a_push_it_is_there_whole_or_not_at_all(tmp_path: 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("size", [3000, 100_000])
+@pytest.mark.parametrize("size", [3000, 140_000])
 def test_killed_at_any_step_of_claim_and_settle_the_job_or_what_came_of_it_is_there(tmp_path: Path, size: int) -> None:
     url, there = f"sqlite:{tmp_path}/q.db", f"sqlite:{tmp_path}/other.db"
     number, killed = 1, True
