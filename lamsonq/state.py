@@ -21,6 +21,7 @@ import os
 import sqlite3
 import struct
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -30,6 +31,10 @@ from weakref import WeakSet
 from lamsonq.errors import Refusal
 
 START = "START"
+
+BUSY_TIMEOUT = 10.0
+"""Seconds to wait for another process that writes states."""
+
 Conversation = tuple[str, str]
 """(state key, sender): what one state belongs to."""
 
@@ -321,16 +326,31 @@ class SQLiteStorage(StateStorage):
             raise Refusal(f"cannot open the state file {self.path}: {error}; check its folder") from error
 
     def _connect(self) -> sqlite3.Connection:
-        database = sqlite3.connect(self.path, timeout=10, isolation_level=None, check_same_thread=False)
+        database = sqlite3.connect(self.path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
+        give_up_at = time.monotonic() + BUSY_TIMEOUT
+        try:
+            while True:
+                try:
+                    self._prepare(database)
+                except sqlite3.OperationalError as error:
+                    # Who makes a file anew finds it locked by others who do, and SQLite waits for none of them.
+                    if error.sqlite_errorname != "SQLITE_BUSY" or time.monotonic() > give_up_at:
+                        raise
+                    time.sleep(0.01)
+                else:
+                    return database
+        except BaseException:
+            database.close()
+            raise
+
+    def _prepare(self, database: sqlite3.Connection) -> None:
         (version,) = database.execute("pragma user_version").fetchone()
         if version > _SCHEMA_VERSION:
-            database.close()
             raise Refusal(f"{self.path} was written by a newer lamsonq (schema {version}); it is left untouched")
         database.execute("pragma journal_mode = wal")
         if version < _SCHEMA_VERSION:
             database.execute(_SCHEMA)
             database.execute(f"pragma user_version = {_SCHEMA_VERSION}")
-        return database
 
     def _before_fork(self) -> None:
         """No connection may be open at a fork: SQLite would share it with the child's, and the kernel drops its locks

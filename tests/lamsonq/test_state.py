@@ -7,9 +7,11 @@ import sys
 import threading
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from lamsonq import state
 from lamsonq.errors import Refusal
 from lamsonq.state import Conversations, MemoryStorage, SQLiteStorage, StateStorage
 
@@ -108,6 +110,34 @@ def test_a_state_file_of_a_newer_version_is_left_untouched(tmp_path: Path) -> No
         database.execute("pragma user_version = 99")
     with pytest.raises(Refusal, match="newer lamsonq"):
         SQLiteStorage(tmp_path / "state.db").get(*WHO)
+
+
+class Contended(sqlite3.Connection):
+    """Of a file that others are just making, too: SQLite says so at once, however long it is to wait."""
+
+    refusals = 0
+
+    def execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
+        if "journal_mode" in statement and Contended.refusals:
+            Contended.refusals -= 1
+            error = sqlite3.OperationalError("database is locked")
+            error.sqlite_errorname = "SQLITE_BUSY"
+            raise error
+        return super().execute(statement, *values)
+
+
+def test_servers_that_start_at_once_in_a_new_project_wait_for_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Contended))
+    monkeypatch.setattr(Contended, "refusals", 3)
+    store = SQLiteStorage(tmp_path / "state.db")
+    store.set(*WHO, "POSTING")
+    assert store.get(*WHO) == "POSTING"
+    monkeypatch.setattr(Contended, "refusals", 1000)
+    monkeypatch.setattr(state, "BUSY_TIMEOUT", 0.05)
+    with pytest.raises(Refusal, match=r"cannot open the state file .*: database is locked"):
+        SQLiteStorage(tmp_path / "other.db").get(*WHO)
 
 
 def test_a_state_file_of_version_1_is_read(tmp_path: Path) -> None:
