@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..ledger import Ledger
-from ..processes import Listening, Program, free_port, listening, running
+from ..processes import Listening, Program, free_port, listening, running, until
 
 ROOT = Path(__file__).parents[3]
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -193,7 +193,9 @@ def working(folder: Path, url: str) -> Iterator[Working]:
     }
     project = Project(folder, files)
     with project.started("config.front") as front, project.started("config.behind") as behind:
-        yield Working(listening(project.port, front).port, [front.pid, behind.pid], ledger)
+        port = listening(project.port, front).port
+        until((project.folder / "run" / "behind.pid").exists, "the queue receiver holds its pid file", behind)
+        yield Working(port, [front.pid, behind.pid], ledger)
 
 
 def worker(url: str, ledger: Ledger) -> dict[str, str]:
