@@ -214,9 +214,7 @@ class BackendConformance:
     def test_a_job_that_no_store_could_keep_is_refused_by_name(self, stores: Stores) -> None:
         queue = stores.open()
         for priority in (2**70, -1, 1.5, "urgent"):
-            assert refusal(lambda priority=priority: push(queue, priority=priority)).startswith(  # type: ignore[misc]
-                f"priority={priority!r}: "
-            )
+            assert refusal(partial(push, queue, priority=priority)).startswith(f"priority={priority!r}: ")
         wrong: tuple[dict[str, Any], ...] = (
             {"sender": 3},
             {"recipients": ("a", 3)},
@@ -224,8 +222,8 @@ class BackendConformance:
             {"key": 3},
         )
         for fields in wrong:
-            assert "texts, not 3" in refusal(lambda fields=fields: push(queue, **fields))  # type: ignore[misc]
-        assert "bytes, not str" in refusal(lambda: push(queue, cast(bytes, "text")))
+            assert "texts, not 3" in refusal(partial(push, queue, **fields))
+        assert "bytes, not str" in refusal(partial(push, queue, cast(bytes, "text")))
         assert counted(queue) == {}
 
     def test_an_urgent_job_that_comes_late_is_next(self, stores: Stores) -> None:

@@ -69,6 +69,9 @@ ROUTE_FIRST_STATE = START
 Candidate = tuple[Handler, Route, dict[str, str]]
 """A stateful function whose route matches, with what the route captured."""
 
+UNKNOWN_AFTER = 60.0
+"""Seconds after which a job comes again whose function this process does not know: a deploy may bring it."""
+
 CONVERSATION = "lamsonq.routing.CONVERSATION"
 """The target of a job that is bound to no function yet, but to the sender's conversation: to whichever stateful
 function that asks for when the job is run."""
@@ -329,7 +332,7 @@ class RoutingBase:
         assert job.target is not None
         handler = table.handlers.get(job.target)
         if handler is None:
-            raise Later(f"no handler {job.target} in this process", clock.now() + 60, counted=False)
+            raise Later(f"no handler {job.target} in this process", clock.now() + UNKNOWN_AFTER, counted=False)
         found = [(r, captures) for r, captures in table.matches(message.To) if handler in r.handlers]
         if not found:
             raise Dead(f"route gone: no route of {job.target} matches {message.To} any more")

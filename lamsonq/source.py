@@ -32,16 +32,13 @@ from lamsonq.mail import MailRequest
 from lamsonq.outbound import Outbox, Settlement, outbox_of
 from lamsonq.policy import DEFAULT
 from lamsonq.queue import Queue, message_of
-from lamsonq.routing import CONVERSATION, RoutingBase, unplanned
+from lamsonq.routing import CONVERSATION, UNKNOWN_AFTER, RoutingBase, unplanned
 
 LOG = logging.getLogger()
 """The root logger, as the tutorial shows these lines."""
 
 RETRY_AFTER = 10.0
 """Seconds after which a job comes again that could not be begun or settled, through no fault of its own."""
-
-UNKNOWN_AFTER = 60.0
-"""Seconds after which a job comes again whose function this process does not know: a deploy may bring it."""
 
 
 class Owed(Exception):

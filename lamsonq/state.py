@@ -334,7 +334,7 @@ class SQLiteStorage(StateStorage):
                     self._prepare(database)
                 except sqlite3.OperationalError as error:
                     # Who makes a file anew finds it locked by others who do, and SQLite waits for none of them.
-                    if error.sqlite_errorname != "SQLITE_BUSY" or time.monotonic() > give_up_at:
+                    if not error.sqlite_errorname.startswith("SQLITE_BUSY") or time.monotonic() > give_up_at:
                         raise
                     time.sleep(0.01)
                 else:

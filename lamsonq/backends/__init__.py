@@ -29,7 +29,7 @@ def open_backend(url: str, *, pop_limit: int = 0, oversize_dir: str | None = Non
 
     Raises BrokerError for a scheme that nothing serves, and for what is no name of a queue.
     """
-    # in any case (RFC 3986 section 3.1)
+    # A scheme may be written in capitals (RFC 3986 section 3.1).
     url = _SCHEME.sub(lambda found: found[0].lower(), url).removeprefix("maildir:")
     if not url or "\0" in url:
         raise BrokerError(

@@ -43,7 +43,7 @@ def write_files(files: Iterable[tuple[str, Sequence[bytes]]], folder: str | None
     files = list(files)
     made: list[str] = []
     try:
-        for begin in range(0, len(files) or 1, OPEN_MAX):
+        for begin in range(0, len(files), OPEN_MAX):
             is_last = begin + OPEN_MAX >= len(files)
             _write_part(files[begin : begin + OPEN_MAX], made, folder if is_last else None)
     except OSError:

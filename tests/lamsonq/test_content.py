@@ -11,6 +11,7 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -378,6 +379,10 @@ def test_on_a_disk_that_is_full_it_is_put_off_and_when_there_is_room_it_is_taken
     assert [len(message.Data) for message in serve.taken] == [720_000]
 
 
+def nothing_in_memory(receiver: SMTPReceiver) -> bool:
+    return receiver.traffic.memory == 0
+
+
 def test_what_cannot_be_read_again_is_not_taken(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, spilled: list[Spilled]
 ) -> None:
@@ -392,7 +397,7 @@ def test_what_cannot_be_read_again_is_not_taken(
             with monkeypatch.context() as patch:
                 patch.setattr(Spilled, "read", read)
                 assert client.mail(data=LARGE).startswith("451 4.3.0 Internal error")
-            until(lambda receiver=receiver: receiver.traffic.memory == 0)  # type: ignore[misc]
+            until(partial(nothing_in_memory, receiver))
             assert client.mail(data=LARGE).startswith("250")
     assert (spool.count(), len(serve.taken)) == (1, 1)
 
